@@ -1,0 +1,110 @@
+"""A genuine, tiny FluxPipeline: the same classes as FLUX.1-dev, 2.3 M parameters in the transformer instead of 11.9 B.
+
+`build_flux` makes it with random weights, `load_flux` reads the trained one that the repo carries, `toy/train_flux.py`
+is how it was trained. What differs from FLUX.1-dev beside the size: 32 x 32 pixels instead of 1024 x 1024, a VAE that
+halves the side once, 16 text tokens (so pass `max_sequence_length=16`), and a fixed sampling shift of 3.
+"""
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast)
+
+from toy.shapes import COLOURS, OPENINGS, PLACES, SHAPES, SIDE, SIZES
+
+WEIGHTS = Path(__file__).parent / "weights"
+FLUX = WEIGHTS / "flux"
+TOKENS = 16          # length of every caption, in tokens
+GUIDANCE = 2.5       # the guidance scale at which the carried pipeline is sampled, chosen by prompt accuracy
+WIDTH = 64           # of both text encoders
+
+WORDS = sorted({w for line in (*COLOURS, *SHAPES, *SIZES, *PLACES, *OPENINGS, "a an") for w in line.split()})
+
+
+def build_flux(seed=0):
+    """A FluxPipeline with random weights, in fp32 on the CPU: for training it, and for tests that need no pictures."""
+    torch.manual_seed(seed)
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False),
+        vae=AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+                          block_out_channels=[16, 32], layers_per_block=1, latent_channels=4, norm_num_groups=8,
+                          mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+                          sample_size=SIDE, scaling_factor=1.0, shift_factor=0.0),
+        text_encoder=CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(clip), hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH,
+            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS,
+            bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id)),
+        tokenizer=clip,
+        text_encoder_2=T5EncoderModel(T5Config(
+            vocab_size=len(t5), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=t5.pad_token_id)),
+        tokenizer_2=t5,
+        transformer=FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=2, num_single_layers=4, attention_head_dim=32,
+            num_attention_heads=4, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True,
+            axes_dims_rope=(4, 14, 14)),
+    )
+
+
+def load_flux(folder=FLUX, dtype=torch.float32):
+    """The trained pipeline. The folder is plain diffusers: `FluxPipeline.from_pretrained(folder)` reads it as well.
+
+    A stock pipeline's call needs `max_sequence_length=16` (`TOKENS`).
+    """
+    if not (Path(folder) / "model_index.json").is_file():
+        raise FileNotFoundError(f"no pipeline in {folder}: it has no model_index.json "
+                                "(python -m toy.train_flux makes one)")
+    pipe = FluxPipeline.from_pretrained(str(folder), dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_flux(pipe, folder):
+    """Writes the pipeline, the transformer and the VAE in float16; the one in memory stays as it was.
+
+    The text encoders stay in float32: stock loaders would run them in the precision that they find on disk.
+    """
+    folder = Path(folder)
+    big = [pipe.transformer, pipe.vae]
+    kept = [{k: v.clone() for k, v in part.state_dict().items()} for part in big]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        for part in big:
+            part.half()
+        pipe.save_pretrained(new)
+        for part, state in zip(big, kept):
+            part.float().load_state_dict(state)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+
+
+def clip_tokenizer():
+    """Byte-pair encoding of the 30-odd words of our captions, in the layout that CLIP's tokenizer reads."""
+    inner = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|startoftext|>", "<|endoftext|>"],
+                                  end_of_word_suffix="</w>", show_progress=False)
+    inner.train_from_iterator(WORDS, trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        inner.model.save(folder)
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token="<|endoftext|>")
+
+
+def t5_tokenizer():
+    """A fixed Unigram vocabulary, a piece a word, with letters to fall back on."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [("▁" + w, -2.0) for w in WORDS] + [(c, -12.0) for c in "▁" + letters]
+    inner = Tokenizer(models.Unigram(pieces, unk_id=2))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=inner, extra_ids=0, eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+                           model_max_length=TOKENS)
