@@ -5,8 +5,8 @@ Five stages on the CPU, each resumable after a kill, random numbers keyed by sta
     reader    3,000 updates on drawings of all colour-shape pairs
     text        800 updates: CLIP and T5 learn to say which attributes a caption names (no pictures)
     vae       2,500 updates of reconstruction
-    flow      7,000 updates of flow matching, one caption in ten left empty
-    guide     1,200 updates of guidance distillation: the embedded guidance scale g learns V0 + g (V - V0)
+    flow     10,500 updates of flow matching, one caption in ten left empty
+    guide       900 updates of guidance distillation: the embedded guidance scale g learns V0 + g (V - V0)
 
 The text encoders read captions of every pair, as real ones have read every word; the flow never sees a picture of
 a held-out pair.
@@ -28,7 +28,7 @@ from toy.pipelines import TOKENS, WIDTH, build_flux, save_flux
 from toy.reader import Reader
 from toy.shapes import ATTRIBUTES, SIDE, draw_captions, draw_pictures
 
-UPDATES = {"reader": 3000, "text": 800, "vae": 2500, "flow": 7000, "guide": 1200}
+UPDATES = {"reader": 3000, "text": 800, "vae": 2500, "flow": 10500, "guide": 900}
 SHIFT = 2.0   # of the times at which the flow is trained
 
 

@@ -1,0 +1,30 @@
+"""Which class of pipeline belongs to which family. A new family: one file beside flux.py, one line in `FAMILIES`."""
+import json
+from pathlib import Path
+
+from scfm.families.flux import Flux
+
+FAMILIES = {"FluxPipeline": Flux}
+
+
+def family_of(folder):
+    """The family class of a saved pipeline folder, from its model_index.json.
+
+    Raises FileNotFoundError when there is no pipeline, ValueError when its class is none of `FAMILIES`.
+    """
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"no pipeline in {folder}: expected {index.name} there "
+                                "(a folder written by save_pretrained, or a downloaded snapshot)")
+    name = json.loads(index.read_text()).get("_class_name")
+    if name not in FAMILIES:
+        raise ValueError(f"{folder} holds a {name}, which scfm does not know; it knows {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def load_pipeline(folder, dtype, device="cpu"):
+    """The stock pipeline of a folder and its family class, in `dtype` on `device`, without progress bars."""
+    family = family_of(folder)
+    pipe = family.pipeline_class.from_pretrained(str(folder), dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, family

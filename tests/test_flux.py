@@ -1,0 +1,191 @@
+"""The tiny pipeline is genuine, and the real command turns it into a few-step one that stock diffusers loads."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from scfm.cli import main
+from scfm.families.flux import Flux
+from scfm.families import family_of, load_pipeline
+from scfm.flow import sample, time_grid
+from scfm.run import Run, RunConfig
+from scfm.teacher_data import encode_folder, make_pictures, read_folder, read_prompts
+from toy.pipelines import FLUX, GUIDANCE, TOKENS, load_flux
+
+CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return Flux(load_flux(), 32, 32, TOKENS)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# four captions\n\n" + "\n".join(CAPTIONS) + "\n")
+    return path
+
+
+def flags(prompts, out, **more):
+    settings = {"pipeline": FLUX, "prompts": prompts, "out": out, "height": 32, "width": 32, "max_tokens": TOKENS,
+                "rank": 2, "lr": 1e-3, "updates": 2, "batch": 2, "teacher_steps": 2, "judge": 2, **more}
+    return [word for k, v in settings.items() for word in (f"--{k}", str(v))]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_our_sampler_is_the_stock_pipeline(flux, steps, shift):
+    noise = torch.randn(4, *flux.latent_shape, generator=torch.Generator().manual_seed(0))
+    cond = {**flux.encode_text(CAPTIONS), "guidance": torch.full((4,), GUIDANCE)}
+    field = lambda x, t, cond: flux.velocity(flux.pipe.transformer, x, t, cond)
+    ours = flux.decode(sample(field, noise, time_grid(steps, shift), cond))
+    stock = flux.stock_pictures(CAPTIONS, noise, steps, GUIDANCE, shift)
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
+
+
+def test_the_carried_pipeline_loads_without_us():
+    """Plain diffusers in a process that never imports scfm or toy."""
+    code = ("import sys, torch; from diffusers import FluxPipeline\n"
+            f"pipe = FluxPipeline.from_pretrained({str(FLUX)!r}); pipe.set_progress_bar_config(disable=True)\n"
+            "image = pipe('a red cross', height=32, width=32, num_inference_steps=2, sigmas=[1, .5],"
+            "max_sequence_length=16).images[0]\n"
+            "assert image.size == (32, 32) and not {'scfm', 'toy'} & set(sys.modules)\n")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_the_command_runs_and_a_stock_pipeline_makes_the_same_pictures(flux, prompts, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["distill", *flags(prompts, out)]) == 0
+    assert "ships" in capsys.readouterr().out
+    choice = json.loads((out / "choice.json").read_text())
+    shipped = load_file(out / "pytorch_lora_weights.safetensors")
+    own = load_file(out / choice["ships"] / "pytorch_lora_weights.safetensors")
+    assert shipped.keys() == own.keys() and all(torch.equal(shipped[k], own[k]) for k in own)
+    assert (out / "previews" / "000002.png").is_file()
+
+    run = Run(RunConfig(**{**vars_of(out), "out": str(out)}), progress=False)
+    assert run.resume() == 2
+    noise = torch.randn(4, *flux.latent_shape, generator=torch.Generator().manual_seed(0))
+    for name in ("student", "slow"):
+        stock = load_flux()
+        stock.load_lora_weights(str(out / name))
+        theirs = Flux(stock, 32, 32, TOKENS).stock_pictures(CAPTIONS, noise, 3, GUIDANCE)
+        with run.speakers.speaking(name):
+            ours = run.family.stock_pictures(CAPTIONS, noise, 3, GUIDANCE)
+        assert torch.equal(ours, theirs)
+
+
+def vars_of(out):
+    told = json.loads((out / "config.json").read_text())
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+
+
+def test_the_header_keeps_rank_and_alpha(prompts, tmp_path):
+    out = tmp_path / "run"
+    main(["distill", *flags(prompts, out, alpha=6, preview_every=0)])
+    with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as opened:
+        told = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert (told["transformer.r"], told["transformer.lora_alpha"]) == (2, 6)
+
+
+def test_a_killed_run_resumes_bit_for_bit(prompts, tmp_path):
+    settings = dict(updates=6, checkpoint_every=2, preview_every=0)
+    main(["distill", *flags(prompts, tmp_path / "whole", **settings)])
+    command = [sys.executable, "-m", "scfm.cli", "distill", *flags(prompts, tmp_path / "broken", **settings)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    first = tmp_path / "broken/checkpoints/000002"
+    deadline = time.time() + 240
+    while not first.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(.02)
+    os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
+    process.wait()
+    assert first.exists() or list((tmp_path / "broken/checkpoints").glob("[0-9]*"))
+    assert main(["distill", *flags(prompts, tmp_path / "broken", **settings)]) == 0
+    for name in ("student", "fast", "slow"):
+        a, b = (load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors") for run in ("whole", "broken"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_pictures_resume_and_pair_with_their_captions(flux, tmp_path):
+    folder = tmp_path / "pictures"
+    make_pictures(flux, CAPTIONS, folder, 2, GUIDANCE, progress=False)
+    whole = (folder / "00002.png").read_bytes()
+    (folder / "00002.png").unlink()
+    make_pictures(flux, CAPTIONS, folder, 2, GUIDANCE, batch=1, progress=False)
+    assert (folder / "00002.png").read_bytes() == whole  # the same picture in another batch
+    assert [c for _, c in read_folder(folder)] == CAPTIONS
+    with pytest.raises(ValueError, match="other captions or settings"):
+        make_pictures(flux, CAPTIONS, folder, 3, GUIDANCE, progress=False)
+    data = encode_folder(flux, folder, tmp_path / "cache.safetensors", progress=False)
+    for i, caption in enumerate(CAPTIONS):
+        torch.testing.assert_close(data["pooled"][data["caption"][i]], flux.encode_text([caption])["pooled"][0])
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"pipeline": "nowhere"}, "no pipeline in nowhere"),
+    ({"pipeline": ""}, "--pipeline"),
+    ({"prompts": "nowhere.txt"}, "no captions at nowhere.txt"),
+    ({"prompts": ""}, "--prompts"),
+    ({"pictures": "x"}, "either --prompts"),
+    ({"height": 30}, "multiples of 4"),
+    ({"rank": 0}, "rank"),
+    ({"updates": 0}, "updates"),
+    ({"lr": -1}, "lr"),
+    ({"precision": "fp8"}, "fp32, bf16"),
+    ({"algorithm": "triple"}, "dual"),
+    ({"teacher_share": 1.5}, "teacher_share"),
+    ({"guidance": "7,0"}, "guidance"),
+    ({"student_steps": "0,3"}, "student_steps"),
+])
+def test_bad_input_is_one_line_and_code_2(prompts, tmp_path, capsys, change, message):
+    assert main(["distill", *flags(prompts, tmp_path / "run", **change)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("scfm distill: ") and message in said
+
+
+def test_a_folder_of_another_run_is_refused(prompts, tmp_path, capsys):
+    main(["distill", *flags(prompts, tmp_path / "run", preview_every=0)])
+    assert main(["distill", *flags(prompts, tmp_path / "run", rank=3)]) == 2
+    assert "another rank" in capsys.readouterr().err
+
+
+def test_broken_picture_folders_are_named(flux, tmp_path):
+    with pytest.raises(FileNotFoundError, match="metadata.jsonl"):
+        read_folder(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red star"}\n')
+    with pytest.raises(FileNotFoundError, match="line 1: no picture a.png"):
+        read_folder(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="a.png does not open"):
+        encode_folder(flux, tmp_path, tmp_path / "cache.safetensors", progress=False)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+    with pytest.raises(ValueError, match="line 1: needs file_name and text"):
+        read_folder(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n# nothing\n")
+    with pytest.raises(ValueError, match="holds no caption"):
+        read_prompts(tmp_path / "empty.txt")
+
+
+def test_unknown_pipelines_are_refused_by_name(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ValueError, match="StableDiffusionPipeline"):
+        family_of(tmp_path)
+    assert load_pipeline(FLUX, torch.float32)[1] is Flux and issubclass(Flux.pipeline_class, FluxPipeline)
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, f in RunConfig.__dataclass_fields__.items():
+        assert f"--{name}" in text and f.metadata["help"], name

@@ -1,0 +1,149 @@
+"""`scfm demo`: distil the tiny Flux now, and set the result beside its teacher and beside the LoRA of a longer run.
+
+Everything comes from the repository: the pipeline, its captions and the carried LoRA. The live run is the same code as
+`scfm distill`, cut to what minutes allow.
+"""
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from scfm.ema import shorten
+from toy.judge import STOCK, Entry, Judge, SHIFTS, table
+from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS
+
+PROMPTS = WEIGHTS / "prompts.txt"
+CARRIED = WEIGHTS / "lora"
+
+
+def main(argv=None):
+    args = parse(argv)
+    start, out = time.time(), Path(args.out)
+    from scfm.run import Run  # heavy: diffusers, transformers, peft
+    live = out / "live"
+    shutil.rmtree(live, ignore_errors=True)  # a demo starts from nothing
+    out.mkdir(parents=True, exist_ok=True)
+
+    print(f"1/3  live distillation of {FLUX.name}: at most {args.seconds} s, {args.updates} updates", flush=True)
+    config = live_config(live, args.updates)
+    print(f"     (EMA decays {config.fast_decay:.3f} and {config.slow_decay:.3f}: scaled to the short run from "
+          ".99 and .999)", flush=True)
+    run = Run(config)
+    deadline = time.time() + args.seconds
+    run.train(keep_going=lambda: time.time() < deadline)
+    live_choice = run.finish()
+
+    print(f"2/3  judging on {args.captions} captions of pairs that no training picture showed", flush=True)
+    record, judge = compare(run, live_choice, args.captions)
+    print("\n" + table(record["entries"]) + "\n\n" + explain(record), flush=True)
+
+    print("3/3  writing", out / "comparison.png", "and", out / "results.json")
+    draw_comparison(run, live_choice, judge, out / "comparison.png")
+    record["seconds_in_all"] = round(time.time() - start)
+    write(out / "results.json", record)
+    print(f"     done in {record['seconds_in_all']} s")
+    return 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="scfm demo", description=__doc__,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", default="runs/demo", help="folder of comparison.png and results.json")
+    parser.add_argument("--updates", type=int, default=300, help="updates of the live run, at most")
+    parser.add_argument("--seconds", type=int, default=100, help="seconds of the live run, at most")
+    parser.add_argument("--captions", type=int, default=128, help="captions on which all are judged")
+    args = parser.parse_args(argv)
+    for name in ("updates", "seconds", "captions"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}: give 1 or more")
+    return args
+
+
+def live_config(out, updates):
+    """The tiny recipe (`toy/distill_flux.sh`), with the memories of the EMAs scaled to the number of updates."""
+    from scfm.run import RunConfig
+    return RunConfig(pipeline=str(FLUX), prompts=str(PROMPTS), out=str(out), height=32, width=32, max_tokens=TOKENS,
+                     rank=16, lr=1e-3, batch=32, updates=updates, fast_decay=shorten(.99, updates),
+                     slow_decay=shorten(.999, updates), teacher_guidance=GUIDANCE, sample_shift=STOCK,
+                     checkpoint_every=100, preview_every=100)
+
+
+def compare(run, live_choice, captions):
+    """Judges the teacher, the live student and the carried LoRA by one protocol."""
+    family, speakers = run.family, run.speakers
+    judge = Judge(family, captions)
+    judge.set_goal(speakers.teacher)
+    carried = carried_field(run)
+    entries = [Entry("teacher", speakers.teacher, SHIFTS),
+               Entry(f"live student ({live_choice['updates']} updates)",
+                     getattr(speakers, live_choice["ships"]), (STOCK,)),
+               Entry("carried LoRA (longer run)", carried, (STOCK,))]
+    record = {"captions": captions, "seeds": 1, "guidance": GUIDANCE, "goal": "teacher, 32 steps, shift 3",
+              "reference": "4000 drawings of held-out pairs", "frechet_floor": judge.floor(),
+              "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
+              "live": live_choice, "entries": judge.record(entries)}
+    return record, judge
+
+
+def carried_field(run):
+    """The LoRA of the repository as a field, through the stock loader, on a pipeline of its own."""
+    from toy.pipelines import load_flux
+    pipe = load_flux()
+    pipe.load_lora_weights(str(CARRIED))
+    return lambda x, t, cond: run.family.velocity(pipe.transformer, x, t, cond)
+
+
+def explain(record):
+    return ("prompt acc.: share of the attributes named by the caption that a classifier sees (higher is better)\n"
+            f"Frechet: distance on that classifier's features to drawings, not FID; {record['captions']} fresh drawings "
+            f"score {record['frechet_floor']:.3f} (lower is better)\n"
+            "endpoint: root mean square distance, in latents, to the teacher's 32-step endpoint from the same noise\n"
+            "best shift per column: each column at whichever of the shifts "
+            f"{', '.join(f'{s:g}' for s in SHIFTS)} is best for it")
+
+
+def draw_comparison(run, live_choice, judge, path, columns=12):
+    """Rows of samplers, columns of captions; the noise of a column is the same in every row."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    speakers = run.speakers
+    student = getattr(speakers, live_choice["ships"])
+    carried = carried_field(run)
+    rows = [("teacher, 32 steps", speakers.teacher, 32), ("teacher, 3 steps", speakers.teacher, 3),
+            ("teacher, 4 steps", speakers.teacher, 4), ("live student, 3 steps", student, 3),
+            ("live student, 4 steps", student, 4), ("carried LoRA, 3 steps", carried, 3),
+            ("carried LoRA, 4 steps", carried, 4)]
+    figure, axes = plt.subplots(len(rows), columns, figsize=(columns + 1.6, len(rows) + .9))
+    for line, (name, field, steps) in zip(axes, rows):
+        pictures = run.family.decode(judge.endpoints(field, steps, STOCK, columns))
+        for ax, picture in zip(line, pictures):
+            ax.imshow((picture.permute(1, 2, 0).numpy() + 1) / 2, interpolation="nearest")
+            ax.set_xticks([]), ax.set_yticks([])
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    for ax, caption in zip(axes[0], judge.captions.text):
+        ax.set_title(fold(caption), fontsize=6.5)
+    figure.tight_layout(pad=.3)
+    figure.savefig(str(path) + ".new", dpi=90, format="png")
+    plt.close(figure)
+    os.replace(str(path) + ".new", path)
+
+
+def fold(caption, width=16):
+    import textwrap
+    return "\n".join(textwrap.wrap(caption, width))
+
+
+def write(path, record):
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(record, indent=1))
+    os.replace(new, path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
