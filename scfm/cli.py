@@ -1,9 +1,11 @@
 """The command line: `scfm COMMAND --help` explains each command. Heavy imports happen only in the command that runs."""
 import argparse
 import importlib
+import json
 import signal
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
+from pathlib import Path
 
 COMMANDS = {
     "demo": ("toy.demo:main", "distil the tiny Flux that the repository carries, and compare (5 minutes on 2 cores)"),
@@ -38,8 +40,11 @@ def distill(argv):
         description="Self-distil a pre-trained flow-matching pipeline into a 3 to 8 step one. The defaults are the "
                     "published recipe for FLUX.1-dev; the result, OUT/pytorch_lora_weights.safetensors, loads in a "
                     "stock pipeline with load_lora_weights. Run the same command again to resume after a kill.")
+    parser.add_argument("--config", metavar="FILE", help="JSON file of the settings below, such as the config.json "
+                        "that every run writes; flags override it")
     add_options(parser, RunConfig)
-    config = RunConfig(**vars(parser.parse_args(argv)))
+    settings = vars(from_file(parser, argv).parse_args(argv))
+    config = RunConfig(**{k: v for k, v in settings.items() if k != "config"})
     config.check()
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # finish the update, save, leave
@@ -51,11 +56,34 @@ def distill(argv):
     return 0
 
 
+def from_file(parser, argv):
+    """The parser with the settings of --config as its defaults. Unknown settings raise ValueError."""
+    path = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    path.add_argument("--config")
+    path = path.parse_known_args(argv)[0].config
+    if path:
+        told = read_settings(path)
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(told) - known)
+        if unknown:
+            raise ValueError(f"{path} has settings that do not exist: {', '.join(unknown)} (see --help)")
+        parser.set_defaults(**told)
+    return parser
+
+
+def read_settings(path):
+    """A JSON object of settings, lists as tuples. FileNotFoundError or ValueError when it cannot be read."""
+    try:
+        told = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+
+
 def add_options(parser, settings):
     """A flag for each field of a dataclass; its help sentence and default come from the field."""
     for f in fields(settings):
-        default = None if f.default is MISSING else f.default
-        help = f.metadata.get("help", "")
+        default, help = f.default, f.metadata["help"]
         if isinstance(default, bool):
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=default, help=help)
         else:

@@ -147,9 +147,10 @@ def test_pictures_resume_and_pair_with_their_captions(flux, tmp_path):
     ({"student_steps": "0,3"}, "student_steps"),
 ])
 def test_bad_input_is_one_line_and_code_2(prompts, tmp_path, capsys, change, message):
-    assert main(["distill", *flags(prompts, tmp_path / "run", **change)]) == 2
+    assert main(["distill", *flags(**{"prompts": prompts, "out": tmp_path / "run", **change})]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("scfm distill: ") and message in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_folder_of_another_run_is_refused(prompts, tmp_path, capsys):

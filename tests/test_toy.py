@@ -81,7 +81,7 @@ def test_plane_sets_and_the_exact_field():
     data, noise = mixture.sample(n, seeded()), torch.randn(n, 2, generator=seeded(1))
     t = .6
     x = (1 - t) * data + t * noise
-    cell = (x - torch.tensor([.5, .3])).norm(dim=1) < .05  # E[noise - data | x_t near a point], by counting
+    cell = (x - torch.tensor([.5, .3])).norm(dim=1) < .3  # E[noise - data | x_t near a point], by counting
     counted = (noise - data)[cell].mean(0)
     exact = mixture.field(x[cell], torch.full((int(cell.sum()),), t)).mean(0)
-    assert (counted - exact).norm() < .06
+    assert int(cell.sum()) > 5000 and (counted - exact).norm() < .05

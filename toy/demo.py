@@ -13,12 +13,14 @@ from pathlib import Path
 
 import torch
 
+from scfm.cli import read_settings
 from scfm.ema import shorten
 from toy.judge import STOCK, Entry, Judge, SHIFTS, table
-from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS
+from toy.pipelines import FLUX, GUIDANCE, WEIGHTS
 
 PROMPTS = WEIGHTS / "prompts.txt"
 CARRIED = WEIGHTS / "lora"
+RECIPE = CARRIED / "config.json"
 
 
 def main(argv=None):
@@ -65,12 +67,10 @@ def parse(argv):
 
 
 def live_config(out, updates):
-    """The tiny recipe (`toy/distill_flux.sh`), with the memories of the EMAs scaled to the number of updates."""
+    """The recipe of the carried LoRA, with the memories of the EMAs scaled to the number of updates."""
     from scfm.run import RunConfig
-    return RunConfig(pipeline=str(FLUX), prompts=str(PROMPTS), out=str(out), height=32, width=32, max_tokens=TOKENS,
-                     rank=16, lr=1e-3, batch=32, updates=updates, fast_decay=shorten(.99, updates),
-                     slow_decay=shorten(.999, updates), teacher_guidance=GUIDANCE, sample_shift=STOCK,
-                     checkpoint_every=100, preview_every=100)
+    return RunConfig(**{**read_settings(RECIPE), "pipeline": str(FLUX), "prompts": str(PROMPTS), "out": str(out),
+                        "updates": updates, "fast_decay": shorten(.99, updates), "slow_decay": shorten(.999, updates)})
 
 
 def compare(run, live_choice, captions):

@@ -1,0 +1,40 @@
+# Everything runs in .venv, which the first call makes. Needs GNU make, git and Python 3.10 or newer.
+# make PYTHON=/path/to/python3.12 demo    another Python;    make test ARGS="-k ema"    some of the tests
+
+READY := .venv/.ready
+ARGS  ?=
+
+.PHONY: help demo test export hooks clean
+
+help:
+	@echo "make demo    distil the tiny Flux of this repository and compare it with its teacher (about 5 minutes)"
+	@echo "make test    every test, every notebook from top to bottom"
+	@echo "make export  clean the notebooks and write scfm/*.py from them"
+	@echo "make hooks   git merges notebooks cell by cell (the set-up has done this already)"
+	@echo "make clean   remove caches; .venv and runs stay"
+
+demo: $(READY)
+	@.venv/bin/scfm demo $(ARGS)
+
+test: $(READY)
+	@.venv/bin/python -m pytest tests $(ARGS)
+
+export: $(READY)
+	@.venv/bin/nbdev_clean
+	@.venv/bin/nbdev_export
+
+hooks: $(READY)
+	@.ci/hooks
+
+clean:
+	rm -rf _proc build dist .pytest_cache .hypothesis .ruff_cache nbs/.last_checked
+	find bench nbs scfm tests toy -name __pycache__ -prune -exec rm -rf {} +
+	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
+
+# The stamp holds the folder's path: an environment that was moved or copied points elsewhere, and is made again.
+ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(READY)
+endif
+
+$(READY): settings.ini setup.py
+	@PYTHON="$(PYTHON)" .ci/setup
