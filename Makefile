@@ -22,6 +22,7 @@ test: $(READY)
 export: $(READY)
 	@.venv/bin/nbdev_clean
 	@.venv/bin/nbdev_export
+	@echo "notebooks cleaned, scfm/*.py written from them"
 
 hooks: $(READY)
 	@.ci/hooks

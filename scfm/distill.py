@@ -10,12 +10,14 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
+
 from .consistency import CAST, draw_jumps, keyed_generator, scfm_loss
 from .ema import FastSlow
 
-# %% ../nbs/03_distill.ipynb #c03
+# %% ../nbs/03_distill.ipynb #c05
 def option(default, help):
     """A dataclass field with a default and one sentence of help, which the command line prints."""
     return field(default=default, metadata={"help": help})
@@ -48,7 +50,7 @@ class DistillConfig:
                     continue
             raise ValueError(f"{name}={getattr(self, name)!r}: {mend}")
 
-# %% ../nbs/03_distill.ipynb #c04
+# %% ../nbs/03_distill.ipynb #c06
 def whole(value, least):
     """True for an int of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -75,7 +77,7 @@ RULES = [
     ("seed", lambda c: whole(c.seed, 0), "a whole number of at least 0"),
 ]
 
-# %% ../nbs/03_distill.ipynb #c05
+# %% ../nbs/03_distill.ipynb #c10
 class FullSpeakers:
     """Four speakers as four full networks: the teacher is `network` itself, which gets frozen; the others start as copies.
 
@@ -86,8 +88,7 @@ class FullSpeakers:
         self.networks = {"teacher": network, **{name: copy.deepcopy(network) for name in ("student", "fast", "slow")}}
         for name, module in self.networks.items():
             module.requires_grad_(name == "student")
-            if name != "student":
-                module.eval()                          # no dropout in what targets are made of
+            module.train(module.training and name == "student")          # no dropout in what targets are made of
             setattr(self, name, self.field(name))
 
     def field(self, name):
@@ -101,7 +102,7 @@ class FullSpeakers:
         """The tensors of one speaker, as a list."""
         return list(self.networks[name].parameters())
 
-# %% ../nbs/03_distill.ipynb #c06
+# %% ../nbs/03_distill.ipynb #c13
 def draw_update(config, update, rows, shape, dtype=torch.float32, part=(0, 1)):
     """Noise (n, *shape) and `Jumps` of the n rows that belong to `part` = (index, count) of update number `update`.
 
@@ -118,7 +119,7 @@ def draw_update(config, update, rows, shape, dtype=torch.float32, part=(0, 1)):
     mine = slice(index * rows // count, (index + 1) * rows // count)
     return noise[mine], jumps.rows(mine)
 
-# %% ../nbs/03_distill.ipynb #c07
+# %% ../nbs/03_distill.ipynb #c16
 def make_optimizer(speakers, config):
     """AdamW on the student's tensors and its learning-rate schedule: (optimizer, scheduler), scheduler stepped per update."""
     optimizer = torch.optim.AdamW(speakers.parameters("student"), lr=config.lr, weight_decay=config.weight_decay)
@@ -131,7 +132,7 @@ def make_emas(speakers, config):
     return FastSlow(*(speakers.parameters(name) for name in ("fast", "slow", "student")),
                     config.fast_decay, config.slow_decay, config.restart_every)
 
-# %% ../nbs/03_distill.ipynb #c08
+# %% ../nbs/03_distill.ipynb #c18
 class Update(NamedTuple):
     """What one update reports. losses: (B,) per row, detached; jumps: the `Jumps`; norm: gradient norm before clipping."""
     losses: torch.Tensor
@@ -156,7 +157,7 @@ def one_update(speakers, emas, optimizer, data, noise, jumps, config, cond=None,
     emas.update()
     return Update(losses.detach(), jumps, norm)
 
-# %% ../nbs/03_distill.ipynb #c09
+# %% ../nbs/03_distill.ipynb #c21
 class TimeBins:
     """Running mean of the loss in bins of t1, each row counting `momentum`**age; one number for all times says nothing."""
     def __init__(self, bins=10, momentum=.98):
@@ -174,9 +175,9 @@ class TimeBins:
         return self.total / self.count
 
     def __str__(self):
-        return "loss, t1 0 to 1: " + " ".join("-" if v != v else f"{v:.2g}" for v in self.values.tolist())
+        return "loss, t1 0 to 1: " + " ".join("-" if math.isnan(v) else f"{v:.2g}" for v in self.values.tolist())
 
-# %% ../nbs/03_distill.ipynb #c10
+# %% ../nbs/03_distill.ipynb #c24
 def distill(speakers, batch_of, config, on_update=None, progress=True):
     """The plain loop, one process. Returns the speakers, of which the student, the fast and the slow have changed.
 

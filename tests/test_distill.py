@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.consistency import draw_jumps, keyed_generator, scfm_loss
+from scfm.consistency import keyed_generator, scfm_loss
 from scfm.distill import (DistillConfig, FullSpeakers, TimeBins, distill, draw_update, make_emas, make_optimizer, one_update)
 
 
@@ -205,6 +205,7 @@ def test_speakers_start_equal_and_only_the_student_carries_a_gradient():
     assert speakers.parameters("student") == []
     speakers = FullSpeakers(Net())
     x, t = torch.randn(4, 2), torch.rand(4)
+    assert [name for name, network in speakers.networks.items() if network.training] == ["student"]
     said = {name: getattr(speakers, name)(x, t) for name in speakers.networks}
     assert all(torch.equal(v, said["teacher"]) for v in said.values())
     assert {name for name, v in said.items() if v.requires_grad} == {"student"}

@@ -32,7 +32,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
 
     print(f"1/3  live distillation of {FLUX.name}: at most {args.seconds} s, {args.updates} updates", flush=True)
-    config = live_config(live, args.updates)
+    config = live_config(live, args.updates, args.prompts)
     print(f"     (EMA decays {config.fast_decay:.3f} and {config.slow_decay:.3f}: scaled to the short run from "
           ".99 and .999)", flush=True)
     run = Run(config)
@@ -58,6 +58,7 @@ def parse(argv):
     parser.add_argument("--out", default="runs/demo", help="folder of comparison.png and results.json")
     parser.add_argument("--updates", type=int, default=300, help="updates of the live run, at most")
     parser.add_argument("--seconds", type=int, default=100, help="seconds of the live run, at most")
+    parser.add_argument("--prompts", default=str(PROMPTS), help="captions that the teacher paints for the live run")
     parser.add_argument("--captions", type=int, default=128, help="captions on which all are judged")
     args = parser.parse_args(argv)
     for name in ("updates", "seconds", "captions"):
@@ -66,10 +67,10 @@ def parse(argv):
     return args
 
 
-def live_config(out, updates):
+def live_config(out, updates, prompts=PROMPTS):
     """The recipe of the carried LoRA, with the memories of the EMAs scaled to the number of updates."""
     from scfm.run import RunConfig
-    return RunConfig(**{**read_settings(RECIPE), "pipeline": str(FLUX), "prompts": str(PROMPTS), "out": str(out),
+    return RunConfig(**{**read_settings(RECIPE), "pipeline": str(FLUX), "prompts": str(prompts), "out": str(out),
                         "updates": updates, "fast_decay": shorten(.99, updates), "slow_decay": shorten(.999, updates)})
 
 

@@ -75,8 +75,11 @@ def name_attributes(colour, shape, size=None, place=None):
     return [ATTRIBUTES[a].index(said[a]) if said[a] else -1 for a in ATTRIBUTES]
 
 
-def draw_pictures(captions, generator):
+def draw_pictures(captions, generator, anywhere=False):
     """Pictures that obey the captions and leave the rest to chance.
+
+    Figures stand near one of nine places, almost upright; with `anywhere` they stand and tilt freely (harder to
+    learn: the flow's first stage, the VAE and the reader see these).
 
     Returns `images` (n, 3, 32, 32) in [-1, 1] and `truth` (n, 5), every attribute of the main figure, named or not.
     """
@@ -87,21 +90,26 @@ def draw_pictures(captions, generator):
     size = fill(named[:, 2], 2)
     low, high = torch.tensor(list(SIZES.values()))[size].T
     radius = low + (high - low) * uniform(0, 1)
-    centre = torch.stack([_place(named[:, 3], radius, uniform(0, 1)), _place(named[:, 4], radius, uniform(0, 1))], 1)
+    centre = torch.stack([_place(named[:, 3], radius, uniform(0, 1), anywhere),
+                          _place(named[:, 4], radius, uniform(0, 1), anywhere)], 1)
     colour, shape = named[:, 0], named[:, 1]
     paint = (torch.tensor(list(COLOURS.values()))[colour] + uniform(-.04, .04, 3)).clamp(0, 1)
 
     picture = _background(n, generator)
     picture = _companion(picture, centre, radius, colour, uniform, generator)
-    picture = _paint(picture, _cover(shape, centre, radius, uniform(-.25, .25)), paint)
+    tilt = uniform(-.25, .25) * (1 if anywhere else .3)
+    picture = _paint(picture, _cover(shape, centre, radius, tilt), paint)
     truth = torch.stack([colour, shape, size, (centre[:, 0] > SIDE / 2).long(), (centre[:, 1] > SIDE / 2).long()], 1)
     return picture * 2 - 1, truth
 
 
-def _place(named, radius, u):
+def _place(named, radius, u, anywhere):
     """A coordinate that keeps the figure inside; the outer 30 % of its range where the caption names the side."""
     low, span = radius + .5, SIDE - 2 * radius - 1
     u = torch.where(named == 0, .3 * u, torch.where(named == 1, 1 - .3 * u, u))
+    if not anywhere:  # left, middle or right (top, middle or bottom), give or take a little
+        third = (3 * u).floor().clamp(max=2)
+        u = .12 + .38 * third + .08 * (3 * u - third - .5)
     return low + span * u
 
 

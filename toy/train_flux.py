@@ -1,12 +1,13 @@
 """How the carried FluxPipeline and the attribute reader were trained:  python -m toy.train_flux --out runs/flux
 
-Five stages on the CPU, each resumable after a kill, random numbers keyed by stage and update:
+Six stages on the CPU, each resumable after a kill, random numbers keyed by stage and update:
 
     reader    3,000 updates on drawings of all colour-shape pairs
     text        800 updates: CLIP and T5 learn to say which attributes a caption names (no pictures)
     vae       2,500 updates of reconstruction
-    flow     10,500 updates of flow matching, one caption in ten left empty
-    guide       900 updates of guidance distillation: the embedded guidance scale g learns V0 + g (V - V0)
+    flow      4,000 updates of flow matching on figures anywhere, one caption in ten left empty
+    settle    4,500 updates more on figures at nine places, the world in which the pipeline is used
+    guide       600 updates of guidance distillation: the embedded guidance scale g learns V0 + g (V - V0)
 
 The text encoders read captions of every pair, as real ones have read every word; the flow never sees a picture of
 a held-out pair.
@@ -28,7 +29,8 @@ from toy.pipelines import TOKENS, WIDTH, build_flux, save_flux
 from toy.reader import Reader
 from toy.shapes import ATTRIBUTES, SIDE, draw_captions, draw_pictures
 
-UPDATES = {"reader": 3000, "text": 800, "vae": 2500, "flow": 10500, "guide": 900}
+UPDATES = {"reader": 3000, "text": 800, "vae": 2500, "flow": 4000, "settle": 4500, "guide": 600}
+STREAMS = {"reader": 0, "text": 1, "vae": 2, "flow": 3, "guide": 4, "settle": 5}  # of random numbers
 SHIFT = 2.0   # of the times at which the flow is trained
 
 
@@ -50,10 +52,12 @@ def main():
     if args.only:
         return
     scale_latents(pipe.vae)
-    pool = latent_pool(pipe, out, args.pool)
+    pool = latent_pool(pipe, out / "anywhere.safetensors", args.pool, anywhere=True)
     flow = pipe.transformer
     forward = torch.compile(flow) if args.compile else flow
-    fit("flow", flow, flow_loss(forward, pipe, pool), out, lr=1e-3)
+    fit("flow", flow, flow_loss(forward, pipe, pool), out, lr=1e-3, decay=0)
+    pool = latent_pool(pipe, out / "places.safetensors", args.pool // 2, anywhere=False)
+    fit("settle", flow, flow_loss(forward, pipe, pool), out, lr=1e-3, decay=.6)
     teacher = copy.deepcopy(flow).requires_grad_(False)
     teacher_forward = torch.compile(teacher) if args.compile else teacher
     fit("guide", flow, guide_loss(forward, teacher_forward, pipe, pool), out, lr=3e-4)
@@ -77,8 +81,8 @@ def parse():
 
 # ---------------------------------------------------------------- one loop for all stages
 
-def fit(stage, model, loss_of, out, lr, ema_decay=.999, every=500):
-    """Adam, warm-up, constant rate, linear to zero over the last quarter; the average of the weights is what stays.
+def fit(stage, model, loss_of, out, lr, ema_decay=.999, every=500, decay=.25):
+    """Adam, warm-up, constant rate, linear to zero over the share `decay` at the end; the average of the weights stays.
 
     `loss_of(generator)` draws a batch and returns its loss. The state is written every `every` updates under a
     temporary name and renamed, so that a kill costs at most that many updates.
@@ -87,13 +91,13 @@ def fit(stage, model, loss_of, out, lr, ema_decay=.999, every=500):
     weights = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in weights]
     adam = torch.optim.AdamW(weights, lr=lr, betas=(.9, .99), weight_decay=1e-3, foreach=True)
-    rate = lambda u: min(1, (u + 1) / 200, max(1e-3, (updates - u) / (.25 * updates)))
+    rate = lambda u: min(1, (u + 1) / 200, max(1e-3, (updates - u) / (decay * updates)) if decay else 1)
     first, spent = restore(path, weights, average, adam)
     start = time.time()
     bar = tqdm(range(first, updates), initial=first, total=updates, desc=stage, mininterval=10)
     smooth = None
     for update in bar:
-        generator = torch.Generator().manual_seed(1_000_003 * list(UPDATES).index(stage) + update)
+        generator = torch.Generator().manual_seed(1_000_003 * STREAMS[stage] + update)
         for group in adam.param_groups:
             group["lr"] = lr * rate(update)
         loss = loss_of(generator)
@@ -154,7 +158,7 @@ def any_captions(n, generator):
 
 def reader_loss(reader):
     def loss(generator):
-        pictures, truth = draw_pictures(any_captions(96, generator), generator)
+        pictures, truth = draw_pictures(any_captions(96, generator), generator, anywhere=True)
         noise = .1 * torch.rand(96, 1, 1, 1, generator=generator) * torch.randn(pictures.shape, generator=generator)
         return reader.loss(pictures + noise, truth)
     return loss
@@ -194,7 +198,7 @@ def text_loss(model):
 
 def vae_loss(vae):
     def loss(generator):
-        pictures, _ = draw_pictures(draw_captions(24, generator), generator)
+        pictures, _ = draw_pictures(draw_captions(24, generator), generator, anywhere=True)
         posterior = vae.encode(pictures).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         made = vae.decode(latents).sample
@@ -206,21 +210,20 @@ def vae_loss(vae):
 def scale_latents(vae):
     """Sets the VAE's shift and scaling factor so that latents have mean 0 and deviation 1."""
     generator = torch.Generator().manual_seed(7)
-    latents = vae.encode(draw_pictures(draw_captions(2000, generator), generator)[0]).latent_dist.mean
+    latents = vae.encode(draw_pictures(draw_captions(2000, generator), generator, anywhere=True)[0]).latent_dist.mean
     vae.register_to_config(shift_factor=round(latents.mean().item(), 4),
                            scaling_factor=round(1 / latents.std().item(), 4))
 
 
 @torch.no_grad()
-def latent_pool(pipe, out, size):
+def latent_pool(pipe, path, size, anywhere):
     """Drawings of training pairs as packed latents (n, 64, 16) in bf16, with the embeddings of every caption."""
-    path = out / "pool.safetensors"
     if not path.is_file():
         generator = torch.Generator().manual_seed(11)
         latents, text = [], []
         for _ in tqdm(range(size // 1024), desc="drawing"):
             captions = draw_captions(1024, generator)
-            z = pipe.vae.encode(draw_pictures(captions, generator)[0]).latent_dist.mean
+            z = pipe.vae.encode(draw_pictures(captions, generator, anywhere)[0]).latent_dist.mean
             z = (z - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
             latents.append(pipe._pack_latents(z, *z.shape).bfloat16())
             text += captions.text
