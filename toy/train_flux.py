@@ -114,8 +114,7 @@ def fit(stage, model, loss_of, out, lr, ema_decay=.999, every=500, decay=.25):
     with torch.no_grad():
         for p, a in zip(weights, average):
             p.copy_(a)
-    if first < updates:
-        note_cost(out, stage, updates, spent + time.time() - start)
+    note_cost(out, stage, updates, spent + (time.time() - start if first < updates else 0))
 
 
 def keep(path, update, spent, weights, average, adam):
