@@ -4,9 +4,10 @@
 __all__ = ['ADAPTERS', 'WEIGHT_NAME', 'attach', 'copy_of', 'adapter_parameters', 'copy_adapter', 'LoraSpeakers', 'save_lora',
            'header', 'adapter_state', 'load_adapter_state']
 
-# %% ../nbs/20_lora.ipynb #c02
+# %% ../nbs/20_lora.ipynb #c03
 import os
 import tempfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-# %% ../nbs/20_lora.ipynb #c07
+# %% ../nbs/20_lora.ipynb #c08
 ADAPTERS = ("student", "fast", "slow")
 
 
@@ -32,8 +33,10 @@ def attach(transformer, targets, rank, alpha=None):
         raise ValueError(f"rank is {rank}: give 1 or more")
     transformer.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets), init_lora_weights=True)
-    for name in ADAPTERS:
-        transformer.add_adapter(copy_of(config), adapter_name=name)
+    with warnings.catch_warnings():  # PEFT warns of a second adapter on a model; here it is the point
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        for name in ADAPTERS:
+            transformer.add_adapter(copy_of(config), adapter_name=name)
     for name in ADAPTERS:
         for weight in adapter_parameters(transformer, name):
             weight.data = weight.data.float()
@@ -57,7 +60,7 @@ def adapter_parameters(transformer, name):
 def copy_adapter(transformer, source, target):
     torch._foreach_copy_(adapter_parameters(transformer, target), adapter_parameters(transformer, source))
 
-# %% ../nbs/20_lora.ipynb #c12
+# %% ../nbs/20_lora.ipynb #c13
 class LoraSpeakers:
     """Teacher, student, fast and slow EMA as one frozen base with three adapters.
 
@@ -108,7 +111,7 @@ class LoraSpeakers:
             self.transformer.enable_adapters()
             self.transformer.set_adapter("student")
 
-# %% ../nbs/20_lora.ipynb #c20
+# %% ../nbs/20_lora.ipynb #c21
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 
 

@@ -4,7 +4,7 @@
 __all__ = ['DTYPES', 'MAY_CHANGE', 'RunConfig', 'rows_of_update', 'batch_of', 'Run', 'endpoints', 'captions_of',
            'judged_captions', 'preview', 'save_state', 'latest', 'resume', 'begin_folder', 'finish', 'distill_pipeline']
 
-# %% ../nbs/23_run.ipynb #c02
+# %% ../nbs/23_run.ipynb #c03
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .consistency import keyed_generator
 from .distill import DistillConfig, TimeBins, draw_update, make_emas, make_optimizer, one_update, option
@@ -24,7 +24,7 @@ from .lora import ADAPTERS, LoraSpeakers, adapter_state, load_adapter_state, sav
 from .metrics import endpoint_distance
 from .teacher_data import encode_folder, make_pictures, on_device, read_folder, read_prompts, start_noise, teacher_endpoints
 
-# %% ../nbs/23_run.ipynb #c05
+# %% ../nbs/23_run.ipynb #c06
 @dataclass
 class RunConfig(DistillConfig):
     """Everything that one `scfm distill` needs to know; the defaults are for FLUX.1-dev at 512 px."""
@@ -68,7 +68,7 @@ class RunConfig(DistillConfig):
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# %% ../nbs/23_run.ipynb #c07
+# %% ../nbs/23_run.ipynb #c08
 def rows_of_update(update, batch, pictures, seed):
     """(batch,) indices into `pictures` pictures: every picture once an epoch, in an order keyed by seed and epoch."""
     place = torch.arange(update * batch, (update + 1) * batch)
@@ -88,7 +88,7 @@ def batch_of(config, update, data, part=(0, 1)):
     cond = {k: v[caption] for k, v in data.items() if k not in ("latents", "caption")}
     return data["latents"][rows[mine]].float(), {**cond, "guidance": scales[mine]}
 
-# %% ../nbs/23_run.ipynb #c10
+# %% ../nbs/23_run.ipynb #c11
 class Run:
     """One distillation of a pipeline: prepare, train, judge, save. Everything it writes lies under config.out."""
 
@@ -155,7 +155,7 @@ class Run:
         self.update += 1
         return report
 
-# %% ../nbs/23_run.ipynb #c12
+# %% ../nbs/23_run.ipynb #c13
 def endpoints(run, name, captions, noise, steps):
     """Latents that the speaker `name` of the run reaches from `noise` in `steps` Euler steps at config.sample_shift."""
     config = run.config
@@ -188,7 +188,7 @@ def preview(run, count=8):
 
 Run.preview = preview
 
-# %% ../nbs/23_run.ipynb #c14
+# %% ../nbs/23_run.ipynb #c15
 def save_state(run, keep=2):
     """Writes out/checkpoints/UPDATE and removes all but the newest `keep`."""
     folder = run.out / "checkpoints"
@@ -242,7 +242,7 @@ MAY_CHANGE = ("updates", "out", "checkpoint_every", "preview_every", "judge", "s
 
 Run.save_state, Run.resume = save_state, resume
 
-# %% ../nbs/23_run.ipynb #c16
+# %% ../nbs/23_run.ipynb #c17
 @torch.no_grad()
 def finish(run):
     """Saves all three adapters, compares them at config.student_steps, puts the best on top; returns the record."""

@@ -4,7 +4,7 @@
 __all__ = ['read_prompts', 'start_noise', 'teacher_endpoints', 'on_device', 'make_pictures', 'begin', 'read_folder',
            'read_picture', 'cache_key', 'encode_folder']
 
-# %% ../nbs/22_teacher_data.ipynb #c02
+# %% ../nbs/22_teacher_data.ipynb #c03
 import hashlib
 import json
 import os
@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, safe_open, save_file
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .consistency import keyed_generator
 from .flow import sample, time_grid
 
-# %% ../nbs/22_teacher_data.ipynb #c05
+# %% ../nbs/22_teacher_data.ipynb #c06
 def read_prompts(path):
     """The captions of a text file, one a line. Raises FileNotFoundError, or ValueError when there is none in it."""
     path = Path(path)
@@ -31,7 +31,7 @@ def read_prompts(path):
         raise ValueError(f"{path} holds no caption: write one a line")
     return captions
 
-# %% ../nbs/22_teacher_data.ipynb #c08
+# %% ../nbs/22_teacher_data.ipynb #c09
 def start_noise(family, indices, seed):
     """The noise (n, N, C) from which the pictures of these numbers start: keyed by seed and number, on the CPU."""
     draw = lambda i: torch.randn(family.latent_shape, generator=keyed_generator(seed, i, stream=7))
@@ -87,7 +87,7 @@ def begin(path, text):
     elif path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path.parent} was begun with other captions or settings: take another folder, or delete it")
 
-# %% ../nbs/22_teacher_data.ipynb #c12
+# %% ../nbs/22_teacher_data.ipynb #c13
 def read_folder(folder):
     """[(picture path, caption)] of an `imagefolder`: metadata.jsonl with file_name and text in each line.
 

@@ -8,7 +8,7 @@ import time
 from typing import NamedTuple
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from scfm.metrics import endpoint_distance, frechet_distance
 from scfm.teacher_data import start_noise, teacher_endpoints

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast)
 
+from scfm.families import no_loading_bars
 from toy.shapes import COLOURS, OPENINGS, PLACES, SHAPES, SIDE, SIZES
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -58,7 +59,8 @@ def load_flux(folder=FLUX, dtype=torch.float32):
     if not (Path(folder) / "model_index.json").is_file():
         raise FileNotFoundError(f"no pipeline in {folder}: it has no model_index.json "
                                 "(python -m toy.train_flux makes one)")
-    pipe = FluxPipeline.from_pretrained(str(folder), dtype=dtype)
+    with no_loading_bars():
+        pipe = FluxPipeline.from_pretrained(str(folder), dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

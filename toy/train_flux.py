@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from toy.pipelines import TOKENS, WIDTH, build_flux, save_flux
 from toy.reader import Reader

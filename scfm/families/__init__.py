@@ -1,6 +1,10 @@
 """Which class of pipeline belongs to which family. A new family: one file beside flux.py, one line in `FAMILIES`."""
 import json
+from contextlib import contextmanager
 from pathlib import Path
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from scfm.families.flux import Flux
 
@@ -25,6 +29,20 @@ def family_of(folder):
 def load_pipeline(folder, dtype, device="cpu"):
     """The stock pipeline of a folder and its family class, in `dtype` on `device`, without progress bars."""
     family = family_of(folder)
-    pipe = family.pipeline_class.from_pretrained(str(folder), dtype=dtype).to(device)
+    with no_loading_bars():
+        pipe = family.pipeline_class.from_pretrained(str(folder), dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, family
+
+
+@contextmanager
+def no_loading_bars():
+    """Half a dozen bars that last a tenth of a second each hide what matters."""
+    both = diffusers_logging, transformers_logging
+    for library in both:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in both:
+            library.enable_progress_bar()

@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['Flux']
 
-# %% ../../nbs/21_families.ipynb #c02
+# %% ../../nbs/21_families.ipynb #c03
 import torch
 from diffusers import FluxPipeline
 
-# %% ../../nbs/21_families.ipynb #c05
+# %% ../../nbs/21_families.ipynb #c06
 class Flux:
     """FLUX.1 (dev and its fine-tunes): everything in which it differs from other families, bound to one picture size.
 
