@@ -19,7 +19,7 @@ from toy.shapes import COLOURS, OPENINGS, PLACES, SHAPES, SIDE, SIZES
 WEIGHTS = Path(__file__).parent / "weights"
 FLUX = WEIGHTS / "flux"
 TOKENS = 16          # length of every caption, in tokens
-GUIDANCE = 2.5       # the guidance scale at which the carried pipeline is sampled, chosen by prompt accuracy
+GUIDANCE = 2.5       # the guidance scale at which the carried pipeline is sampled; set beforehand, not tuned
 WIDTH = 64           # of both text encoders
 
 WORDS = sorted({w for line in (*COLOURS, *SHAPES, *SIZES, *PLACES, *OPENINGS, "a an") for w in line.split()})
