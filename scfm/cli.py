@@ -14,7 +14,7 @@ COMMANDS = {
 
 
 def main(argv=None):
-    """Entry point of `scfm`. Exit codes: 0 done, 1 failed, 2 a mistake in what was asked, 130 interrupted."""
+    """Entry point of `scfm`. Exit codes: 0 done, 1 failed, 2 a mistake in what was asked, 130 interrupted, 143 ended."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="scfm", formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -34,7 +34,7 @@ def main(argv=None):
 
 def distill(argv):
     """`scfm distill`: a flag for every field of RunConfig."""
-    from scfm.run import RunConfig, distill_pipeline
+    from scfm.run import RunConfig, distill_pipeline, latest
     parser = argparse.ArgumentParser(
         prog="scfm distill", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Self-distil a pre-trained flow-matching pipeline into a 3 to 8 step one. The defaults are the "
@@ -49,6 +49,9 @@ def distill(argv):
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # finish the update, save, leave
     record = distill_pipeline(config, keep_going=lambda: not stopped)
+    if record is None:
+        print(f"stopped after saving {latest(config.out)}: the same command goes on from there")
+        return 128 + signal.SIGTERM
     print(f"{record['updates']} updates; distance to the teacher's {record['teacher_steps']}-step endpoints:")
     for name, distance in record["endpoint_distance"].items():
         print(f"  {name:8}" + "".join(f"  {n} steps {d:.4f}" for n, d in distance.items()))

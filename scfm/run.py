@@ -268,9 +268,9 @@ Run.finish = finish
 def distill_pipeline(config, progress=True, keep_going=lambda: True):
     """`scfm distill`: everything from the pipeline's folder to the LoRA; resumes where an earlier call was killed.
 
-    Returns the record of `finish`.
+    Returns the record of `finish`, or None when keep_going() ended it early: then the state is saved, nothing judged.
     """
     run = Run(config, progress)
     run.resume()
     run.train(keep_going=keep_going)
-    return run.finish()
+    return run.finish() if run.update >= config.updates else None

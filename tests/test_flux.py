@@ -16,7 +16,7 @@ from scfm.cli import main
 from scfm.families.flux import Flux
 from scfm.families import family_of, load_pipeline
 from scfm.flow import sample, time_grid
-from scfm.run import Run, RunConfig
+from scfm.run import Run, RunConfig, latest
 from scfm.teacher_data import encode_folder, make_pictures, read_folder, read_prompts
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, load_flux
 
@@ -97,18 +97,26 @@ def test_the_header_keeps_rank_and_alpha(prompts, tmp_path):
     assert (told["transformer.r"], told["transformer.lora_alpha"]) == (2, 6)
 
 
-def test_a_killed_run_resumes_bit_for_bit(prompts, tmp_path):
-    settings = dict(updates=6, checkpoint_every=2, preview_every=0)
-    main(["distill", *flags(prompts, tmp_path / "whole", **settings)])
-    command = [sys.executable, "-m", "scfm.cli", "distill", *flags(prompts, tmp_path / "broken", **settings)]
+def end_by(sent, prompts, out, settings):
+    """Starts the real command, sends it a signal once the first checkpoint is there, returns its exit code."""
+    command = [sys.executable, "-m", "scfm.cli", "distill", *flags(prompts, out, **settings)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    first = tmp_path / "broken/checkpoints/000002"
     deadline = time.time() + 240
-    while not first.exists() and process.poll() is None and time.time() < deadline:
+    while not latest(out) and process.poll() is None and time.time() < deadline:
         time.sleep(.02)
-    os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
-    process.wait()
-    assert first.exists() or list((tmp_path / "broken/checkpoints").glob("[0-9]*"))
+    assert process.poll() is None, "it ended before the signal"
+    os.kill(process.pid, sent)
+    return process.wait()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_ended_by_a_signal_resumes_bit_for_bit(prompts, tmp_path, sent):
+    settings = dict(updates=30, checkpoint_every=2, preview_every=0)
+    assert main(["distill", *flags(prompts, tmp_path / "whole", **settings)]) == 0
+    code = end_by(sent, prompts, tmp_path / "broken", settings)
+    assert code == (143 if sent == signal.SIGTERM else -sent)      # 143: it saved, and left by itself
+    assert 2 <= int(latest(tmp_path / "broken").name) < 30
+    assert not (tmp_path / "broken/choice.json").exists()
     assert main(["distill", *flags(prompts, tmp_path / "broken", **settings)]) == 0
     for name in ("student", "fast", "slow"):
         a, b = (load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors") for run in ("whole", "broken"))

@@ -32,13 +32,15 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from toy.pipelines import TOKENS, WIDTH, build_flux, save_flux
+from toy.pipelines import TOKENS, WIDTH, build_flux, load_flux, save_flux
 from toy.reader import Reader
 from toy.shapes import ATTRIBUTES, SIDE, draw_captions, draw_pictures
 
-UPDATES = {"reader": 3000, "text": 800, "vae": 2500, "flow": 4000, "settle": 4500, "guide": 600}
-STREAMS = {"reader": 0, "text": 1, "vae": 2, "flow": 3, "guide": 4, "settle": 5}  # of random numbers
+UPDATES = {"reader": 3000, "text": 800, "vae": 2500, "flow": 4000, "settle": 4500, "guide": 600,
+           "settle2": 5000, "guide2": 1000}
+STREAMS = {"reader": 0, "text": 1, "vae": 2, "flow": 3, "guide": 4, "settle": 5, "settle2": 6, "guide2": 7}
 SHIFT = 2.0   # of the times at which the flow is trained
+HARD = ("star", .3)   # the shape learned last, and the share of rows of the second round that show it on purpose
 
 
 def main():
@@ -50,6 +52,10 @@ def main():
             UPDATES[name] = value
     torch.set_num_threads(args.threads)
 
+    if args.start:
+        pipe = load_flux(args.start)
+        second_round(pipe, out, args)
+        return finish(pipe, out)
     pipe, reader = build_flux(), Reader()
     heads = TextHeads(pipe)
     independent = {"reader": (reader, reader_loss(reader)), "text": (heads, text_loss(heads)),
@@ -59,18 +65,42 @@ def main():
     if args.only:
         return
     scale_latents(pipe.vae)
-    pool = latent_pool(pipe, out / "anywhere.safetensors", args.pool, anywhere=True)
-    flow = pipe.transformer
-    forward = torch.compile(flow) if args.compile else flow
-    fit("flow", flow, flow_loss(forward, pipe, pool), out, lr=1e-3, decay=0)
-    pool = latent_pool(pipe, out / "places.safetensors", args.pool // 2, anywhere=False)
-    fit("settle", flow, flow_loss(forward, pipe, pool), out, lr=1e-3, decay=.6)
-    teacher = copy.deepcopy(flow).requires_grad_(False)
-    teacher_forward = torch.compile(teacher) if args.compile else teacher
-    fit("guide", flow, guide_loss(forward, teacher_forward, pipe, pool), out, lr=3e-4)
-
-    save_flux(pipe, out / "flux")
     save_file({k: v.half() for k, v in reader.state_dict().items()}, str(out / "reader.safetensors"))
+    first_round(pipe, out, args)
+    second_round(pipe, out, args)
+    finish(pipe, out)
+
+
+def first_round(pipe, out, args):
+    """The flow from nothing, then its guidance scale."""
+    flow, forward = pipe.transformer, compiled(pipe.transformer, args)
+    pool = latent_pool(pipe, out / "anywhere.safetensors", args.pool, seed=11, anywhere=True)
+    fit("flow", flow, flow_loss(forward, pool), out, lr=1e-3, decay=0)
+    pool = latent_pool(pipe, out / "places.safetensors", args.pool // 2, seed=11)
+    fit("settle", flow, flow_loss(forward, pool), out, lr=1e-3, decay=.6)
+    guide("guide", pipe, pool, out, args)
+
+
+def second_round(pipe, out, args):
+    """More of both, on twice as many drawings, with an eye on the shape that was learned last."""
+    flow = pipe.transformer.requires_grad_(True)
+    pool = latent_pool(pipe, out / "places2.safetensors", args.pool, seed=12)
+    fit("settle2", flow, flow_loss(compiled(flow, args), pool, hard=True), out, lr=1e-3, decay=.6)
+    guide("guide2", pipe, pool, out, args, hard=True)
+
+
+def guide(stage, pipe, pool, out, args, hard=False):
+    teacher = copy.deepcopy(pipe.transformer).requires_grad_(False)
+    loss = guide_loss(compiled(pipe.transformer, args), compiled(teacher, args), pool, hard)
+    fit(stage, pipe.transformer, loss, out, lr=3e-4)
+
+
+def compiled(transformer, args):
+    return torch.compile(transformer) if args.compile else transformer
+
+
+def finish(pipe, out):
+    save_flux(pipe, out / "flux")
     print("cost in seconds:", json.loads((out / "cost.json").read_text()))
 
 
@@ -80,6 +110,7 @@ def parse():
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--pool", type=int, default=65536, help="drawings made once for the flow")
     parser.add_argument("--only", choices=["reader", "text", "vae"], help="one independent stage, then stop")
+    parser.add_argument("--start", default="", metavar="FOLDER", help="a saved pipeline: the second round on it, no more")
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer (a quarter faster)")
     for stage, updates in UPDATES.items():
         parser.add_argument(f"--{stage}", type=int, help=f"updates of stage {stage} (default {updates})")
@@ -222,10 +253,13 @@ def scale_latents(vae):
 
 
 @torch.no_grad()
-def latent_pool(pipe, path, size, anywhere):
-    """Drawings of training pairs as packed latents (n, 64, 16) in bf16, with the embeddings of every caption."""
+def latent_pool(pipe, path, size, seed, anywhere=False):
+    """Drawings of training pairs as packed latents (n, 64, 16) in bf16, with the embeddings of every caption.
+
+    `hard` holds the rows that show the hard shape.
+    """
     if not path.is_file():
-        generator = torch.Generator().manual_seed(11)
+        generator = torch.Generator().manual_seed(seed)
         latents, text = [], []
         for _ in tqdm(range(size // 1024), desc="drawing"):
             captions = draw_captions(1024, generator)
@@ -237,13 +271,16 @@ def latent_pool(pipe, path, size, anywhere):
         row = {t: i for i, t in enumerate(unique)}
         tokens, pooled, _ = pipe.encode_prompt(unique, unique, max_sequence_length=TOKENS)
         save_file({"latents": torch.cat(latents), "caption": torch.tensor([row[t] for t in text]),
+                   "hard": torch.tensor([i for i, t in enumerate(text) if HARD[0] in t.split()]),
                    "tokens": tokens, "pooled": pooled}, str(path))
     return load_file(str(path))
 
 
-def flow_batch(pipe, pool, rows, generator):
-    """x_t, its time, the velocity and the caption's row, for `rows` drawings of the pool."""
+def flow_batch(pool, rows, generator, hard=0):
+    """x_t, its time, the velocity and the caption's row, for `rows` drawings of the pool; the first `hard` show the hard shape."""
     pick = torch.randint(len(pool["latents"]), (rows,), generator=generator)
+    if hard:
+        pick[:hard] = pool["hard"][torch.randint(len(pool["hard"]), (hard,), generator=generator)]
     data, noise = pool["latents"][pick].float(), torch.randn(rows, 64, 16, generator=generator)
     u = torch.rand(rows, generator=generator)
     t = (SHIFT * u / (1 + (SHIFT - 1) * u)).clamp(max=1 - 1e-5)
@@ -262,19 +299,25 @@ def call(transformer, pool, x, t, caption, guidance):
                        return_dict=False)[0]
 
 
-def flow_loss(transformer, pipe, pool, rows=64):
-    """Flow matching at guidance scale 1; the empty caption (row 0) in one row of ten."""
+def flow_loss(transformer, pool, rows=64, hard=False):
+    """Flow matching at guidance scale 1; the empty caption (row 0) in one row of ten.
+
+    The hard rows keep their captions: what a picture without a caption shows must not depend on them.
+    """
+    chosen = round(HARD[1] * rows) if hard else 0
+
     def loss(generator):
-        x, t, velocity, caption = flow_batch(pipe, pool, rows, generator)
-        caption = torch.where(torch.rand(rows, generator=generator) < .1, 0, caption)
+        x, t, velocity, caption = flow_batch(pool, rows, generator, chosen)
+        empty = (torch.rand(rows, generator=generator) < .1 * rows / (rows - chosen)) & (torch.arange(rows) >= chosen)
+        caption = torch.where(empty, 0, caption)
         return F.mse_loss(call(transformer, pool, x, t, caption, torch.ones(rows)), velocity)
     return loss
 
 
-def guide_loss(transformer, teacher, pipe, pool, rows=64):
+def guide_loss(transformer, teacher, pool, hard=False, rows=64):
     """The guidance scale of classifier-free guidance becomes an input, over the range that FLUX.1 users turn it."""
     def loss(generator):
-        x, t, _, caption = flow_batch(pipe, pool, rows, generator)
+        x, t, _, caption = flow_batch(pool, rows, generator, round(HARD[1] * rows) if hard else 0)
         guidance, ones = 7.5 * torch.rand(rows, generator=generator), torch.ones(rows)
         with torch.no_grad():
             named = call(teacher, pool, x, t, caption, ones)
