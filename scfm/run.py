@@ -159,7 +159,7 @@ class Run:
 def endpoints(run, name, captions, noise, steps):
     """Latents that the speaker `name` of the run reaches from `noise` in `steps` Euler steps at config.sample_shift."""
     config = run.config
-    return teacher_endpoints(run.family, getattr(run.speakers, name), captions, noise, steps, config.sample_shift,
+    return teacher_endpoints(run.family, run.speakers.field(name), captions, noise, steps, config.sample_shift,
                              config.teacher_guidance)
 
 

@@ -84,7 +84,7 @@ def compare(run, live_choice, captions):
     carried = carried_field(run)
     entries = [Entry("teacher", speakers.teacher, SHIFTS),
                Entry(f"live student ({live_choice['updates']} updates)",
-                     getattr(speakers, live_choice["ships"]), (STOCK,)),
+                     speakers.field(live_choice["ships"]), (STOCK,)),
                Entry("carried LoRA (longer run)", carried, (STOCK,))]
     record = {"captions": captions, "seeds": 1, "guidance": GUIDANCE, "goal": "teacher, 32 steps, shift 3",
               "reference": "4000 drawings of held-out pairs", "frechet_floor": judge.floor(),
@@ -116,7 +116,7 @@ def draw_comparison(run, live_choice, judge, path, columns=12):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     speakers = run.speakers
-    student = getattr(speakers, live_choice["ships"])
+    student = speakers.field(live_choice["ships"])
     carried = carried_field(run)
     rows = [("teacher, 32 steps", speakers.teacher, 32), ("teacher, 3 steps", speakers.teacher, 3),
             ("teacher, 4 steps", speakers.teacher, 4), ("live student, 3 steps", student, 3),
