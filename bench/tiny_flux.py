@@ -1,7 +1,7 @@
 """The committed evaluation of the carried LoRA:  python bench/tiny_flux.py --run runs/carried --captions 2048
 
-The teacher at five sampling shifts, the LoRA that ships at the stock shift, and all three adapters of the run at 3 and
-4 steps. Same captions, noises and reference drawings for all (see toy/judge.py). Resumes: a row that stands in the
+The teacher at five sampling shifts, the carried LoRA at the stock shift, at strength 1 and at its dial, and all three
+adapters of the run at 3 and 4 steps. Same captions, noises and reference drawings for all (see toy/judge.py). Resumes: a row that stands in the
 result is not measured again. Writes bench/results/tiny_flux.json and .png.
 """
 import argparse
@@ -14,31 +14,35 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from scfm.dial import Dial, read_dial
 from scfm.families.flux import Flux
+from scfm.lora import WEIGHT_NAME
 from toy.judge import COLUMNS, SHIFTS, STEPS, STOCK, Judge, at_stock, best_of, table
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS, load_flux
 
-TEACHER, SHIPPED = "teacher", "shipped LoRA"
+TEACHER, SHIPPED, DIALLED = "teacher", "carried LoRA, strength 1", "carried LoRA, its dial"
 
 
 def main():
     args = parse()
     pipe = load_flux()
     family = Flux(pipe, 32, 32, TOKENS)
-    judge = Judge(family, args.captions, progress=False)
+    judge = Judge(family, args.captions, args.seed, progress=False)
     record = begin(args, judge)
-    fields = {TEACHER: field_of(family, pipe), SHIPPED: field_of(family, with_lora(args.lora))}
+    fields = {TEACHER: lambda steps: field_of(family, pipe), SHIPPED: dialled(family, args.lora, Dial((1,), (1.,)))}
+    fields[DIALLED] = dialled(family, args.lora)
     jobs = [(TEACHER, n, s) for n in STEPS for s in SHIFTS if s == STOCK or 1 < n < max(STEPS)]
-    jobs += [(SHIPPED, n, STOCK) for n in STEPS]
+    jobs += [(name, n, STOCK) for name in (DIALLED, SHIPPED) for n in STEPS]
     if args.run:
         for name in ("student", "fast", "slow"):
-            fields[name] = field_of(family, with_lora(Path(args.run) / name))
-            jobs += [(name, n, STOCK) for n in (3, 4)]
+            label = f"{name} of the run, its dial"
+            fields[label] = dialled(family, Path(args.run) / name)
+            jobs += [(label, n, STOCK) for n in (3, 4)]
     missing = [j for j in jobs if not any((r["steps"], r["shift"]) == j[1:] for r in record["entries"].get(j[0], []))]
     if missing:
-        judge.set_goal(fields[TEACHER])
+        judge.set_goal(fields[TEACHER](32))
     for name, steps, shift in tqdm(missing, desc="judging"):
-        record["entries"].setdefault(name, []).append(judge.measure(fields[name], steps, shift))
+        record["entries"].setdefault(name, []).append(judge.measure(fields[name](steps), steps, shift))
         write(args.out, record)
     summarise(record)
     write(args.out, record)
@@ -50,6 +54,7 @@ def main():
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=2048, help="captions of held-out pairs (default 2048)")
+    parser.add_argument("--seed", type=int, default=2026, help="of captions, noises and reference drawings (default 2026)")
     parser.add_argument("--lora", default=str(WEIGHTS / "lora"), help="folder of the LoRA that ships")
     parser.add_argument("--run", default="", help="folder of the run, to compare its student, fast and slow")
     parser.add_argument("--out", default="bench/results/tiny_flux.json", help="path of the result")
@@ -60,23 +65,35 @@ def field_of(family, pipe):
     return lambda x, t, cond: family.velocity(pipe.transformer, x, t, cond)
 
 
-def with_lora(folder):
+def dialled(family, folder, dial=None):
+    """steps -> the field of a LoRA at the strength of a dial, its own when None; through the stock loader."""
     pipe = load_flux()
-    pipe.load_lora_weights(str(folder))
-    return pipe
+    pipe.load_lora_weights(str(folder), adapter_name="step")
+    dial = dial or dial_of(folder)
+
+    def field_for(steps):
+        pipe.set_adapters(["step"], [dial.scale(steps)])
+        return field_of(family, pipe)
+    return field_for
+
+
+def dial_of(folder):
+    """The dial in a LoRA's header; strength 1 for all step counts where there is none."""
+    return read_dial(Path(folder) / WEIGHT_NAME) or Dial((1,), (1.,))
 
 
 def begin(args, judge):
     """The record so far, if it is of the same weights and captions; a fresh one otherwise."""
-    fresh = {"captions": args.captions, "seeds": 1, "guidance": GUIDANCE, "goal": "teacher, 32 steps, shift 3",
+    fresh = {"captions": args.captions, "seed": args.seed, "guidance": GUIDANCE, "goal": "teacher, 32 steps, shift 3",
              "reference": "4000 drawings of held-out pairs", "frechet_floor": judge.floor(),
              "weights": {"teacher": digest(FLUX / "transformer"), "lora": digest(args.lora)},
+             "dial": {str(n): s for n, s in zip(*dial_of(args.lora)[:2])},
              "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
              "torch": torch.__version__, "entries": {}}
     path = Path(args.out)
     if path.is_file():
         old = json.loads(path.read_text())
-        if all(old.get(k) == fresh[k] for k in ("captions", "guidance", "weights")):
+        if all(old.get(k) == fresh[k] for k in ("captions", "seed", "guidance", "weights", "dial")):
             return old
     return fresh
 
@@ -90,11 +107,11 @@ def digest(folder):
 
 def summarise(record):
     """The aims that the project set itself, beside what was reached."""
-    teacher, shipped = record["entries"][TEACHER], record["entries"][SHIPPED]
+    teacher = record["entries"][TEACHER]
     full = at_stock(teacher, 32)
     record["summary"] = {"teacher_32": {k: full[k] for k in (*COLUMNS, "per_attribute")}}
-    for steps in (3, 4):
-        best, ours = best_of(teacher, steps), at_stock(shipped, steps)
+    for steps in (1, 2, 3, 4, 8):
+        best, ours = best_of(teacher, steps), at_stock(record["entries"][DIALLED], steps)
         record["summary"][f"at_{steps}_steps"] = {
             "frechet_ratio": round(ours["frechet"] / best["frechet"], 3),
             "endpoint_ratio": round(ours["endpoint"] / best["endpoint"], 3),
@@ -112,7 +129,7 @@ def plot(record, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    teacher, shipped = record["entries"][TEACHER], record["entries"][SHIPPED]
+    teacher, shipped, turned = (record["entries"][name] for name in (TEACHER, SHIPPED, DIALLED))
     figure, axes = plt.subplots(1, 3, figsize=(10, 3))
     titles = {"prompt_accuracy": "prompt accuracy (higher is better)", "frechet": "Frechet distance on the reader's features",
               "endpoint": "distance to the teacher's 32-step endpoint"}
@@ -120,7 +137,8 @@ def plot(record, path):
         steps = [n for n in STEPS if not (key == "endpoint" and n == 32)]
         ax.plot(steps, [at_stock(teacher, n)[key] for n in steps], "o-", color="C7", label="teacher, stock shift")
         ax.plot(steps, [best_of(teacher, n)[key] for n in steps], "o--", color="C0", label="teacher, best shift")
-        ax.plot(steps, [at_stock(shipped, n)[key] for n in steps], "o-", color="C1", label="carried LoRA")
+        ax.plot(steps, [at_stock(shipped, n)[key] for n in steps], "o:", color="C1", label="carried LoRA, strength 1")
+        ax.plot(steps, [at_stock(turned, n)[key] for n in steps], "o-", color="C1", label="carried LoRA, its dial")
         ax.set(xscale="log", xticks=STEPS, xticklabels=STEPS, xlabel="network evaluations")
         ax.minorticks_off()
         ax.set_title(title, fontsize=9)

@@ -6,6 +6,7 @@ __all__ = ['DTYPES', 'MAY_CHANGE', 'RunConfig', 'rows_of_update', 'batch_of', 'R
 
 # %% ../nbs/23_run.ipynb #c03
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +18,11 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from .consistency import keyed_generator
+from .dial import choose, endpoint_curve, write_dial
 from .distill import DistillConfig, TimeBins, draw_update, make_emas, make_optimizer, one_update, option
 from .families import load_pipeline
 from .flow import interpolate
 from .lora import ADAPTERS, LoraSpeakers, adapter_state, load_adapter_state, save_lora
-from .metrics import endpoint_distance
 from .teacher_data import encode_folder, make_pictures, on_device, read_folder, read_prompts, start_noise, teacher_endpoints
 
 # %% ../nbs/23_run.ipynb #c06
@@ -45,6 +46,7 @@ class RunConfig(DistillConfig):
     student_steps: tuple = option((3, 4), "step counts of previews and of the choice of what ships")
     sample_shift: float = option(3.0, "time shift of previews and of the choice (inference should use it too)")
     judge: int = option(64, "captions on which student, fast and slow are compared at the end")
+    judge_scales: tuple = option((0.25, 0.5, 0.75, 1.0, 1.25), "LoRA strengths at which they are compared, for the dial")
     precision: str = option("fp32", "fp32 or bf16: of the frozen base and the encoders (adapters stay in fp32)")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
 
@@ -64,6 +66,8 @@ class RunConfig(DistillConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")
         if not self.student_steps or min(self.student_steps) < 1:
             raise ValueError(f"student_steps is {self.student_steps}: give step counts of 1 or more, e.g. 3,4")
+        if not self.judge_scales or not 0 < min(self.judge_scales) <= max(self.judge_scales) <= 4:
+            raise ValueError(f"judge_scales is {self.judge_scales}: give LoRA strengths above 0 and up to 4, e.g. .5,1")
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -156,10 +160,10 @@ class Run:
         return report
 
 # %% ../nbs/23_run.ipynb #c13
-def endpoints(run, name, captions, noise, steps):
-    """Latents that the speaker `name` of the run reaches from `noise` in `steps` Euler steps at config.sample_shift."""
+def endpoints(run, name, captions, noise, steps, scale=1.):
+    """Latents that the speaker `name`, its LoRA at `scale`, reaches in `steps` Euler steps at config.sample_shift."""
     config = run.config
-    return teacher_endpoints(run.family, run.speakers.field(name), captions, noise, steps, config.sample_shift,
+    return teacher_endpoints(run.family, run.speakers.field(name, scale), captions, noise, steps, config.sample_shift,
                              config.teacher_guidance)
 
 
@@ -238,26 +242,37 @@ def begin_folder(out, config):
     path.write_text(json.dumps(told, indent=1))
 
 
-MAY_CHANGE = ("updates", "out", "checkpoint_every", "preview_every", "judge", "student_steps")
+MAY_CHANGE = ("updates", "out", "checkpoint_every", "preview_every", "judge", "judge_scales", "student_steps")
 
 Run.save_state, Run.resume = save_state, resume
 
 # %% ../nbs/23_run.ipynb #c17
 @torch.no_grad()
 def finish(run):
-    """Saves all three adapters, compares them at config.student_steps, puts the best on top; returns the record."""
+    """Saves all three adapters with their dials, puts the one that lands nearest on top; returns the record.
+
+    Each is given, for each of config.student_steps, the strength among config.judge_scales at which its endpoints lie
+    nearest to the teacher's own in config.teacher_steps; the smallest sum of log distances ships.
+    """
     config = run.config
     captions, noise = judged_captions(run, config.judge)
     goal = endpoints(run, "teacher", captions, noise, config.teacher_steps)
-    far = lambda name, n: round(endpoint_distance(endpoints(run, name, captions, noise, n), goal), 5)
-    distance = {name: {str(n): far(name, n) for n in config.student_steps} for name in ("teacher", *ADAPTERS)}
-    best = min(ADAPTERS, key=lambda name: sum(distance[name].values()))
+    curve = lambda name, scales: endpoint_curve(
+        lambda steps, scale: endpoints(run, name, captions, noise, steps, scale), goal, config.student_steps, scales)
+    distance = {"teacher": {str(n): round(d, 5) for (n, _), d in curve("teacher", (0.,)).items()}}
+    dials, sums = {}, {}
     for name in ADAPTERS:
-        save_lora(run.family.pipeline_class, run.speakers.transformer, run.out / name, name)
-    save_lora(run.family.pipeline_class, run.speakers.transformer, run.out, best)
+        found = curve(name, config.judge_scales)
+        dials[name] = choose(found, config.sample_shift)
+        at_dial = {n: found[n, dials[name].scale(n)] for n in dials[name].steps}
+        distance[name] = {str(n): round(d, 5) for n, d in at_dial.items()}
+        sums[name] = sum(math.log(max(d, 1e-12)) for d in at_dial.values())
+    best = min(ADAPTERS, key=sums.get)
+    for name, folder in [*((name, run.out / name) for name in ADAPTERS), (best, run.out)]:
+        write_dial(save_lora(run.family.pipeline_class, run.speakers.transformer, folder, name), dials[name])
     record = {"updates": run.update, "ships": best, "captions": config.judge, "teacher_steps": config.teacher_steps,
-              "shift": config.sample_shift, "guidance": config.teacher_guidance,
-              "endpoint_distance": distance}
+              "shift": config.sample_shift, "guidance": config.teacher_guidance, "endpoint_distance": distance,
+              "dial": {name: {str(n): s for n, s in zip(d.steps, d.scales)} for name, d in dials.items()}}
     (run.out / "choice.json").write_text(json.dumps(record, indent=1))
     return record
 

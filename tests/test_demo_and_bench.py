@@ -23,7 +23,7 @@ def test_the_demo_writes_picture_table_and_results(tmp_path, capsys):
     assert "prompt acc." in said and "carried LoRA" in said and "EMA decays" in said
     record = json.loads((out / "results.json").read_text())
     assert Image.open(out / "comparison.png").width > 600
-    assert record["captions"] == 12 and len(record["entries"]) == 3
+    assert record["captions"] == 12 and len(record["entries"]) == 4
     for name, rows in record["entries"].items():
         for steps in STEPS:
             assert {*COLUMNS, "seconds"} <= at_stock(rows, steps).keys()

@@ -16,7 +16,7 @@ from safetensors import safe_open
 import scfm
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["flow", "consistency", "ema", "distill", "metrics", "dial", "lora", "families", "teacher_data", "run", "cli"]
+ORDER = ["flow", "consistency", "ema", "distill", "metrics", "dial", "lora", "families", "teacher_data", "run", "step_lora", "cli"]
 FIRST_CHAPTERS = ORDER[:ORDER.index("metrics") + 1]  # torch alone (and tqdm)
 HEAVY = ["diffusers", "transformers", "peft", "accelerate", "torchvision", "matplotlib"]
 TOOLS = re.compile(r"nbdev|execnb|ghapi|nbconvert|nbclient|ipykernel|notebook|jupyter.*")  # of development only

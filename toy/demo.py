@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from scfm.cli import read_settings
+from scfm.dial import read_dial
 from scfm.ema import shorten
 from toy.judge import STOCK, Entry, Judge, SHIFTS, table
 from toy.pipelines import FLUX, GUIDANCE, WEIGHTS
@@ -43,11 +44,11 @@ def main(argv=None):
     live_choice = run.finish()
 
     print(f"2/3  judging on {args.captions} captions of pairs that no training picture showed", flush=True)
-    record, judge = compare(run, live_choice, args.captions)
+    record, judge, carried = compare(run, live_choice, args.captions)
     print("\n" + table(record["entries"]) + "\n\n" + explain(record), flush=True)
 
     print("3/3  writing", out / "comparison.png", "and", out / "results.json")
-    draw_comparison(run, live_choice, judge, out / "comparison.png")
+    draw_comparison(run, live_choice, carried, judge, out / "comparison.png")
     record["seconds_in_all"] = round(time.time() - start)
     write(out / "results.json", record)
     print(f"     done in {record['seconds_in_all']} s")
@@ -73,32 +74,47 @@ def live_config(out, updates, prompts=PROMPTS):
     """The recipe of the carried LoRA, with the memories of the EMAs scaled to the number of updates."""
     from scfm.run import RunConfig
     return RunConfig(**{**read_settings(RECIPE), "pipeline": str(FLUX), "prompts": str(prompts), "out": str(out),
-                        "updates": updates, "fast_decay": shorten(.99, updates), "slow_decay": shorten(.999, updates)})
+                        "updates": updates, "fast_decay": shorten(.99, updates), "slow_decay": shorten(.999, updates),
+                        "preview_every": 0, "judge": 32, "student_steps": (1, 2, 3, 4, 8),
+                        "judge_scales": (.5, .75, 1., 1.25)})
 
 
 def compare(run, live_choice, captions):
     """Judges the teacher, the live student and the carried LoRA by one protocol."""
-    family, speakers = run.family, run.speakers
-    judge = Judge(family, captions)
+    speakers, carried = run.speakers, carried_lora()
+    judge = Judge(run.family, captions)
     judge.set_goal(speakers.teacher)
-    carried = carried_field(run)
-    entries = [Entry("teacher", speakers.teacher, SHIFTS),
-               Entry(f"live student ({live_choice['updates']} updates)",
-                     speakers.field(live_choice["ships"]), (STOCK,)),
-               Entry("carried LoRA (longer run)", carried, (STOCK,))]
+    live = live_student(run, live_choice)
+    entries = [Entry("teacher", lambda steps: speakers.teacher, SHIFTS),
+               Entry(f"live student ({live_choice['updates']} updates), its dial", live, (STOCK,)),
+               Entry("carried LoRA, strength 1", lambda steps: at_scale(carried, 1), (STOCK,)),
+               Entry("carried LoRA, its dial", lambda steps: at_scale(carried, carried.dial.scale(steps)), (STOCK,))]
     record = {"captions": captions, "seeds": 1, "guidance": GUIDANCE, "goal": "teacher, 32 steps, shift 3",
               "reference": "4000 drawings of held-out pairs", "frechet_floor": judge.floor(),
               "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
-              "live": live_choice, "entries": judge.record(entries)}
-    return record, judge
+              "live": live_choice, "dial": dict(zip(carried.dial.steps, carried.dial.scales)),
+              "entries": judge.record(entries)}
+    return record, judge, carried
 
 
-def carried_field(run):
-    """The LoRA of the repository as a field, through the stock loader, on a pipeline of its own."""
-    from toy.pipelines import load_flux
-    pipe = load_flux()
-    pipe.load_lora_weights(str(CARRIED))
-    return lambda x, t, cond: run.family.velocity(pipe.transformer, x, t, cond)
+def live_student(run, choice):
+    """steps -> the field of the adapter that won, at the strength of its dial."""
+    dial = read_dial(run.out / "pytorch_lora_weights.safetensors")
+    return lambda steps: run.speakers.field(choice["ships"], dial.scale(steps))
+
+
+def carried_lora():
+    """The LoRA of the repository on a pipeline of its own, with its dial."""
+    from scfm.step_lora import StepLora, UseConfig
+    return StepLora(UseConfig(lora=str(CARRIED), pipeline=str(FLUX)))
+
+
+def at_scale(tuned, scale):
+    """The field of a `StepLora` at a strength."""
+    def field(x, t, cond):
+        tuned.set_scale(scale)
+        return tuned.field(x, t, cond)
+    return field
 
 
 def explain(record):
@@ -106,22 +122,24 @@ def explain(record):
             f"Frechet: distance on that classifier's features to drawings, not FID; {record['captions']} fresh drawings "
             f"score {record['frechet_floor']:.3f} (lower is better)\n"
             "endpoint: root mean square distance, in latents, to the teacher's 32-step endpoint from the same noise\n"
+            "its dial: the LoRA's strength by number of steps ("
+            + ", ".join(f"{n}: {s:g}" for n, s in record["dial"].items()) + "), found without data by `scfm dial`\n"
             "best shift per column: each column at whichever of the shifts "
             f"{', '.join(f'{s:g}' for s in SHIFTS)} is best for it")
 
 
-def draw_comparison(run, live_choice, judge, path, columns=12):
+def draw_comparison(run, live_choice, carried, judge, path, columns=12):
     """Rows of samplers, columns of captions; the noise of a column is the same in every row."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     speakers = run.speakers
-    student = speakers.field(live_choice["ships"])
-    carried = carried_field(run)
+    student = live_student(run, live_choice)
+    turned = lambda steps: at_scale(carried, carried.dial.scale(steps))
     rows = [("teacher, 32 steps", speakers.teacher, 32), ("teacher, 3 steps", speakers.teacher, 3),
-            ("teacher, 4 steps", speakers.teacher, 4), ("live student, 3 steps", student, 3),
-            ("live student, 4 steps", student, 4), ("carried LoRA, 3 steps", carried, 3),
-            ("carried LoRA, 4 steps", carried, 4)]
+            ("teacher, 4 steps", speakers.teacher, 4), ("live student, 3 steps", student(3), 3),
+            ("live student, 4 steps", student(4), 4), ("carried LoRA, 3 steps", turned(3), 3),
+            ("carried LoRA, 4 steps", turned(4), 4)]
     figure, axes = plt.subplots(len(rows), columns, figsize=(columns + 1.6, len(rows) + .9))
     for line, (name, field, steps) in zip(axes, rows):
         pictures = run.family.decode(judge.endpoints(field, steps, STOCK, columns))

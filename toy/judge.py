@@ -23,9 +23,9 @@ REFERENCE = 4000  # drawings
 
 
 class Entry(NamedTuple):
-    """What is judged: `name`, a field of the family, the shifts at which it is sampled."""
+    """What is judged: `name`, `field_for` (steps -> a field of the family), the shifts at which it is sampled."""
     name: str
-    field: object
+    field_for: object
     shifts: tuple
 
 
@@ -77,7 +77,7 @@ class Judge:
                 if not (n == max(STEPS) and s != STOCK)]
         record = {e.name: [] for e in entries}
         for entry, n, shift in tqdm(jobs, desc="judging", disable=not self.progress):
-            record[entry.name].append(self.measure(entry.field, n, shift))
+            record[entry.name].append(self.measure(entry.field_for(n), n, shift))
         return record
 
 
