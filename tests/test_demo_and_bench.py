@@ -62,3 +62,24 @@ def test_the_evaluation_resumes(tmp_path, monkeypatch, capsys):
     again = json.loads(out.read_text())["entries"]["teacher"][-1]
     assert {k: again[k] for k in COLUMNS} == {k: lost[k] for k in COLUMNS}
     assert set(whole["summary"]) == {"teacher_32", "at_3_steps", "at_4_steps"}
+
+
+@pytest.mark.parametrize("shape", ["flux", "sd35"])
+def test_the_12b_bench_runs_in_small(tmp_path, monkeypatch, shape):
+    out = tmp_path / "gpu.json"
+    script(monkeypatch, "bench/gpu_flux.py", "--tiny", "--shape", shape, "--batches", "2", "--rank", 4, "--rounds", 1,
+           "--out", out)
+    record = json.loads(out.read_text())
+    assert record["tiny"] and len(record["rows"]) == 2      # labelled as what it is; two ways of computing the LoRA
+    for row in record["rows"]:
+        assert 1.3 < row["ratio_operations"] < 2 and row["scfm"]["seconds"] > 0
+        assert row["memory_gib"]["adapters"] == pytest.approx(3 * row["memory_gib"]["gradients"], abs=2e-4)
+
+
+@pytest.mark.parametrize("shape, billion", [("FLUX", 11.90), ("SD35", 8.06)])
+def test_the_12b_bench_has_the_shapes_of_the_real_models(shape, billion):
+    bench = runpy.run_path("bench/gpu_flux.py")
+    kind = bench["FluxTransformer2DModel"] if shape == "FLUX" else bench["SD3Transformer2DModel"]
+    with torch.device("meta"):
+        model = kind(**bench[shape])
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billion, abs=.01)
