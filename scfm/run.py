@@ -89,7 +89,7 @@ def batch_of(config, update, data, part=(0, 1)):
     n = config.batch // part[1]
     mine = slice(part[0] * n, (part[0] + 1) * n)
     caption = data["caption"][rows[mine]]
-    cond = {k: v[caption] for k, v in data.items() if k not in ("latents", "caption")}
+    cond = {k: v[caption % len(v)] for k, v in data.items() if k not in ("latents", "caption")}  # one row serves all
     return data["latents"][rows[mine]].float(), {**cond, "guidance": scales[mine]}
 
 # %% ../nbs/23_run.ipynb #c11
@@ -152,7 +152,7 @@ class Run:
         config, device = self.config, self.accelerator.device
         data, cond = batch_of(config, self.update, self.data)
         noise, jumps = draw_update(config, self.update, config.batch, tuple(data.shape[1:]),
-                                   dtype=self.pipe.transformer.dtype)
+                                   dtype=getattr(self.family, "time_dtype", self.pipe.transformer.dtype))
         report = one_update(self.speakers, self.emas, self.optimizer, data.to(device), noise, jumps, config,
                             on_device(cond, device), backward=self.accelerator.backward)
         self.scheduler.step()

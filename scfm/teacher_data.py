@@ -33,13 +33,13 @@ def read_prompts(path):
 
 # %% ../nbs/22_teacher_data.ipynb #c09
 def start_noise(family, indices, seed):
-    """The noise (n, N, C) from which the pictures of these numbers start: keyed by seed and number, on the CPU."""
+    """The noise (n, *latent_shape) from which the pictures of these numbers start: keyed by seed and number, on the CPU."""
     draw = lambda i: torch.randn(family.latent_shape, generator=keyed_generator(seed, i, stream=7))
     return torch.stack([draw(i) for i in indices])
 
 
 def teacher_endpoints(family, velocity, captions, noise, steps, shift, guidance, batch=64):
-    """Latents (n, N, C) that a field of the family reaches from `noise` in Euler steps, batch by batch, on the CPU."""
+    """Latents, shaped as `noise`, that a field of the family reaches from it in Euler steps, batch by batch, on the CPU."""
     device, ends = family.pipe.device, []
     for rows in torch.arange(len(captions)).split(batch):
         cond = on_device(family.encode_text([captions[i] for i in rows]), device)
@@ -133,8 +133,9 @@ def cache_key(family, pairs):
     """A hash of all that the cache depends on: pictures, captions, size, and the encoders' weights."""
     digest = hashlib.sha256(json.dumps([family.height, family.width, family.max_tokens,
                                         str(family.pipe.vae.dtype), type(family).__name__]).encode())
-    for part in (family.pipe.vae, family.pipe.text_encoder, family.pipe.text_encoder_2):
-        for weight in part.parameters():  # a few numbers of each tensor tell fine-tunes apart
+    parts = family.pipe.components
+    for name in ["vae", *sorted(n for n in parts if n.startswith("text_encoder") and parts[n] is not None)]:
+        for weight in parts[name].parameters():  # a few numbers of each tensor tell fine-tunes apart
             digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
     for path, caption in pairs:
         digest.update(hashlib.sha256(path.read_bytes()).digest() + caption.encode() + b"\0")
@@ -144,8 +145,8 @@ def cache_key(family, pairs):
 def encode_folder(family, folder, cache, batch=16, progress=True):
     """Latents and text embeddings of a picture folder, made once and kept in the safetensors file `cache`.
 
-    Returns dict: latents (n, N, C), caption (n,) the row of each picture's caption, and whatever the family's
-    encode_text gives (m, ...), one row per different caption.
+    Returns dict: latents (n, *latent_shape), caption (n,) the row of each picture's caption, and whatever the family's
+    encode_text gives (m, ...), one row per different caption, or (1, ...) where all rows are the same.
     """
     pairs = read_folder(folder)
     cache, key = Path(cache), cache_key(family, pairs)
@@ -159,8 +160,10 @@ def encode_folder(family, folder, cache, batch=16, progress=True):
         latents.append(family.encode_pictures(pictures).cpu())
     unique = sorted({caption for _, caption in pairs})
     texts = [family.encode_text(unique[k:k + 256]) for k in range(0, len(unique), 256)]
-    data = {"latents": torch.cat(latents), "caption": torch.tensor([unique.index(c) for _, c in pairs]),
-            **{k: torch.cat([t[k] for t in texts]) for k in texts[0]}}
+    data = {"latents": torch.cat(latents), "caption": torch.tensor([unique.index(c) for _, c in pairs])}
+    for k in texts[0]:  # what is the same for every caption, as the empty caption's embeddings, is kept once
+        same = all((t[k] == texts[0][k][:1]).all() for t in texts)
+        data[k] = texts[0][k][:1] if same else torch.cat([t[k] for t in texts])
     cache.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in data.items()}, str(cache) + ".new", metadata={"key": key})
     os.replace(str(cache) + ".new", cache)

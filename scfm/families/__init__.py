@@ -7,8 +7,9 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from scfm.families.flux import Flux
+from scfm.families.sd3 import SD3
 
-FAMILIES = {"FluxPipeline": Flux}
+FAMILIES = {"FluxPipeline": Flux, "StableDiffusion3Pipeline": SD3}
 
 
 def family_of(folder):
@@ -16,21 +17,30 @@ def family_of(folder):
 
     Raises FileNotFoundError when there is no pipeline, ValueError when its class is none of `FAMILIES`.
     """
-    index = Path(folder) / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"no pipeline in {folder}: expected {index.name} there "
-                                "(a folder written by save_pretrained, or a downloaded snapshot)")
-    name = json.loads(index.read_text()).get("_class_name")
+    name = index_of(folder).get("_class_name")
     if name not in FAMILIES:
         raise ValueError(f"{folder} holds a {name}, which scfm does not know; it knows {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
+def index_of(folder):
+    """What model_index.json says: the class of the pipeline, and of each of its parts."""
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"no pipeline in {folder}: expected {index.name} there "
+                                "(a folder written by save_pretrained, or a downloaded snapshot)")
+    return json.loads(index.read_text())
+
+
 def load_pipeline(folder, dtype, device="cpu"):
-    """The stock pipeline of a folder and its family class, in `dtype` on `device`, without progress bars."""
+    """The stock pipeline of a folder and its family class, in `dtype` on `device`, without progress bars.
+
+    Parts that the folder was saved without (SD3's T5, say) stay away; diffusers wants to be told so.
+    """
     family = family_of(folder)
+    absent = {name: None for name, part in index_of(folder).items() if part == [None, None]}
     with no_loading_bars():
-        pipe = family.pipeline_class.from_pretrained(str(folder), dtype=dtype).to(device)
+        pipe = family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **absent).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, family
 
