@@ -6,14 +6,16 @@ halves the side once, 16 text tokens (so pass `max_sequence_length=16`), and a f
 
 `build_sd3` makes a StableDiffusion3Pipeline of the same kind, with random weights: nobody has trained one yet.
 """
+import itertools
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
 from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
                        SD3Transformer2DModel, StableDiffusion3Pipeline)
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config,
                           T5EncoderModel, T5TokenizerFast)
 
@@ -75,7 +77,7 @@ def build_sd3(seed=0, t5=True):
                           block_out_channels=[16, 32], layers_per_block=1, latent_channels=4, norm_num_groups=8,
                           mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
                           sample_size=SIDE, scaling_factor=1.5305, shift_factor=0.0609),
-        text_encoder=encoder(), tokenizer=clip, text_encoder_2=encoder(), tokenizer_2=clip_tokenizer(),
+        text_encoder=encoder(), tokenizer=clip, text_encoder_2=encoder(), tokenizer_2=clip,
         text_encoder_3=T5EncoderModel(T5Config(
             vocab_size=len(t5_words), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4,
             feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=t5_words.pad_token_id)) if t5 else None,
@@ -123,15 +125,28 @@ def save_flux(pipe, folder):
 
 def clip_tokenizer():
     """Byte-pair encoding of the 30-odd words of our captions, in the layout that CLIP's tokenizer reads."""
-    inner = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    vocabulary, merges = byte_pairs(WORDS)
+    inner = Tokenizer(models.BPE(vocabulary, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|startoftext|>", "<|endoftext|>"],
-                                  end_of_word_suffix="</w>", show_progress=False)
-    inner.train_from_iterator(WORDS, trainer)
     with tempfile.TemporaryDirectory() as folder:
         inner.model.save(folder)
         return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token="<|endoftext|>")
+
+
+def byte_pairs(words):
+    """Vocabulary and merges that make each word one token. The library's own trainer breaks ties anew in each process."""
+    split = [[*w[:-1], w[-1] + "</w>"] for w in words]
+    symbols, merges = sorted({s for word in split for s in word}), []
+    while pairs := Counter(pair for word in split for pair in itertools.pairwise(word)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))    # the most frequent, and of these the first by name
+        merges.append(best)
+        for word in split:
+            for i in range(len(word) - 1, 0, -1):
+                if word[i - 1:i + 1] == [*best]:
+                    word[i - 1:i + 1] = ["".join(best)]
+    symbols += ["".join(pair) for pair in merges]
+    return {s: i for i, s in enumerate(dict.fromkeys(["<|startoftext|>", "<|endoftext|>", *symbols]))}, merges
 
 
 def t5_tokenizer():

@@ -1,0 +1,313 @@
+"""What every family owes: the stock pipeline's pictures, its scheduler's sign and times, LoRA on every linear layer.
+
+A new family is one more line in `BUILD`. Weights are random: a contract does not need pictures that mean something.
+"""
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+
+from scfm.cli import main
+from scfm.dial import read_dial
+from scfm.families import FAMILIES, family_of, load_pipeline
+from scfm.families.sd3 import SD3
+from scfm.flow import euler_step, sample, time_grid
+from scfm.lora import ADAPTERS, LoraSpeakers, attach
+from scfm.run import Run, RunConfig, batch_of
+from scfm.teacher_data import encode_folder, make_pictures
+from toy.pipelines import TOKENS, build_flux, build_sd3
+
+CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]
+BUILD = {"FluxPipeline": build_flux, "StableDiffusion3Pipeline": build_sd3,
+         "StableDiffusion3Pipeline without T5": lambda: build_sd3(t5=False)}
+
+each_family = pytest.mark.parametrize("family", BUILD, indirect=True)
+each_guidance = pytest.mark.parametrize("guidance", [1., 4.])
+
+
+@pytest.fixture(scope="module")
+def family(request):
+    pipe = BUILD[request.param]()
+    pipe.set_progress_bar_config(disable=True)
+    return FAMILIES[request.param.split()[0]](pipe, 32, 32, TOKENS)
+
+
+def noise_for(family, seed=0):
+    return torch.randn(4, *family.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cond_for(family, guidance):
+    return {**family.encode_text(CAPTIONS), "guidance": torch.as_tensor(guidance).expand(4)}
+
+
+def field_of(family):
+    @torch.no_grad()
+    def field(x, t, cond):
+        return family.velocity(family.pipe.transformer, x, t, cond)
+    return field
+
+
+def test_every_family_is_held_to_its_contract():
+    assert {name.split()[0] for name in BUILD} == set(FAMILIES)
+
+
+@each_family
+@each_guidance
+@pytest.mark.parametrize("steps", [1, 3, 8])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_our_sampler_is_the_stock_pipeline(family, guidance, steps, shift):
+    noise = noise_for(family)
+    ours = family.decode(sample(field_of(family), noise, time_grid(steps, shift), cond_for(family, guidance)))
+    stock = family.stock_pictures(CAPTIONS, noise, steps, guidance, shift)
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
+    assert ours.shape == (4, 3, 32, 32) and ours.std() > .01                       # pictures, not a grey field
+
+
+@each_family
+@each_guidance
+def test_the_network_is_told_the_same_times_as_by_the_stock_pipeline(family, guidance):
+    told = []
+    hook = family.pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: told.append(kwargs["timestep"][:1].clone()), with_kwargs=True)
+    try:
+        sample(field_of(family), noise_for(family), time_grid(3, 3.), cond_for(family, guidance))
+        ours, told = torch.cat(told), []
+        hook.remove()
+        hook = family.pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: told.append(kwargs["timestep"][:1].clone()), with_kwargs=True)
+        family.stock_pictures(CAPTIONS, noise_for(family), 3, guidance, 3.)
+    finally:
+        hook.remove()
+    assert len(ours) == 3                                       # both questions of a guided step in one forward
+    torch.testing.assert_close(ours, torch.cat(told), rtol=1e-6, atol=0)
+
+
+@each_family
+def test_the_schedulers_step_is_our_euler_step(family):
+    scheduler = type(family.pipe.scheduler).from_config(family.pipe.scheduler.config)
+    scheduler.set_timesteps(sigmas=[1 - i / 4 for i in range(4)])
+    x, times, cond = noise_for(family), time_grid(4, scheduler.shift), cond_for(family, 4.)
+    for i, timestep in enumerate(scheduler.timesteps):
+        v = field_of(family)(x, times[i].expand(4), cond)
+        theirs = scheduler.step(v, timestep, x, return_dict=False)[0]
+        x = euler_step(field_of(family), x, times[i].expand(4), float(times[i] - times[i + 1]), cond)
+        torch.testing.assert_close(x, theirs, rtol=0, atol=1e-5)
+
+
+@each_family
+def test_lora_sits_on_every_linear_layer_and_on_nothing_else(family):
+    linear = {n for n, m in family.pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    transformer = type(family.pipe.transformer).from_config(family.pipe.transformer.config)
+    attach(transformer, family.lora_targets, 1)
+    tuned = {n.split(".lora_A.")[0] for n, _ in transformer.named_parameters() if ".lora_A.student." in n}
+    assert tuned == linear
+
+
+@each_family
+def test_shapes_and_what_the_vae_loses(family):
+    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
+    latents = family.encode_pictures(pictures)
+    assert latents.shape == (3, *family.latent_shape) and family.decode(latents).shape == pictures.shape
+    text = family.encode_text(CAPTIONS)
+    assert all(len(part) == 4 and not part.requires_grad and part.device.type == "cpu" for part in text.values())
+    assert family.velocity(family.pipe.transformer, latents, torch.full((3,), .5), {
+        **family.encode_text(CAPTIONS[:3]), "guidance": torch.tensor([0., 1., 4.])}).shape == latents.shape
+
+
+@each_family
+def test_encoding_is_the_inverse_of_decoding_up_to_the_vae(family):
+    """The scale and shift of the latents: with a VAE that loses nothing, encode(decode(z)) is z."""
+    vae, z = family.pipe.vae, noise_for(family)
+    seen = {}
+    decode, encode = vae.decode, vae.encode
+    try:
+        vae.decode = lambda latents: type("D", (), {"sample": seen.setdefault("raw", latents)})
+        family.decode(z)
+        vae.encode = lambda pictures: type("E", (), {"latent_dist": type("L", (), {"mean": seen["raw"]})})
+        torch.testing.assert_close(family.encode_pictures(torch.zeros(4, 3, 32, 32)), z)
+    finally:
+        vae.decode, vae.encode = decode, encode
+
+
+@each_family
+@pytest.mark.parametrize("size", [(30, 32), (32, 34), (0, 32)])
+def test_sizes_that_do_not_fit_are_refused(family, size):
+    with pytest.raises(ValueError, match="take multiples of 4"):
+        type(family)(family.pipe, *size, TOKENS)
+
+
+# SD3: true guidance
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    pipe = build_sd3()
+    pipe.set_progress_bar_config(disable=True)
+    return SD3(pipe, 32, 32, TOKENS)
+
+
+def rows_of(transformer):
+    """A list that grows by the rows of each forward, and the hook that fills it."""
+    rows = []
+    return rows, transformer.register_forward_hook(lambda module, args, out: rows.append(len(out[0])))
+
+
+def test_guidance_goes_from_the_empty_caption_through_the_caption(sd3):
+    x, t, field = noise_for(sd3), torch.tensor([.9, .7, .5, .2]), field_of(sd3)
+    plain = field(x, t, cond_for(sd3, 1.))
+    nothing = field(x, t, {**sd3.encode_text([""] * 4), "guidance": torch.ones(4)})
+    assert (plain - nothing).abs().max() > 1e-2
+    scales = torch.tensor([4., .5, 1., 7.5])                    # each row its own; at 1 and below the plain velocity
+    want = nothing + scales.clamp(min=1).view(4, 1, 1, 1) * (plain - nothing)
+    torch.testing.assert_close(field(x, t, cond_for(sd3, scales)), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scales, count", [([1., 1., .3, 0.], 4), ([4., 4., 4., 4.], 8), ([1., 4., 1., 1.], 5)])
+def test_only_guided_rows_are_asked_twice(sd3, scales, count):
+    rows, hook = rows_of(sd3.pipe.transformer)
+    field_of(sd3)(noise_for(sd3), torch.full((4,), .5), cond_for(sd3, torch.tensor(scales)))
+    hook.remove()
+    assert rows == [count]
+
+
+def test_a_row_has_a_gradient_of_its_own_answers_only(sd3):
+    x, t = noise_for(sd3).requires_grad_(), torch.full((4,), .5)
+    v = sd3.velocity(sd3.pipe.transformer, x, t, cond_for(sd3, torch.tensor([4., 1., 4., 1.])))
+    (gradient,) = torch.autograd.grad(v[2].sum(), x)
+    assert gradient[2].abs().max() > 0 and gradient[[0, 1, 3]].count_nonzero() == 0
+
+
+def test_bfloat16_tells_close_times_apart(sd3):
+    import diffusers
+    diffusers.utils.logging.set_verbosity_error()
+    net = build_sd3().transformer.to(torch.bfloat16)
+    cond = {k: v[:3].bfloat16() for k, v in sd3.encode_text(CAPTIONS[:1] * 3).items()} | {"guidance": torch.full((3,), 4.)}
+    v = sd3.velocity(net, noise_for(sd3)[:1].expand(3, -1, -1, -1), torch.tensor([.750, .751, .755]), cond)
+    assert v.dtype == torch.float32 and len({tuple(row.flatten().tolist()) for row in v}) == 3
+
+
+def test_a_picture_larger_than_the_table_of_positions_is_refused(sd3):
+    assert SD3(sd3.pipe, 48, 32, TOKENS).latent_shape == (4, 24, 16)
+    with pytest.raises(ValueError, match="at most 48 a side"):
+        SD3(sd3.pipe, 52, 32, TOKENS)
+    with pytest.raises(ValueError, match="1 to 512"):
+        SD3(sd3.pipe, 32, 32, 513)
+
+
+def test_pictures_need_not_be_square(sd3):
+    wide = SD3(sd3.pipe, 24, 40, TOKENS)
+    noise = noise_for(wide)
+    ours = wide.decode(sample(field_of(wide), noise, time_grid(2, 3.), cond_for(wide, 4.)))
+    assert ours.shape == (4, 3, 24, 40)
+    torch.testing.assert_close(ours, wide.stock_pictures(CAPTIONS, noise, 2, 4., 3.), rtol=0, atol=1e-4)
+
+
+def test_the_cache_keeps_the_empty_caption_once(sd3, tmp_path):
+    make_pictures(sd3, CAPTIONS, tmp_path / "pictures", 1, 1., progress=False)
+    data = encode_folder(sd3, tmp_path / "pictures", tmp_path / "cache.safetensors", progress=False)
+    read = encode_folder(sd3, tmp_path / "pictures", tmp_path / "cache.safetensors", progress=False)
+    assert data.keys() == read.keys() and all(torch.equal(data[k], read[k]) for k in data)
+    assert len(data["tokens"]) == len(data["pooled"]) == 4 and len(data["empty_tokens"]) == len(data["empty_pooled"]) == 1
+    latents, cond = batch_of(RunConfig(batch=3), 0, read)
+    assert latents.shape == (3, *sd3.latent_shape) and all(len(part) == 3 for part in cond.values())
+    torch.testing.assert_close(cond["empty_tokens"], sd3.encode_text([""] * 3)["tokens"])
+
+
+@pytest.mark.parametrize("t5", [True, False])
+def test_it_saves_and_reloads(tmp_path, t5):
+    build_sd3(seed=1, t5=t5).save_pretrained(tmp_path)
+    assert family_of(tmp_path) is SD3
+    pipe, family_class = load_pipeline(tmp_path, torch.float32)
+    assert family_class is SD3 and (pipe.text_encoder_3 is None) == (not t5)
+    again, made = SD3(pipe, 32, 32, TOKENS), SD3(build_sd3(seed=1, t5=t5), 32, 32, TOKENS)
+    noise = noise_for(again)
+    assert torch.equal(again.stock_pictures(CAPTIONS, noise, 2, 4.), made.stock_pictures(CAPTIONS, noise, 2, 4.))
+
+
+# SD3 by the command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sd3")
+    build_sd3().save_pretrained(path / "pipeline")
+    (path / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
+    return path
+
+
+def distill(folder, out, **more):
+    settings = {"pipeline": folder / "pipeline", "prompts": folder / "prompts.txt", "out": out, "height": 32, "width": 32,
+                "max_tokens": TOKENS, "rank": 2, "lr": 1e-2, "updates": 2, "batch": 2, "teacher_steps": 2, "judge": 2,
+                "guidance": "4.5,4.5", "teacher_guidance": 4.5, "clip": 2, **more}
+    return main(["distill", *(word for k, v in settings.items() for word in (f"--{k}", str(v)))])
+
+
+@pytest.fixture(scope="module")
+def distilled(folder):
+    assert distill(folder, folder / "run") == 0
+    return folder / "run"
+
+
+def stock_of(folder, lora=None):
+    pipe, _ = load_pipeline(folder / "pipeline", torch.float32)
+    assert type(pipe) is StableDiffusion3Pipeline
+    if lora:
+        pipe.load_lora_weights(str(lora))
+    return SD3(pipe, 32, 32, TOKENS)
+
+
+def config_of(out):
+    told = json.loads((out / "config.json").read_text())
+    return RunConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+
+
+def test_a_stock_pipeline_loads_what_distill_wrote(folder, distilled):
+    run = Run(config_of(distilled), progress=False)
+    assert run.resume() == 2
+    x, t = noise_for(run.family), torch.tensor([.99, .8, .5, .1])
+    plain = field_of(stock_of(folder))(x, t, cond_for(run.family, 4.5))
+    for name in ADAPTERS:
+        theirs = stock_of(folder, distilled / name)
+        for guidance in (1., 4.5):
+            ours = run.speakers.field(name)(x, t, cond_for(run.family, guidance))
+            assert torch.equal(ours, field_of(theirs)(x, t, cond_for(theirs, guidance)))
+        with run.speakers.speaking(name):
+            pictures = run.family.stock_pictures(CAPTIONS, x, 3, 4.5)
+        assert torch.equal(pictures, theirs.stock_pictures(CAPTIONS, x, 3, 4.5))
+        assert name != "student" or (ours - plain).abs().max() > 1e-3           # and it is not the teacher
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(folder, distilled):
+    assert distill(folder, folder / "parts", updates=1) == 0
+    assert distill(folder, folder / "parts") == 0
+    for name in ADAPTERS:
+        a, b = (load_file(out / name / "pytorch_lora_weights.safetensors") for out in (distilled, folder / "parts"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_it_runs_in_bfloat16_without_t5_and_with_checkpointing(tmp_path):
+    build_sd3(t5=False).save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
+    assert distill(tmp_path, tmp_path / "run", precision="bf16", preview_every=0) == 0
+
+
+def test_sample_and_dial_know_it(folder, distilled, tmp_path, capsys):
+    assert main(["dial", "--lora", str(distilled), "--count", "2", "--steps", "1,2", "--scales", "1", "--goal_steps", "3"]) == 0
+    assert set(read_dial(distilled / "pytorch_lora_weights.safetensors").scales) <= {0., 1.}
+    words = ["sample", "--lora", str(distilled), "--prompt", "a red star", "--steps", "2", "--out", str(tmp_path / "a.png")]
+    assert main(words) == 0 and (tmp_path / "a.png").is_file()
+    assert "guidance_scale=4.5" in (distilled / "README.md").read_text()
+
+
+def test_kept_guidance_is_heard_by_every_speaker(sd3):
+    """All four speakers evaluate empty + g (caption - empty) with the row's own g."""
+    net = build_sd3().transformer
+    speakers = LoraSpeakers(net, sd3.velocity, sd3.lora_targets, 2)
+    x, t = noise_for(sd3), torch.full((4,), .5)
+    for name in ("student", "teacher", "fast", "slow"):
+        with torch.no_grad():
+            plain, guided = (getattr(speakers, name)(x, t, cond_for(sd3, g)) for g in (1., 4.))
+            nothing = getattr(speakers, name)(x, t, {**sd3.encode_text([""] * 4), "guidance": torch.ones(4)})
+        torch.testing.assert_close(guided, nothing + 4 * (plain - nothing), rtol=0, atol=1e-5)
