@@ -16,7 +16,8 @@ from .flow import interpolate, per_row, shift_time
 # %% ../nbs/01_consistency.ipynb #c14
 # algorithm -> kind of row -> who says v1 (A), who says v2 (B). Algorithm 1 has one EMA, which we call slow.
 CAST = {"one_ema": {"teacher": ("teacher", "teacher"), "self": ("slow", "slow")},
-        "dual": {"teacher": ("teacher", "slow"), "self": ("fast", "slow")}}
+        "dual": {"teacher": ("teacher", "slow"), "self": ("fast", "slow")},
+        "dual_pure": {"teacher": ("teacher", "teacher"), "self": ("fast", "slow")}}
 
 
 class Speakers(NamedTuple):

@@ -36,7 +36,7 @@ class DistillConfig:
     self_grids: tuple = option((2, 4, 8, 16), "steps of the grids of self rows, one is drawn per row")
     t_skip: int = option(2, "steps of its grid that a row jumps over; even")
     shift: tuple = option((2.5, 4.5), "range of the time shift, drawn per row")
-    algorithm: str = option("dual", "dual (Algorithm 2) or one_ema (Algorithm 1)")
+    algorithm: str = option("dual", "dual (Algorithm 2), one_ema (Algorithm 1), or dual_pure: dual with teacher rows that are the teacher's alone")
     fast_decay: float = option(0.99, "decay of the fast EMA, per update")
     slow_decay: float = option(0.999, "decay of the slow EMA, per update; the only EMA of one_ema")
     restart_every: int = option(0, "updates between restarts of both EMAs; 0 for none")
@@ -72,7 +72,7 @@ RULES = [
     ("shift", lambda c: len(c.shift) == 2 and 0 < c.shift[0] <= c.shift[1] < math.inf, "(low, high) with 0 < low <= high"),
     ("algorithm", lambda c: c.algorithm in CAST, " or ".join(CAST)),
     ("slow_decay", lambda c: 0 <= c.slow_decay < 1, "a decay in [0, 1)"),
-    ("fast_decay", lambda c: 0 <= c.fast_decay < 1 and (c.algorithm != "dual" or c.fast_decay <= c.slow_decay),
+    ("fast_decay", lambda c: 0 <= c.fast_decay < 1 and (c.algorithm == "one_ema" or c.fast_decay <= c.slow_decay),
      "a decay in [0, 1), no larger than slow_decay"),
     ("restart_every", lambda c: whole(c.restart_every, 0), "a whole number of updates; 0 for no restart"),
     ("speaker_scale", lambda c: 0 <= c.speaker_scale <= 2, "a strength in [0, 2]; 1 in the paper, .5 for damped speakers"),

@@ -67,16 +67,18 @@ class LoraSpeakers:
 
     transformer: a diffusers model; `velocity(transformer, x, t, cond)` calls it (see `scfm.families`).
     targets, rank, alpha: as in `attach`. `model`: what the student's forward goes through when the transformer has been
-    wrapped for several processes; the transformer itself when None.
+    wrapped for several processes; the transformer itself when None. `teacher_velocity`: how the teacher calls it, where that
+    differs: a teacher with guidance and three speakers without distil the guidance into the weights.
 
     Attributes `student`, `teacher`, `fast`, `slow` are fields (x, t, cond) -> velocity, the interface of
     `scfm.consistency`; fast and slow speak at the LoRA scale `speaker_scale`. Outside a call of another speaker the
     student's adapter is active: an invariant, not a habit.
     """
 
-    def __init__(self, transformer, velocity, targets, rank=64, alpha=None, model=None):
+    def __init__(self, transformer, velocity, targets, rank=64, alpha=None, model=None, teacher_velocity=None):
         attach(transformer, targets, rank, alpha)
         self.transformer, self.velocity = transformer, velocity
+        self.teacher_velocity = teacher_velocity or velocity
         self.model = transformer if model is None else model
         self.speaker_scale = 1.
 
@@ -94,10 +96,12 @@ class LoraSpeakers:
         return self.field("slow", self.speaker_scale)(x, t, cond)
 
     def field(self, name, scale=1.):
-        """The speaker `name` as a field without a gradient, its LoRA at `scale`: 0 is the teacher, 1 the adapter as it is."""
+        """The speaker `name` as a field without a gradient, its LoRA at `scale`: 0 is the base as it was, 1 the adapter as it is."""
+        velocity = self.teacher_velocity if name == "teacher" else self.velocity
+
         def said(x, t, cond=None):
             with self.speaking(name, scale), torch.no_grad():
-                return self.velocity(self.transformer, x, t, cond)
+                return velocity(self.transformer, x, t, cond)
         return said
 
     def parameters(self, name):

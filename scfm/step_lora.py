@@ -31,7 +31,9 @@ class UseConfig:
     height: int = option(0, "picture height in pixels; 0: that of the run")
     width: int = option(0, "picture width in pixels; 0: that of the run")
     max_tokens: int = option(0, "length of the text sequence; 0: that of the run")
-    guidance_scale: float = option(-1.0, "guidance scale; below 0: that of the run's own pictures")
+    guidance_scale: float = option(-1.0, "guidance scale; below 0: that of the run's own pictures, or 1 if it is in the weights")
+    teacher_guidance: float = option(-1.0, "guidance scale of the teacher's walks that the dial is held against; below 0: the same, "
+                                     "or that of the run's own pictures if it is in the weights")
     shift: float = option(0.0, "time shift of the sampling grid; 0: the one that the run was judged at")
     precision: str = option("", "fp32 or bf16; empty: that of the run")
     seed: int = option(0, "of the noise")
@@ -43,9 +45,15 @@ class UseConfig:
             raise FileNotFoundError(f"no LoRA at {weights}: say --lora FOLDER, a folder that scfm distill wrote")
         told = Path(self.lora) / "config.json"
         run = {**asdict(RunConfig()), **(json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {})}
+        if run["guidance_mode"] == "distilled":  # the LoRA was taught by a guided teacher to do without
+            if self.teacher_guidance < 0:
+                self.teacher_guidance = run["teacher_guidance"]
+            run["teacher_guidance"] = 1.
         for mine, theirs in FROM_RUN.items():
             if getattr(self, mine) == type(self).__dataclass_fields__[mine].default:
                 setattr(self, mine, run[theirs])
+        if self.teacher_guidance < 0:
+            self.teacher_guidance = self.guidance_scale
         if not self.pipeline:
             raise ValueError(f"{self.lora} does not say which pipeline it is for: say --pipeline FOLDER")
         if self.precision not in DTYPES:
@@ -78,10 +86,11 @@ class StepLora:
         return self.family.velocity(self.pipe.transformer, x, t, cond)
 
     def endpoints(self, captions, noise, steps, scale):
-        """Latents (n, N, C) that the LoRA at `scale` reaches from `noise` in `steps` Euler steps."""
+        """Latents, shaped as `noise`, that the LoRA at `scale` reaches from it in `steps` Euler steps. Scale 0 is the teacher,
+        at its own guidance scale."""
         self.set_scale(scale)
-        return teacher_endpoints(self.family, self.field, captions, noise, steps, self.config.shift,
-                                 self.config.guidance_scale)
+        guidance = self.config.guidance_scale if scale else self.config.teacher_guidance
+        return teacher_endpoints(self.family, self.field, captions, noise, steps, self.config.shift, guidance)
 
 # %% ../nbs/25_step_lora.ipynb #c12
 def find_dial(tuned, captions, steps=(1, 2, 3, 4, 8, 16), scales=tuple(i / 4 for i in range(9)), goal_steps=64,
@@ -96,7 +105,8 @@ def find_dial(tuned, captions, steps=(1, 2, 3, 4, 8, 16), scales=tuple(i / 4 for
         return tuned.endpoints(captions, noise, n, scale)
     curve = endpoint_curve(ends, goal, steps, scales)
     bar.close()
-    return choose(curve, tuned.config.shift), curve
+    distilled = tuned.config.teacher_guidance != tuned.config.guidance_scale     # strength 0 is then no choice: it has no guidance
+    return choose({k: d for k, d in curve.items() if k[1] or not distilled}, tuned.config.shift), curve
 
 # %% ../nbs/25_step_lora.ipynb #c16
 CARD = """# A step LoRA for {pipeline}

@@ -12,7 +12,7 @@ from scfm.consistency import (CAST, Jumps, Speakers, consistency_target, draw_ju
                               scfm_loss, snap_times, speak, take_rows)
 from scfm.flow import interpolate, shift_time
 
-ALGORITHMS = ("one_ema", "dual")
+ALGORITHMS = ("one_ema", "dual", "dual_pure")
 rows_ = st.integers(1, 40)
 shares = st.floats(0, 1)
 shifts = st.floats(1., 4.5).flatmap(lambda low: st.tuples(st.just(low), st.floats(low, 4.5)))
@@ -124,7 +124,8 @@ def test_snapping_names_the_mend():
 # ---------------------------------------------------------------- who speaks
 
 
-@pytest.mark.parametrize("algorithm, teacher_row, self_row", [("one_ema", (1., 1.), (3., 3.)), ("dual", (1., 3.), (2., 3.))])
+@pytest.mark.parametrize("algorithm, teacher_row, self_row", [("one_ema", (1., 1.), (3., 3.)), ("dual", (1., 3.), (2., 3.)),
+                                                               ("dual_pure", (1., 1.), (2., 3.))])
 @pytest.mark.parametrize("t_skip", [2, 4])
 def test_casting(algorithm, teacher_row, self_row, t_skip):
     speakers = Speakers(*map(constant, (0., 1., 2., 3.)))            # student 0, teacher 1, fast 2, slow 3

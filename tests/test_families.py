@@ -10,14 +10,17 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from scfm.cli import main
+from scfm.consistency import consistency_target, draw_jumps, keyed_generator
 from scfm.dial import read_dial
 from scfm.families import FAMILIES, family_of, load_pipeline
 from scfm.families.sd3 import SD3
 from scfm.flow import euler_step, sample, time_grid
 from scfm.lora import ADAPTERS, LoraSpeakers, attach
-from scfm.run import Run, RunConfig, batch_of
-from scfm.teacher_data import encode_folder, make_pictures
-from toy.pipelines import TOKENS, build_flux, build_sd3
+from scfm.metrics import endpoint_distance
+from scfm.run import Run, RunConfig, batch_of, endpoints, unguided
+from scfm.step_lora import UseConfig
+from scfm.teacher_data import encode_folder, make_pictures, start_noise
+from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]
 BUILD = {"FluxPipeline": build_flux, "StableDiffusion3Pipeline": build_sd3,
@@ -311,3 +314,101 @@ def test_kept_guidance_is_heard_by_every_speaker(sd3):
             plain, guided = (getattr(speakers, name)(x, t, cond_for(sd3, g)) for g in (1., 4.))
             nothing = getattr(speakers, name)(x, t, {**sd3.encode_text([""] * 4), "guidance": torch.ones(4)})
         torch.testing.assert_close(guided, nothing + 4 * (plain - nothing), rtol=0, atol=1e-5)
+
+
+# SD3, guidance distilled into the weights
+
+
+def speakers_with_voices(sd3):
+    """Speakers of the distilled kind whose three adapters all say something of their own."""
+    speakers = LoraSpeakers(build_sd3().transformer, unguided(sd3.velocity), sd3.lora_targets, 2, teacher_velocity=sd3.velocity)
+    with torch.no_grad():
+        for i, name in enumerate(ADAPTERS):
+            for weight in speakers.parameters(name):
+                weight.normal_(std=.05, generator=torch.Generator().manual_seed(i))
+    return speakers
+
+
+def test_the_teachers_rows_aim_at_the_guided_teacher_and_the_others_know_no_guidance(sd3):
+    speakers, scales = speakers_with_voices(sd3), torch.tensor([4., 2., 7.5, 4.])
+    jumps = draw_jumps(4, 1., shift=(2.5, 4.5), generator=keyed_generator(0, 0))
+    x, cond, text = noise_for(sd3), cond_for(sd3, scales), sd3.encode_text(CAPTIONS)
+
+    def stock(x, t, name):                                      # the plain network, asked by hand: no class of ours
+        tokens, pooled = text[name + "tokens"], text[name + "pooled"]
+        with torch.no_grad():
+            return sd3.pipe.transformer(x, tokens, pooled, t * 1000, return_dict=False)[0]
+
+    def guided(x, t):
+        caption, nothing = stock(x, t, ""), stock(x, t, "empty_")
+        return nothing + scales.view(4, 1, 1, 1) * (caption - nothing)
+
+    t1, t2, t3 = (jumps.times[:, i].view(4, 1, 1, 1) for i in range(3))
+    v1 = guided(x, jumps.times[:, 0])
+    v2 = guided(x - (t1 - t2) * v1, jumps.times[:, 1])
+    want = ((t1 - t2) * v1 + (t2 - t3) * v2) / (t1 - t3)
+    for algorithm in ("dual_pure", "one_ema"):
+        torch.testing.assert_close(consistency_target(x, jumps, speakers, cond, algorithm), want, rtol=0, atol=1e-4)
+
+    own = jumps._replace(is_teacher=torch.zeros(4, dtype=torch.bool))
+    ones = {**cond, "guidance": torch.ones(4)}
+    fast = speakers.field("fast")(x, own.times[:, 0], ones)
+    slow = speakers.field("slow")(x - (t1 - t2) * fast, own.times[:, 1], ones)
+    want = ((t1 - t2) * fast + (t2 - t3) * slow) / (t1 - t3)
+    torch.testing.assert_close(consistency_target(x, own, speakers, cond, "dual_pure"), want, rtol=0, atol=1e-5)
+
+
+def test_the_distilled_student_is_asked_once_and_the_kept_one_twice(sd3):
+    x, t, cond = noise_for(sd3), torch.full((4,), .5), cond_for(sd3, 4.)
+    kept = LoraSpeakers(build_sd3().transformer, sd3.velocity, sd3.lora_targets, 2)
+    for speakers, student in ((speakers_with_voices(sd3), 4), (kept, 8)):
+        rows, hook = rows_of(speakers.transformer)
+        for name in ("student", "fast", "slow", "teacher"):
+            getattr(speakers, name)(x, t, cond)
+        hook.remove()
+        assert rows == [student, student, student, 8]
+
+
+def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
+    out, one = tmp_path / "run", "pytorch_lora_weights.safetensors"
+    assert distill(folder, out, guidance_mode="distilled", algorithm="dual_pure") == 0
+    record = json.loads((out / "choice.json").read_text())
+    assert record["guidance_mode"] == "distilled"
+    run = Run(config_of(out), progress=False)
+    run.resume()
+    noise = noise_for(run.family)
+    teacher, plain = (sample(field_of(stock_of(folder)), noise, time_grid(2, 3.), cond_for(run.family, g)) for g in (4.5, 1.))
+    torch.testing.assert_close(endpoints(run, "teacher", CAPTIONS, noise, 2), teacher, rtol=0, atol=1e-4)
+    torch.testing.assert_close(endpoints(run, "student", CAPTIONS, noise, 2, 0.), plain, rtol=0, atol=1e-4)
+    ours = run.family.decode(endpoints(run, "student", CAPTIONS, noise, 2))
+    theirs = stock_of(folder, out / "student").stock_pictures(CAPTIONS, noise, 2, 1., 3.)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+    config = UseConfig(lora=str(out))
+    config.check()
+    assert (config.guidance_scale, config.teacher_guidance) == (1., 4.5)
+    assert main(["dial", "--lora", str(out), "--count", "2", "--steps", "1,2", "--scales", "1", "--goal_steps", "3"]) == 0
+    assert set(read_dial(out / one).scales) == {1.}              # strength 0 is no guidance at all, hence no choice
+    rows = {(r["steps"], r["scale"]): r["distance"] for r in json.loads((out / "dial.json").read_text())["curve"]}
+    captions, noise = CAPTIONS[:2], start_noise(run.family, range(2), 1)
+    walk = lambda steps: endpoints(run, "teacher", captions, noise, steps)
+    assert rows[1, 0.] == pytest.approx(endpoint_distance(walk(1), walk(3)), abs=1e-5)
+    assert "guidance_scale=1," in (out / "README.md").read_text()
+    words = ["sample", "--lora", str(out), "--prompt", "a red star", "--steps", "2", "--out", str(tmp_path / "a.png")]
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize("pipeline, change, message", [
+    ("sd3", {"guidance_mode": "distilled"}, "dual_pure or one_ema"),
+    ("sd3", {"guidance_mode": "both"}, "kept or distilled"),
+    ("sd3", {"height": 64}, "at most 48 a side"),
+    ("sd3", {"height": 30}, "multiples of 4"),
+    ("sd3", {"max_tokens": 600}, "1 to 512"),
+    ("flux", {"guidance_mode": "distilled", "algorithm": "dual_pure"}, "guidance_mode kept"),
+])
+def test_bad_input_is_one_line_and_code_2(folder, tmp_path, capsys, pipeline, change, message):
+    more = {"pipeline": FLUX} if pipeline == "flux" else {}
+    assert distill(folder, tmp_path / "run", **more, **change) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("scfm distill: ") and message in said
+    assert not (tmp_path / "run").exists()
