@@ -97,3 +97,55 @@ def train_flow(network, data, updates=4000, batch=512, lr=1e-3, seed=0):
         optimizer.step()
         scheduler.step()
     return network
+
+
+class GaussianStudent(NamedTuple):
+    """A linear field on data N(0, deviation^2): V(x, t) = (exact slope + change) x. change: (bins + 1,), by t from 0 to 1."""
+    deviation: float
+    change: torch.Tensor
+
+    def field(self, x, t, cond=None, scale=1.):
+        """x: (B, D), t: (B,) -> (B, D). scale: a number, or one for each row (B, 1); 0 is the exact field."""
+        return (gaussian_slope(per_row(t, x), self.deviation) + scale * interpolated(self.change, per_row(t, x))) * x
+
+
+def gaussian_slope(t, deviation):
+    """The exact velocity of data N(0, deviation^2) at x and t is this times x."""
+    return (t - (1 - t) * deviation ** 2) / ((1 - t) ** 2 * deviation ** 2 + t ** 2)
+
+
+def interpolated(values, t):
+    """A function on [0, 1], given at len(values) even points, at the times t; linear between the points."""
+    place = t.double() * (len(values) - 1)
+    i = place.long().clamp(0, len(values) - 2)
+    return values[i].lerp(values[i + 1], place - i)
+
+
+def gaussian_rest(deviation, jumps, algorithm="one_ema", speaker_scale=1., weight=None, bins=512, sweeps=3000):
+    """Where SCFM comes to rest on data N(0, deviation^2), with the exact field as teacher: a `GaussianStudent`.
+
+    At rest the student says at each t1 the mean target of the rows that start there, and its averages say what it says. All
+    targets are slopes: (h1 a1 + h2 a2 (1 - h1 a1)) / (h1 + h2), see chapter 03_distill. jumps: many draws, of `draw_jumps`;
+    weight: (B,), how much each row counts, all the same when None. Repeats the equation until nothing moves. ValueError when
+    that does not happen within `sweeps`.
+    """
+    times, steps = jumps.times.double().T, torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    t1, t2, h1, h2 = times[0], times[1], times[0] - times[1], times[1] - times[2]
+    own = speaker_scale * torch.stack([~jumps.is_teacher, ~jumps.is_teacher | (algorithm == "dual")])   # who hears an EMA
+    weight = torch.ones_like(t1) if weight is None else weight.double()
+    slot = (t1 * bins).round().long()
+    mass = torch.bincount(slot, weight, bins + 1)
+    seen = mass > 0
+    left = torch.where(seen, torch.arange(bins + 1), -1).cummax(0).values.clamp(min=int(seen.nonzero()[0]))
+    right = torch.where(seen, torch.arange(bins + 1), bins + 1).flip(0).cummin(0).values.flip(0).clamp(max=int(seen.nonzero()[-1]))
+    share = ((torch.arange(bins + 1) - left) / (right - left).clamp(min=1).double()).clamp(0, 1)         # between seen times
+    exact1, exact2 = gaussian_slope(t1, deviation), gaussian_slope(t2, deviation)
+    change = torch.zeros_like(steps)
+    for _ in range(sweeps):
+        a1, a2 = exact1 + own[0] * interpolated(change, t1), exact2 + own[1] * interpolated(change, t2)
+        target = (h1 * a1 + h2 * a2 * (1 - h1 * a1)) / (h1 + h2)
+        mean = torch.bincount(slot, weight * (target - exact1), bins + 1) / mass
+        before, change = change, mean[left].lerp(mean[right], share)
+        if (change - before).abs().max() < 1e-7:
+            return GaussianStudent(deviation, change)
+    raise ValueError(f"no rest after {sweeps} sweeps: the last one still moved {(change - before).abs().max():.1e}")
