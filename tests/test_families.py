@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from scfm.cli import main
 from scfm.consistency import consistency_target, draw_jumps, keyed_generator
 from scfm.dial import read_dial
-from scfm.families import FAMILIES, family_of, load_pipeline
+from scfm.families import FAMILIES, family_of, load_pipeline, velocities
 from scfm.families.sd3 import SD3
 from scfm.flow import euler_step, sample, time_grid
 from scfm.lora import ADAPTERS, LoraSpeakers, attach
 from scfm.metrics import endpoint_distance
-from scfm.run import Run, RunConfig, batch_of, endpoints, unguided
+from scfm.run import Run, RunConfig, batch_of, endpoints
 from scfm.step_lora import UseConfig
 from scfm.teacher_data import encode_folder, make_pictures, start_noise
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
@@ -321,7 +321,8 @@ def test_kept_guidance_is_heard_by_every_speaker(sd3):
 
 def speakers_with_voices(sd3):
     """Speakers of the distilled kind whose three adapters all say something of their own."""
-    speakers = LoraSpeakers(build_sd3().transformer, unguided(sd3.velocity), sd3.lora_targets, 2, teacher_velocity=sd3.velocity)
+    velocity, teachers = velocities(sd3, "distilled")
+    speakers = LoraSpeakers(build_sd3().transformer, velocity, sd3.lora_targets, 2, teacher_velocity=teachers)
     with torch.no_grad():
         for i, name in enumerate(ADAPTERS):
             for weight in speakers.parameters(name):

@@ -3,6 +3,7 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -43,6 +44,24 @@ def load_pipeline(folder, dtype, device="cpu"):
         pipe = family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **absent).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, family
+
+
+def velocities(family, guidance_mode):
+    """(velocity of student and EMAs, velocity of the teacher): the same for "kept", for "distilled" the first unguided.
+
+    ValueError for "distilled" with a family whose guidance is an input of the network.
+    """
+    if guidance_mode == "kept":
+        return family.velocity, family.velocity
+    if not getattr(family, "true_guidance", False):
+        raise ValueError(f"guidance_mode {guidance_mode}: in {type(family).__name__} the guidance is an input of the network and "
+                         "costs nothing: take --guidance_mode kept")
+    return unguided(family.velocity), family.velocity
+
+
+def unguided(velocity):
+    """A family's velocity with guidance scale 1 in every row, whatever the condition says: one evaluation a row."""
+    return lambda transformer, x, t, cond: velocity(transformer, x, t, {**cond, "guidance": torch.ones_like(cond["guidance"])})
 
 
 @contextmanager
