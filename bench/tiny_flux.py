@@ -49,6 +49,8 @@ def main():
     plot(record, Path(args.out).with_suffix(".png"))
     print(table(record["entries"]))
     print(json.dumps(record["summary"], indent=1))
+    if args.readme:
+        put_table(Path(args.readme), readme_table(record))
 
 
 def parse():
@@ -58,6 +60,7 @@ def parse():
     parser.add_argument("--lora", default=str(WEIGHTS / "lora"), help="folder of the LoRA that ships")
     parser.add_argument("--run", default="", help="folder of the run, to compare its student, fast and slow")
     parser.add_argument("--out", default="bench/results/tiny_flux.json", help="path of the result")
+    parser.add_argument("--readme", default="", metavar="FILE", help="put the table between this file's table marks")
     return parser.parse_args()
 
 
@@ -83,7 +86,7 @@ def dial_of(folder):
 
 
 def begin(args, judge):
-    """The record so far, if it is of the same weights and captions; a fresh one otherwise."""
+    """The record so far, as far as it is of the same weights and captions; a fresh one otherwise."""
     fresh = {"captions": args.captions, "seed": args.seed, "guidance": GUIDANCE, "goal": "teacher, 32 steps, shift 3",
              "reference": "4000 drawings of held-out pairs", "frechet_floor": judge.floor(),
              "weights": {"teacher": digest(FLUX / "transformer"), "lora": digest(args.lora)},
@@ -95,6 +98,9 @@ def begin(args, judge):
         old = json.loads(path.read_text())
         if all(old.get(k) == fresh[k] for k in ("captions", "seed", "guidance", "weights", "dial")):
             return old
+        if all(old.get(k) == fresh[k] for k in ("captions", "seed", "guidance")) and \
+                old["weights"]["teacher"] == fresh["weights"]["teacher"]:
+            fresh["entries"] = {TEACHER: old["entries"].get(TEACHER, [])}      # another LoRA, the same teacher
     return fresh
 
 
@@ -116,6 +122,28 @@ def summarise(record):
             "frechet_ratio": round(ours["frechet"] / best["frechet"], 3),
             "endpoint_ratio": round(ours["endpoint"] / best["endpoint"], 3),
             "prompt_accuracy_lost": round(full["prompt_accuracy"] - ours["prompt_accuracy"], 4)}
+
+
+def readme_table(record):
+    """The rows that a reader needs, in Markdown."""
+    entries, steps = record["entries"], (1, 2, 3, 4, 8)
+    line = lambda name, n, r: f"| {name} | {n} | {100 * r['prompt_accuracy']:.1f} % | {r['frechet']:.0f} | {r['endpoint']:.3f} |"
+    strength = lambda n: Dial(tuple(map(int, record["dial"])), tuple(record["dial"].values())).scale(n)
+    lines = ["| | steps | prompt accuracy | Frechet distance | endpoint distance |", "|---|---|---|---|---|",
+             line("teacher", 32, at_stock(entries[TEACHER], 32))]
+    for n in steps:
+        lines.append(line("teacher, stock shift" if n > 1 else "teacher", n, at_stock(entries[TEACHER], n)))
+        if n > 1:
+            lines.append(line("teacher, best shift for each column", n, best_of(entries[TEACHER], n)))
+        lines.append(line(f"**LoRA at strength {strength(n):.2g}**", n, at_stock(entries[DIALLED], n)))
+    return "\n".join(lines)
+
+
+def put_table(path, text):
+    """Replaces what stands between <!-- table --> and the empty line after the old table."""
+    before, rest = path.read_text(encoding="utf-8").split("<!-- table -->\n", 1)
+    after = rest.split("\n\n", 1)[1]
+    path.write_text(f"{before}<!-- table -->\n{text}\n\n{after}", encoding="utf-8")
 
 
 def write(path, record):

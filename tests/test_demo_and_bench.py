@@ -2,6 +2,7 @@
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -61,7 +62,7 @@ def test_the_evaluation_resumes(tmp_path, monkeypatch, capsys):
     script(monkeypatch, "bench/tiny_flux.py", "--captions", 8, "--out", out)
     again = json.loads(out.read_text())["entries"]["teacher"][-1]
     assert {k: again[k] for k in COLUMNS} == {k: lost[k] for k in COLUMNS}
-    assert set(whole["summary"]) == {"teacher_32", "at_3_steps", "at_4_steps"}
+    assert set(whole["summary"]) == {"teacher_32", *(f"at_{n}_steps" for n in (1, 2, 3, 4, 8))}
 
 
 @pytest.mark.parametrize("shape", ["flux", "sd35"])
@@ -83,3 +84,11 @@ def test_the_12b_bench_has_the_shapes_of_the_real_models(shape, billion):
     with torch.device("meta"):
         model = kind(**bench[shape])
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billion, abs=.01)
+
+
+def test_the_readme_shows_the_committed_evaluation():
+    bench = runpy.run_path("bench/tiny_flux.py")
+    record = json.loads(Path("bench/results/tiny_flux.json").read_text())
+    assert bench["readme_table"](record) in Path("README.md").read_text(encoding="utf-8")
+    assert record["weights"]["lora"] == bench["digest"](bench["WEIGHTS"] / "lora")          # it is of these very weights
+    assert record["weights"]["teacher"] == bench["digest"](bench["FLUX"] / "transformer")
