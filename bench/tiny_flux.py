@@ -1,7 +1,7 @@
 """The committed evaluation of the carried LoRA:  python bench/tiny_flux.py --run runs/carried --captions 2048
 
-The teacher at five sampling shifts, the carried LoRA at the stock shift, at strength 1 and at its dial, and all three
-adapters of the run at 3 and 4 steps. Same captions, noises and reference drawings for all (see toy/judge.py). Resumes: a row that stands in the
+The teacher at five sampling shifts, the carried LoRA at the stock shift and at the strengths of its dial, and with --run
+all three adapters of the run at 3 and 4 steps. Same captions, noises and reference drawings for all (see toy/judge.py). Resumes: a row that stands in the
 result is not measured again. Writes bench/results/tiny_flux.json and .png.
 """
 import argparse
@@ -20,7 +20,7 @@ from scfm.lora import WEIGHT_NAME
 from toy.judge import COLUMNS, SHIFTS, STEPS, STOCK, Judge, at_stock, best_of, table
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS, load_flux
 
-TEACHER, SHIPPED, DIALLED = "teacher", "carried LoRA, strength 1", "carried LoRA, its dial"
+TEACHER, DIALLED = "teacher", "carried LoRA, its dial"
 
 
 def main():
@@ -29,10 +29,9 @@ def main():
     family = Flux(pipe, 32, 32, TOKENS)
     judge = Judge(family, args.captions, args.seed, progress=False)
     record = begin(args, judge)
-    fields = {TEACHER: lambda steps: field_of(family, pipe), SHIPPED: dialled(family, args.lora, Dial((1,), (1.,)))}
-    fields[DIALLED] = dialled(family, args.lora)
+    fields = {TEACHER: lambda steps: field_of(family, pipe), DIALLED: dialled(family, args.lora)}
     jobs = [(TEACHER, n, s) for n in STEPS for s in SHIFTS if s == STOCK or 1 < n < max(STEPS)]
-    jobs += [(name, n, STOCK) for name in (DIALLED, SHIPPED) for n in STEPS]
+    jobs += [(DIALLED, n, STOCK) for n in STEPS]
     if args.run:
         for name in ("student", "fast", "slow"):
             label = f"{name} of the run, its dial"
@@ -68,11 +67,11 @@ def field_of(family, pipe):
     return lambda x, t, cond: family.velocity(pipe.transformer, x, t, cond)
 
 
-def dialled(family, folder, dial=None):
-    """steps -> the field of a LoRA at the strength of a dial, its own when None; through the stock loader."""
+def dialled(family, folder):
+    """steps -> the field of a LoRA at the strength of its dial; through the stock loader."""
     pipe = load_flux()
     pipe.load_lora_weights(str(folder), adapter_name="step")
-    dial = dial or dial_of(folder)
+    dial = dial_of(folder)
 
     def field_for(steps):
         pipe.set_adapters(["step"], [dial.scale(steps)])
@@ -135,7 +134,7 @@ def readme_table(record):
         lines.append(line("teacher, stock shift" if n > 1 else "teacher", n, at_stock(entries[TEACHER], n)))
         if n > 1:
             lines.append(line("teacher, best shift for each column", n, best_of(entries[TEACHER], n)))
-        lines.append(line(f"**LoRA at strength {strength(n):.2g}**", n, at_stock(entries[DIALLED], n)))
+        lines.append(line(f"**LoRA at strength {strength(n):g}**", n, at_stock(entries[DIALLED], n)))
     return "\n".join(lines)
 
 
@@ -157,7 +156,7 @@ def plot(record, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    teacher, shipped, turned = (record["entries"][name] for name in (TEACHER, SHIPPED, DIALLED))
+    teacher, turned = record["entries"][TEACHER], record["entries"][DIALLED]
     figure, axes = plt.subplots(1, 3, figsize=(10, 3))
     titles = {"prompt_accuracy": "prompt accuracy (higher is better)", "frechet": "Frechet distance on the reader's features",
               "endpoint": "distance to the teacher's 32-step endpoint"}
@@ -165,7 +164,6 @@ def plot(record, path):
         steps = [n for n in STEPS if not (key == "endpoint" and n == 32)]
         ax.plot(steps, [at_stock(teacher, n)[key] for n in steps], "o-", color="C7", label="teacher, stock shift")
         ax.plot(steps, [best_of(teacher, n)[key] for n in steps], "o--", color="C0", label="teacher, best shift")
-        ax.plot(steps, [at_stock(shipped, n)[key] for n in steps], "o:", color="C1", label="carried LoRA, strength 1")
         ax.plot(steps, [at_stock(turned, n)[key] for n in steps], "o-", color="C1", label="carried LoRA, its dial")
         ax.set(xscale="log", xticks=STEPS, xticklabels=STEPS, xlabel="network evaluations")
         ax.minorticks_off()

@@ -35,7 +35,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
 
     print(f"1/3  live distillation of {FLUX.name}: at most {args.seconds} s, {args.updates} updates", flush=True)
-    config = live_config(live, args.updates, args.prompts)
+    config = live_config(live, args.updates, args.prompts, min(32, args.captions))
     print(f"     (EMA decays {config.fast_decay:.3f} and {config.slow_decay:.3f}: scaled to the short run from "
           ".99 and .999)", flush=True)
     run = Run(config)
@@ -70,12 +70,12 @@ def parse(argv):
     return args
 
 
-def live_config(out, updates, prompts=PROMPTS):
+def live_config(out, updates, prompts=PROMPTS, judge=32):
     """The recipe of the carried LoRA, with the memories of the EMAs scaled to the number of updates."""
     from scfm.run import RunConfig
     return RunConfig(**{**read_settings(RECIPE), "pipeline": str(FLUX), "prompts": str(prompts), "out": str(out),
                         "updates": updates, "fast_decay": shorten(.99, updates), "slow_decay": shorten(.999, updates),
-                        "preview_every": 0, "judge": 32, "student_steps": (1, 2, 3, 4, 8),
+                        "preview_every": 0, "judge": judge, "student_steps": (1, 2, 3, 4, 8),
                         "judge_scales": (.5, .75, 1., 1.25)})
 
 
