@@ -60,7 +60,7 @@ def parse(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="runs/demo", help="folder of comparison.png and results.json")
     parser.add_argument("--updates", type=int, default=300, help="updates of the live run, at most")
-    parser.add_argument("--seconds", type=int, default=100, help="seconds of the live run, at most")
+    parser.add_argument("--seconds", type=int, default=85, help="seconds of the live run, at most")
     parser.add_argument("--prompts", default=str(PROMPTS), help="captions that the teacher paints for the live run")
     parser.add_argument("--captions", type=int, default=128, help="captions on which all are judged")
     args = parser.parse_args(argv)

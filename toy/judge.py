@@ -98,8 +98,8 @@ COLUMNS = {"prompt_accuracy": max, "frechet": min, "endpoint": min}
 
 def table(record, teacher="teacher"):
     """The record as text: a block per entry, a line per step count."""
-    lines = [f"{'':34}{'steps':>6}{'prompt acc.':>13}{'Frechet':>10}{'endpoint':>10}{'seconds':>9}"]
-    line = lambda name, r: (f"{name:34}{r['steps']:>6}{r['prompt_accuracy']:>13.3f}{r['frechet']:>10.3f}"
+    lines = [f"{'':46}{'steps':>6}{'prompt acc.':>13}{'Frechet':>10}{'endpoint':>10}{'seconds':>9}"]
+    line = lambda name, r: (f"{name:46}{r['steps']:>6}{r['prompt_accuracy']:>13.3f}{r['frechet']:>10.3f}"
                             f"{r['endpoint']:>10.3f}{r['seconds']:>9.1f}")
     for name, rows in record.items():
         steps = sorted({r["steps"] for r in rows})
