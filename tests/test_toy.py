@@ -70,7 +70,7 @@ def test_the_scheduler_is_the_stock_one_with_a_fixed_shift():
 def test_weights_are_small_and_carry_no_pickle():
     files = [p for p in WEIGHTS.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 12e6
-    assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt", ".jinja"}
+    assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt", ".jinja", ".md"}
 
 
 def test_plane_sets_and_the_exact_field():
