@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from scfm.cli import read_settings
+from scfm.commands import read_settings
 from scfm.dial import read_dial
 from scfm.ema import shorten
 from toy.judge import STOCK, Entry, Judge, SHIFTS, table

@@ -1,0 +1,46 @@
+"""`scfm dial`: the LoRA's strength for each number of steps."""
+import argparse
+from pathlib import Path
+
+from scfm.commands import add_options, numbers, read_settings
+from scfm.step_lora import StepLora, UseConfig, find_dial, keep_dial
+from scfm.teacher_data import read_prompts
+
+
+def main(argv):
+    """`scfm dial`: a flag for every field of UseConfig, and how finely to look."""
+    parser = argparse.ArgumentParser(
+        prog="scfm dial", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Finds, for each number of steps, the strength of the LoRA whose endpoints lie nearest to the "
+                    "teacher's own. Stores the table in the LoRA's header, dial.json and README.md beside it.")
+    add_options(parser, UseConfig)
+    parser.add_argument("--prompts", default="", help="text file of captions; empty: those of the run")
+    parser.add_argument("--count", type=int, default=64, help="captions to look at, one noise for each")
+    parser.add_argument("--steps", type=numbers(int), default=(1, 2, 3, 4, 8, 16), help="step counts of the table")
+    parser.add_argument("--scales", type=numbers(float), default=tuple(i / 4 for i in range(9)), help="strengths to try")
+    parser.add_argument("--goal_steps", type=int, default=64, help="steps of the teacher's own walks")
+    args = vars(parser.parse_args(argv))
+    path, count, steps, scales, goal_steps = (args.pop(k) for k in ("prompts", "count", "steps", "scales", "goal_steps"))
+    if min(count, goal_steps, *steps) < 1:
+        raise ValueError("--count, --goal_steps and --steps: give 1 or more")
+    config = UseConfig(**args)
+    config.check()
+    captions = read_prompts(path or prompts_of_run(config.lora))
+    captions = (captions * -(-count // len(captions)))[:count]      # fewer captions than asked: more noises for each
+    tuned = StepLora(config)
+    scales = tuple(sorted({0., *scales}))                            # 0 is the teacher: always a choice
+    found, curve = find_dial(tuned, captions, tuple(sorted(set(steps))), scales, goal_steps, config.seed + 1)
+    keep_dial(tuned, found, curve, captions, goal_steps)
+    for n, scale in zip(found.steps, found.scales):
+        print(f"{n:4} steps: strength {scale:<5g}  distance {curve[n, scale]:.4f}  (teacher {curve[n, 0.]:.4f})")
+    print(f"stored in {tuned.path}, dial.json and README.md beside it")
+    return 0
+
+
+def prompts_of_run(folder):
+    """The captions file that the run was made with. ValueError when the folder does not name one."""
+    told = Path(folder) / "config.json"
+    path = read_settings(told).get("prompts") if told.is_file() else ""
+    if not path:
+        raise ValueError(f"{folder} does not name its captions: say --prompts FILE")
+    return path

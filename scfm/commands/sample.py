@@ -1,0 +1,32 @@
+"""`scfm sample`: pictures from prompts."""
+import argparse
+
+from scfm.commands import add_options
+from scfm.step_lora import StepLora, UseConfig, paint, save_pictures
+from scfm.teacher_data import read_prompts
+
+
+def main(argv):
+    """`scfm sample`: a flag for every field of UseConfig, the prompts, the steps, and where the picture goes."""
+    parser = argparse.ArgumentParser(
+        prog="scfm sample", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Paints prompts in a few steps, by the stock pipeline with the LoRA at the strength of its dial.")
+    add_options(parser, UseConfig)
+    parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
+    parser.add_argument("--prompts", default="", help="text file of captions instead")
+    parser.add_argument("--steps", type=int, default=4, help="Euler steps, one network evaluation each")
+    parser.add_argument("--scale", type=float, help="strength of the LoRA; what the dial says when not given, 0: the teacher")
+    parser.add_argument("--out", default="picture.png", help="PNG file; several pictures become a grid")
+    args = vars(parser.parse_args(argv))
+    told, path, steps, scale, out = (args.pop(k) for k in ("prompt", "prompts", "steps", "scale", "out"))
+    if bool(told) == bool(path):
+        raise ValueError("say either --prompt TEXT (several times if you like) or --prompts FILE")
+    if steps < 1:
+        raise ValueError(f"--steps is {steps}: give 1 or more")
+    config = UseConfig(**args)
+    config.check()
+    captions = told or read_prompts(path)
+    pictures, scale = paint(StepLora(config), captions, steps, scale)
+    save_pictures(pictures, out)
+    print(f"{out}: {len(captions)} picture{'s' * (len(captions) > 1)}, {steps} step{'s' * (steps > 1)}, strength {scale:g}")
+    return 0
