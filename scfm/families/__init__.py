@@ -1,10 +1,14 @@
 """Which class of pipeline belongs to which family. A new family: one file beside flux.py, one line in `FAMILIES`."""
 import json
+import re
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
 from scfm.families.flux import Flux
@@ -33,17 +37,74 @@ def index_of(folder):
     return json.loads(index.read_text())
 
 
-def load_pipeline(folder, dtype, device="cpu"):
+def local_folder(name):
+    """The folder of a pipeline: `name` itself where it is one, else a snapshot of the hub's repository of that name.
+
+    FileNotFoundError when it is neither, or when the hub cannot be reached and has no copy here.
+    """
+    folder = Path(name)
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.exists():
+        return folder
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]))
+    except Exception as error:                 # the hub's client raises a dozen kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f"no pipeline at {name}: there is no such folder, and the hub says: {reason}") from None
+
+
+def load_pipeline(folder, dtype, device="cpu", parts="all", quantize=""):
     """The stock pipeline of a folder and its family class, in `dtype` on `device`, without progress bars.
 
-    Parts that the folder was saved without (SD3's T5, say) stay away; diffusers wants to be told so.
+    parts: "all"; "transformer", for training from a cache (no VAE, no text encoders); or "encoders" (all but the transformer).
+    quantize: "nf4" holds the transformer in 4 bits, needs bitsandbytes (ValueError when it is not there). Parts that the
+    folder was saved without (SD3's T5, say) stay away; diffusers wants to be told so.
     """
-    family = family_of(folder)
-    absent = {name: None for name, part in index_of(folder).items() if part == [None, None]}
+    folder = local_folder(folder)
+    family, index = family_of(folder), index_of(folder)
+    text = [name for name in index if name.startswith(("text_encoder", "tokenizer", "image_encoder", "feature_extractor"))]
+    without = {"all": [], "transformer": ["vae", *text], "encoders": ["transformer"]}[parts]
+    absent = {name: None for name, part in index.items() if part == [None, None] or name in without}
     with no_loading_bars():
-        pipe = family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **absent).to(device)
+        if quantize:
+            absent["transformer"] = in_four_bits(folder, index, dtype)
+        pipe = family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **absent)
+    pipe.vae_scale_factor = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
+    if not quantize:                           # a quantized model is where it was loaded
+        pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, family
+
+
+def in_four_bits(folder, index, dtype):
+    """The transformer with its weights in NF4, products computed in `dtype`."""
+    can_quantize()
+    kind = getattr(diffusers, index["transformer"][1])
+    four = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return kind.from_pretrained(str(folder), subfolder="transformer", quantization_config=four, dtype=dtype)
+
+
+def can_quantize():
+    """ValueError with the mend when 4-bit weights cannot be had here."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("quantize nf4 needs bitsandbytes: pip install 'scfm[nf4]'")
+    if not torch.cuda.is_available():
+        raise ValueError("quantize nf4 needs a CUDA GPU, and there is none here: leave --quantize out")
+
+
+@contextmanager
+def with_vae(pipe, folder):
+    """Lends a pipeline that was loaded without its VAE one for the block, read anew from the folder."""
+    if pipe.vae is not None:
+        yield pipe
+        return
+    folder = local_folder(folder)
+    with no_loading_bars():
+        vae = getattr(diffusers, index_of(folder)["vae"][1]).from_pretrained(str(folder), subfolder="vae", dtype=pipe.dtype)
+    pipe.vae = vae.to(pipe.device)
+    try:
+        yield pipe
+    finally:
+        pipe.vae = None
 
 
 def velocities(family, guidance_mode):

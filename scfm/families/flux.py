@@ -4,8 +4,11 @@
 __all__ = ['Flux']
 
 # %% ../../nbs/21_families.ipynb #c03
+import math
+
 import torch
 from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 # %% ../../nbs/21_families.ipynb #c06
 class Flux:
@@ -16,6 +19,7 @@ class Flux:
     transformer without embedded guidance.
     """
     pipeline_class = FluxPipeline
+    true_guidance = False           # the guidance scale is an input of the network
 
     # All linear layers: attention, feed-forward, adaptive norms, embedders and output (the paper's choice).
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -38,6 +42,20 @@ class Flux:
     def latent_shape(self):
         """Of one picture: (N, C)."""
         return self.grid[0] * self.grid[1], self.channels
+
+    @property
+    def time_dtype(self):
+        """What the time embedding is fed in: Flux casts t to the dtype of its weights first."""
+        return self.pipe.transformer.dtype
+
+    @property
+    def own_shift(self):
+        """The time shift that the stock pipeline would take at this size; None where its scheduler has a fixed one."""
+        told = self.pipe.scheduler.config
+        if not told.use_dynamic_shifting:
+            return None
+        return math.exp(calculate_shift(self.latent_shape[0], told.base_image_seq_len, told.max_image_seq_len,
+                                        told.base_shift, told.max_shift))
 
     @torch.no_grad()
     def encode_text(self, captions):

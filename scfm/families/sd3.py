@@ -12,18 +12,20 @@ class SD3:
     """Stable Diffusion 3 and 3.5: everything in which they differ from other families, bound to one picture size.
 
     pipe: a diffusers.StableDiffusion3Pipeline, with or without its third text encoder. height, width in pixels.
-    max_tokens: length of T5's part of the text, at most 512. Raises ValueError for a size that does not fit the VAE and the
-    patches, or that is larger than the transformer's table of positions, and for a number of tokens that does not fit.
+    max_tokens: length of T5's part of the text, at most 512. negative: the negative prompt, empty as a rule. Raises ValueError
+    for a size that does not fit the VAE and the patches, or that is larger than the transformer's table of positions, and for a
+    number of tokens that does not fit.
     """
     pipeline_class = StableDiffusion3Pipeline
     true_guidance = True            # by a second evaluation, not by an input of the network
     time_dtype = torch.float32      # what the time embedding computes in, whatever the weights are
+    own_shift = None                # the scheduler has a fixed one
 
     # All linear layers: attention, feed-forward, adaptive norms, embedders and output. The patches enter by a convolution.
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
                     "net.0.proj", "net.2", "linear", "linear_1", "linear_2", "proj_out", "context_embedder")
 
-    def __init__(self, pipe, height, width, max_tokens=256):
+    def __init__(self, pipe, height, width, max_tokens=256, negative=""):
         patch, largest = pipe.transformer.config.patch_size, pipe.transformer.config.pos_embed_max_size
         step = patch * pipe.vae_scale_factor
         if height % step or width % step or height < step or width < step:
@@ -34,7 +36,7 @@ class SD3:
                              f"take at most {largest * step} a side")
         if not 1 <= max_tokens <= 512:
             raise ValueError(f"max_tokens is {max_tokens}: the pipeline takes 1 to 512")
-        self.pipe, self.height, self.width, self.max_tokens = pipe, height, width, max_tokens
+        self.pipe, self.height, self.width, self.max_tokens, self.negative = pipe, height, width, max_tokens, negative
 
     @property
     def latent_shape(self):
@@ -45,9 +47,9 @@ class SD3:
     @torch.no_grad()
     def encode_text(self, captions):
         """What the transformer reads of n captions, on the CPU: dict of tokens (n, L, D), pooled (n, P), and the same of
-        the empty caption, empty_tokens and empty_pooled, which are views of one row."""
+        the negative prompt, empty_tokens and empty_pooled, which are views of one row."""
         tokens, pooled = self.encode(list(captions))
-        nothing, nothing_pooled = self.encode([""])     # by itself: the same bits in whatever company
+        nothing, nothing_pooled = self.encode([self.negative])     # by itself: the same bits in whatever company
         return {"tokens": tokens, "pooled": pooled, "empty_tokens": nothing.expand_as(tokens),
                 "empty_pooled": nothing_pooled.expand_as(pooled)}
 
@@ -97,7 +99,7 @@ class SD3:
             scheduler.set_shift(shift)
         try:
             pictures = self.pipe(list(captions), height=self.height, width=self.width, num_inference_steps=steps,
-                                 sigmas=[1 - i / steps for i in range(steps)], guidance_scale=guidance, latents=noise,
+                                 sigmas=[1 - i / steps for i in range(steps)], guidance_scale=guidance, latents=noise, negative_prompt=[self.negative] * len(captions),
                                  max_sequence_length=self.max_tokens, output_type="pt").images
         finally:
             scheduler.set_shift(kept)
