@@ -5,9 +5,13 @@ import sys
 
 COMMANDS = {
     "demo": ("toy.demo:main", "distil the tiny Flux that the repository carries, and compare (5 minutes on 2 cores)"),
+    "data": ("scfm.commands.data:main", "let a pipeline paint captions, and encode pictures and captions once for training"),
     "distill": ("scfm.commands.distill:main", "turn a pre-trained pipeline into a few-step one: writes a LoRA"),
+    "pretrain": ("scfm.commands.pretrain:main", "train a flow on pictures that samples in few steps, or distil a finished one"),
     "dial": ("scfm.commands.dial:main", "find the LoRA's strength for each step count, and store it with the LoRA"),
     "sample": ("scfm.commands.sample:main", "paint prompts with a LoRA, at the strength that its dial says"),
+    "evaluate": ("scfm.commands.evaluate:main", "student, teacher and rivals by one protocol: numbers, pictures, a report"),
+    "export": ("scfm.commands.export:main", "a fused pipeline, or one LoRA of step and style, checked against its parts"),
 }
 
 
@@ -26,6 +30,9 @@ def main(argv=None):
     except (ValueError, FileNotFoundError) as error:
         print(f"scfm {name}: {error}", file=sys.stderr)
         return 2
+    except (FloatingPointError, OSError) as error:      # a loss that is not finite, a full disk: the line says what is safe
+        print(f"scfm {name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

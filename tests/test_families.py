@@ -9,7 +9,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
+from scfm.choice import endpoints
 from scfm.cli import main
+from scfm.config import RunConfig
 from scfm.consistency import consistency_target, draw_jumps, keyed_generator
 from scfm.dial import read_dial
 from scfm.families import FAMILIES, family_of, load_pipeline, velocities
@@ -17,9 +19,9 @@ from scfm.families.sd3 import SD3
 from scfm.flow import euler_step, sample, time_grid
 from scfm.lora import ADAPTERS, LoraSpeakers, attach
 from scfm.metrics import endpoint_distance
-from scfm.run import Run, RunConfig, batch_of, endpoints
+from scfm.run import Run
 from scfm.step_lora import UseConfig
-from scfm.teacher_data import encode_folder, make_pictures, start_noise
+from scfm.teacher_data import start_noise
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]
@@ -207,17 +209,6 @@ def test_pictures_need_not_be_square(sd3):
     torch.testing.assert_close(ours, wide.stock_pictures(CAPTIONS, noise, 2, 4., 3.), rtol=0, atol=1e-4)
 
 
-def test_the_cache_keeps_the_empty_caption_once(sd3, tmp_path):
-    make_pictures(sd3, CAPTIONS, tmp_path / "pictures", 1, 1., progress=False)
-    data = encode_folder(sd3, tmp_path / "pictures", tmp_path / "cache.safetensors", progress=False)
-    read = encode_folder(sd3, tmp_path / "pictures", tmp_path / "cache.safetensors", progress=False)
-    assert data.keys() == read.keys() and all(torch.equal(data[k], read[k]) for k in data)
-    assert len(data["tokens"]) == len(data["pooled"]) == 4 and len(data["empty_tokens"]) == len(data["empty_pooled"]) == 1
-    latents, cond = batch_of(RunConfig(batch=3), 0, read)
-    assert latents.shape == (3, *sd3.latent_shape) and all(len(part) == 3 for part in cond.values())
-    torch.testing.assert_close(cond["empty_tokens"], sd3.encode_text([""] * 3)["tokens"])
-
-
 @pytest.mark.parametrize("t5", [True, False])
 def test_it_saves_and_reloads(tmp_path, t5):
     build_sd3(seed=1, t5=t5).save_pretrained(tmp_path)
@@ -243,7 +234,7 @@ def folder(tmp_path_factory):
 def distill(folder, out, **more):
     settings = {"pipeline": folder / "pipeline", "prompts": folder / "prompts.txt", "out": out, "height": 32, "width": 32,
                 "max_tokens": TOKENS, "rank": 2, "lr": 1e-2, "updates": 2, "batch": 2, "teacher_steps": 2, "judge": 2,
-                "guidance": "4.5,4.5", "teacher_guidance": 4.5, "clip": 2, **more}
+                "guidance": "4.5,4.5", "teacher_guidance": 4.5, "clip": 2, "tracker": "none", **more}
     return main(["distill", *(word for k, v in settings.items() for word in (f"--{k}", str(v)))])
 
 
@@ -269,15 +260,17 @@ def config_of(out):
 def test_a_stock_pipeline_loads_what_distill_wrote(folder, distilled):
     run = Run(config_of(distilled), progress=False)
     assert run.resume() == 2
-    x, t = noise_for(run.family), torch.tensor([.99, .8, .5, .1])
-    plain = field_of(stock_of(folder))(x, t, cond_for(run.family, 4.5))
+    whole = stock_of(folder)
+    x, t = noise_for(whole), torch.tensor([.99, .8, .5, .1])
+    plain = field_of(whole)(x, t, cond_for(whole, 4.5))
+    whole.pipe.transformer = run.pipe.transformer                   # the run holds no encoder and no VAE
     for name in ADAPTERS:
         theirs = stock_of(folder, distilled / name)
         for guidance in (1., 4.5):
-            ours = run.speakers.field(name)(x, t, cond_for(run.family, guidance))
+            ours = run.speakers.field(name)(x, t, cond_for(whole, guidance))
             assert torch.equal(ours, field_of(theirs)(x, t, cond_for(theirs, guidance)))
         with run.speakers.speaking(name):
-            pictures = run.family.stock_pictures(CAPTIONS, x, 3, 4.5)
+            pictures = whole.stock_pictures(CAPTIONS, x, 3, 4.5)
         assert torch.equal(pictures, theirs.stock_pictures(CAPTIONS, x, 3, 4.5))
         assert name != "student" or (ours - plain).abs().max() > 1e-3           # and it is not the teacher
 
@@ -377,11 +370,12 @@ def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
     assert record["guidance_mode"] == "distilled"
     run = Run(config_of(out), progress=False)
     run.resume()
-    noise = noise_for(run.family)
-    teacher, plain = (sample(field_of(stock_of(folder)), noise, time_grid(2, 3.), cond_for(run.family, g)) for g in (4.5, 1.))
+    whole = stock_of(folder)
+    noise = noise_for(whole)
+    teacher, plain = (sample(field_of(whole), noise, time_grid(2, 3.), cond_for(whole, g)) for g in (4.5, 1.))
     torch.testing.assert_close(endpoints(run, "teacher", CAPTIONS, noise, 2), teacher, rtol=0, atol=1e-4)
     torch.testing.assert_close(endpoints(run, "student", CAPTIONS, noise, 2, 0.), plain, rtol=0, atol=1e-4)
-    ours = run.family.decode(endpoints(run, "student", CAPTIONS, noise, 2))
+    ours = whole.decode(endpoints(run, "student", CAPTIONS, noise, 2))
     theirs = stock_of(folder, out / "student").stock_pictures(CAPTIONS, noise, 2, 1., 3.)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 

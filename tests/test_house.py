@@ -20,7 +20,7 @@ ORDER = ["flow", "consistency", "ema", "distill", "metrics", "dial", "pictures",
 FIRST_CHAPTERS = ORDER[:ORDER.index("metrics") + 1]  # torch alone (and tqdm)
 HEAVY = ["diffusers", "transformers", "peft", "accelerate", "torchvision", "matplotlib"]
 TOOLS = re.compile(r"nbdev|execnb|ghapi|nbconvert|nbclient|ipykernel|notebook|jupyter.*")  # of development only
-EXTRAS = {"pictures": "data_requirements"}  # who may ask for what `pip install scfm[...]` brings
+EXTRAS = {"pictures": "data_requirements", "teacher_data": "data_requirements"}  # who may ask for what `pip install scfm[...]` brings
 MODULES = sorted(p for p in (ROOT / "scfm").rglob("*.py") if p.name != "_modidx.py" and p != ROOT / "scfm/__init__.py")
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
@@ -73,7 +73,7 @@ def test_scfm_does_not_import_toy(path):
 @each_module
 def test_a_module_needs_only_what_is_installed_with_it(path):
     allowed = {"torch", "tqdm"} if chapter(path) in FIRST_CHAPTERS else {r.name for r in requirements(SETTINGS["requirements"])}
-    allowed |= {"PIL"} if "pillow" in allowed else set()
+    allowed |= {own for name, own in (("pillow", "PIL"), ("pyyaml", "yaml")) if name in allowed}
     allowed |= {r.name for r in requirements(SETTINGS[EXTRAS[chapter(path)]])} if chapter(path) in EXTRAS else set()
     outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"scfm"}
     assert outside <= allowed

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from scfm.commands import read_settings
+from scfm.config import read_settings
 from scfm.dial import read_dial
 from scfm.ema import shorten
 from toy.judge import STOCK, Entry, Judge, SHIFTS, table
@@ -28,7 +28,7 @@ def main(argv=None):
     args = parse(argv)
     start, out = time.time(), Path(args.out)
     from diffusers.utils import logging  # heavy imports wait until the flags are known to be right
-    from scfm.run import Run
+    from scfm.run import Run, finish
     logging.set_verbosity_error()  # diffusers remarks that our LoRA has nothing for the text encoders
     live = out / "live"
     shutil.rmtree(live, ignore_errors=True)  # a demo starts from nothing
@@ -41,7 +41,7 @@ def main(argv=None):
     run = Run(config)
     deadline = time.time() + args.seconds
     run.train(keep_going=lambda: time.time() < deadline)
-    live_choice = run.finish()
+    live_choice = finish(run)
 
     print(f"2/3  judging on {args.captions} captions of pairs that no training picture showed", flush=True)
     record, judge, carried = compare(run, live_choice, args.captions)
@@ -72,17 +72,17 @@ def parse(argv):
 
 def live_config(out, updates, prompts=PROMPTS, judge=32):
     """The recipe of the carried LoRA, with the memories of the EMAs scaled to the number of updates."""
-    from scfm.run import RunConfig
+    from scfm.config import RunConfig
     return RunConfig(**{**read_settings(RECIPE), "pipeline": str(FLUX), "prompts": str(prompts), "out": str(out),
                         "updates": updates, "fast_decay": shorten(.99, updates), "slow_decay": shorten(.999, updates),
-                        "preview_every": 0, "judge": judge, "student_steps": (1, 2, 3, 4, 8),
+                        "preview_every": 0, "tracker": "none", "judge": judge, "student_steps": (1, 2, 3, 4, 8),
                         "judge_scales": (.5, .75, 1., 1.25)})
 
 
 def compare(run, live_choice, captions):
     """Judges the teacher, the live student and the carried LoRA by one protocol."""
     speakers, carried = run.speakers, carried_lora()
-    judge = Judge(run.family, captions)
+    judge = Judge(carried.family, captions)
     judge.set_goal(speakers.teacher)
     live = live_student(run, live_choice)
     entries = [Entry("teacher", lambda steps: speakers.teacher, SHIFTS),
@@ -142,7 +142,7 @@ def draw_comparison(run, live_choice, carried, judge, path, columns=12):
             ("carried LoRA, 4 steps", turned(4), 4)]
     figure, axes = plt.subplots(len(rows), columns, figsize=(columns + 1.6, len(rows) + .9))
     for line, (name, field, steps) in zip(axes, rows):
-        pictures = run.family.decode(judge.endpoints(field, steps, STOCK, columns))
+        pictures = judge.family.decode(judge.endpoints(field, steps, STOCK, columns))
         for ax, picture in zip(line, pictures):
             ax.imshow((picture.permute(1, 2, 0).numpy() + 1) / 2, interpolation="nearest")
             ax.set_xticks([]), ax.set_yticks([])

@@ -1,8 +1,8 @@
 """One file a command, each with `main(argv)` -> exit code; here is what they share: flags from dataclasses, settings files."""
 import argparse
-import json
 from dataclasses import fields
-from pathlib import Path
+
+from scfm.config import read_settings
 
 
 def from_file(parser, argv):
@@ -20,15 +20,6 @@ def from_file(parser, argv):
     return parser
 
 
-def read_settings(path):
-    """A JSON object of settings, lists as tuples. FileNotFoundError or ValueError when it cannot be read."""
-    try:
-        told = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
-
-
 def add_options(parser, settings):
     """A flag for each field of a dataclass; its help sentence and default come from the field."""
     for f in fields(settings):
@@ -36,13 +27,13 @@ def add_options(parser, settings):
         if isinstance(default, bool):
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=default, help=help)
         else:
-            kind = numbers(type(default[0])) if isinstance(default, tuple) else type(default)
+            kind = numbers(type(default[0]) if default else str) if isinstance(default, tuple) else type(default)
             parser.add_argument(f"--{f.name}", type=kind, default=default, help=help, metavar=f.name.upper())
 
 
 def numbers(kind):
     """A parser of lists such as 3,4 or 2.5,4.5."""
     def parse(text):
-        return tuple(kind(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(",") if part)
     parse.__name__ = f"list of {kind.__name__}"
     return parse

@@ -2,8 +2,9 @@
 import argparse
 from pathlib import Path
 
+from scfm.card import keep_dial
 from scfm.commands import add_options, numbers, read_settings
-from scfm.step_lora import StepLora, UseConfig, find_dial, keep_dial
+from scfm.step_lora import StepLora, UseConfig, find_dial
 from scfm.teacher_data import read_prompts
 
 

@@ -1,9 +1,12 @@
 """`scfm distill`: from a pipeline's folder to a LoRA."""
 import argparse
 import signal
+from contextlib import contextmanager
 
+from scfm.checkpoint import latest
 from scfm.commands import add_options, from_file
-from scfm.run import RunConfig, distill_pipeline, latest
+from scfm.config import RunConfig
+from scfm.run import begin, end
 
 
 def main(argv):
@@ -12,22 +15,45 @@ def main(argv):
         prog="scfm distill", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Self-distil a pre-trained flow-matching pipeline into a 3 to 8 step one. The defaults are the "
                     "published recipe for FLUX.1-dev; the result, OUT/pytorch_lora_weights.safetensors, loads in a "
-                    "stock pipeline with load_lora_weights. Run the same command again to resume after a kill.")
-    parser.add_argument("--config", metavar="FILE", help="JSON file of the settings below, such as the config.json "
-                        "that every run writes; flags override it")
+                    "stock pipeline with load_lora_weights. Run the same command again to resume after a kill. On several "
+                    "GPUs: accelerate launch -m scfm.cli distill ... (see scripts/).")
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of the settings below, a preset's name (configs/), or "
+                        "the config.json that every run writes; flags override it")
     add_options(parser, RunConfig)
     settings = vars(from_file(parser, argv).parse_args(argv))
     config = RunConfig(**{k: v for k, v in settings.items() if k != "config"})
-    config.check()
+    run = begin(config)
+    with signals_noted() as stopped:
+        run.train(keep_going=lambda: not stopped)
+    if run.update < config.updates:
+        if run.main:
+            print(f"stopped after saving {latest(config.out)}: the same command goes on from there")
+        return 128 + (stopped or [signal.SIGTERM])[0]                # in another process, where this one has no signal
+    record = end(run)
+    if record:
+        tell(record, config.out)
+    return 0
+
+
+@contextmanager
+def signals_noted():
+    """A list that fills with the SIGTERM or SIGINT that came within the block; a second Ctrl-C interrupts as usual."""
     stopped = []
-    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # finish the update, save, leave
-    record = distill_pipeline(config, keep_going=lambda: not stopped)
-    if record is None:
-        print(f"stopped after saving {latest(config.out)}: the same command goes on from there")
-        return 128 + signal.SIGTERM
+
+    def note(number, frame):
+        stopped.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def tell(record, out):
     print(f"{record['updates']} updates; distance to the teacher's {record['teacher_steps']}-step endpoints:")
     for name, distance in record["endpoint_distance"].items():
         strength = lambda n: f" (strength {record['dial'][name][n]:g})" if name in record["dial"] else ""
         print(f"  {name:8}" + "".join(f"  {n} steps {d:.4f}{strength(n)}" for n, d in distance.items()))
-    print(f"the {record['ships']} adapter ships: {config.out}/pytorch_lora_weights.safetensors")
-    return 0
+    print(f"the {record['ships']} adapter ships: {out}/pytorch_lora_weights.safetensors")

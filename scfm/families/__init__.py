@@ -4,6 +4,7 @@ import re
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import torch
@@ -68,11 +69,28 @@ def load_pipeline(folder, dtype, device="cpu", parts="all", quantize=""):
         if quantize:
             absent["transformer"] = in_four_bits(folder, index, dtype)
         pipe = family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **absent)
-    pipe.vae_scale_factor = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
+    known = without_weights(folder)
+    pipe.vae_scale_factor = known.vae_scale_factor
+    if parts == "encoders":                    # a family asks for the transformer's configuration
+        pipe.transformer = known.transformer
     if not quantize:                           # a quantized model is where it was loaded
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, family
+
+
+def without_weights(folder):
+    """What a family asks of a pipeline when it is made, read from configuration files: enough to refuse a wrong size at once."""
+    told = {part: json.loads((Path(folder) / part / "config.json").read_text()) for part in ("transformer", "vae")}
+    return SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(**told["transformer"])),
+                           vae_scale_factor=2 ** (len(told["vae"]["block_out_channels"]) - 1))
+
+
+def empty_transformer(folder):
+    """The transformer of a pipeline on the meta device: every layer and shape, no weight."""
+    kind = getattr(diffusers, index_of(folder)["transformer"][1])
+    with torch.device("meta"):
+        return kind.from_config(kind.load_config(str(folder), subfolder="transformer"))
 
 
 def in_four_bits(folder, index, dtype):
@@ -114,7 +132,7 @@ def velocities(family, guidance_mode):
     """
     if guidance_mode == "kept":
         return family.velocity, family.velocity
-    if not getattr(family, "true_guidance", False):
+    if not family.true_guidance:
         raise ValueError(f"guidance_mode {guidance_mode}: in {type(family).__name__} the guidance is an input of the network and "
                          "costs nothing: take --guidance_mode kept")
     return unguided(family.velocity), family.velocity

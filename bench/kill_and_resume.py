@@ -1,0 +1,130 @@
+"""Kills a real `scfm distill` by SIGKILL at random moments, resumes it, and compares with an unbroken run bit by bit.
+
+    python bench/kill_and_resume.py [--times 20] [--processes 2]
+
+The run is on the tiny Flux of the repository, writes a checkpoint after every update (so that many kills fall into a save), and
+takes its pictures and its cache from the unbroken run. A kill falls at a time drawn evenly from 0 to 1.3 times the seconds that
+pass from the start of the training to its end; the next start resumes. All of a group of processes are killed at once. When the
+run is through, each tensor of the three adapters must be equal to the last bit. Repeats until --times kills have happened, and
+writes bench/results/kill_and_resume_N.json. CPU only: a GPU's sums are not the same from run to run.
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+FLUX, PROMPTS = ROOT / "toy/weights/flux", ROOT / "toy/weights/prompts.txt"
+ADAPTERS = ("student", "fast", "slow")
+
+
+def main():
+    args = parse()
+    rng, root = random.Random(args.seed), Path(tempfile.mkdtemp())
+    prompts = root / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS.read_text().splitlines()[:12]) + "\n")
+    whole = root / "whole"
+    print("an unbroken run", flush=True)
+    seconds = run_through(command(args, prompts, whole), whole)
+    record = {"processes": args.processes, "seed": args.seed, "updates": args.updates, "kills": [], "runs": 0}
+    while len(record["kills"]) < args.times:
+        broken = root / f"broken{record['runs']}"
+        shutil.copytree(whole / "pictures", broken / "pictures")       # painted and encoded already: the kills fall into training
+        while len(record["kills"]) < args.times and (found := start_and_kill(args, prompts, broken, rng.uniform(0, 1.3) * seconds)):
+            record["kills"].append(found)
+            print(len(record["kills"]), found, flush=True)
+        run_through(command(args, prompts, broken), broken)
+        record["runs"] += 1
+        record["equal"] = compare(whole, broken)
+        if not record["equal"]:
+            break
+    record["in_a_save"] = sum(kill["half_written"] for kill in record["kills"])
+    write(ROOT / f"bench/results/kill_and_resume_{args.processes}.json", record)
+    print(f"{len(record['kills'])} kills in {record['runs']} runs, {record['in_a_save']} in the middle of a save; "
+          f"equal to the last bit: {record['equal']}")
+    shutil.rmtree(root)
+    return 0 if record["equal"] else 1
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=20, help="kills in all (default 20)")
+    parser.add_argument("--processes", type=int, default=1, help="processes of the run (default 1)")
+    parser.add_argument("--updates", type=int, default=24, help="updates of the run (default 24)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    return parser.parse_args()
+
+
+def command(args, prompts, out):
+    settings = {"pipeline": FLUX, "prompts": prompts, "out": out, "height": 32, "width": 32, "max_tokens": 16, "rank": 8, "lr": 1e-3,
+                "updates": args.updates, "batch": 4, "teacher_steps": 4, "judge": 2, "judge_scales": "1", "checkpoint_every": 1,
+                "preview_every": 0, "tracker": "none", "student_steps": "2"}
+    words = ["scfm.cli", "distill", *(word for k, v in settings.items() for word in (f"--{k}", str(v)))]
+    several = ["torch.distributed.run", "--nproc_per_node", str(args.processes), "--master_port", "29511", "-m"]
+    return [sys.executable, "-m", *(several if args.processes > 1 else []), *words]
+
+
+def start(words):
+    """Starts a command as the leader of a group, so that all of its processes can be killed at once."""
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, **quiet)
+
+
+def run_through(words, out):
+    """Runs a command to its end; returns the seconds from its first new checkpoint to its end."""
+    process = start(words)
+    begun = first_checkpoint(process, out)
+    if process.wait() != 0:
+        raise SystemExit(f"failed: {' '.join(words)}")
+    return time.time() - begun
+
+
+def first_checkpoint(process, out):
+    """Waits until the process has begun to write checkpoints, or has ended; returns the time."""
+    folder = out / "checkpoints"
+    before = set(folder.glob("*"))
+    while process.poll() is None and set(folder.glob("*")) == before:
+        time.sleep(.002)
+    return time.time()
+
+
+def start_and_kill(args, prompts, out, after):
+    """Starts or resumes the run and kills it `after` seconds into its training. What it left behind; None when it had ended."""
+    process = start(command(args, prompts, out))
+    first_checkpoint(process, out)
+    time.sleep(after)
+    if process.poll() is not None:
+        return None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(.2)                                     # until the others of the group are gone too
+    left = [p.name for p in (out / "checkpoints").glob("[0-9]*")]
+    return {"seconds": round(after, 2), "last_checkpoint": max(left, default=None), "half_written": (out / "checkpoints/new").exists()}
+
+
+def compare(a, b):
+    """Whether the three adapters of two runs are equal to the last bit."""
+    for name in ADAPTERS:
+        x, y = (load_file(out / name / "pytorch_lora_weights.safetensors") for out in (a, b))
+        if x.keys() != y.keys() or not all((x[k] == y[k]).all() for k in x):
+            return False
+    return True
+
+
+def write(path, record):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(path.with_suffix(".new"), path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

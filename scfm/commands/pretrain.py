@@ -1,0 +1,30 @@
+"""`scfm pretrain`: few-step flows on pictures, from nothing or from a finished flow."""
+import argparse
+import signal
+
+from scfm.checkpoint import latest
+from scfm.commands import add_options, from_file
+from scfm.pretrain import PretrainConfig, pretrain
+
+
+def main(argv):
+    """`scfm pretrain`: a flag for every field of PretrainConfig."""
+    parser = argparse.ArgumentParser(
+        prog="scfm pretrain", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a flow on pictures that samples in few steps: rows of plain flow matching and self rows through one "
+                    "loss (--flow_share 1: plain flow matching). Or distil a finished flow: --teacher FILE --flow_share 0 "
+                    "--teacher_share .4 --algorithm dual. Run the same command again to resume after a kill.")
+    parser.add_argument("--config", metavar="FILE", help="file of the settings below, such as the config.json that every "
+                        "run writes; flags override it")
+    add_options(parser, PretrainConfig)
+    settings = vars(from_file(parser, argv).parse_args(argv))
+    config = PretrainConfig(**{k: v for k, v in settings.items() if k != "config"})
+    config.check()
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # finish the update, save, leave
+    run = pretrain(config, keep_going=lambda: not stopped)
+    if run is None:
+        print(f"stopped after saving {latest(config.out)}: the same command goes on from there")
+        return 128 + signal.SIGTERM
+    print(f"{run.update} updates, {run.evaluations} network evaluations: {config.out}/flow.safetensors")
+    return 0

@@ -1,0 +1,281 @@
+"""Pre-training and its network: the loss by hand, costs by counting, kill and resume bit by bit, the command. All on noise."""
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from scfm.commands.pretrain import main
+from scfm.consistency import Jumps
+from scfm.distill import draw_update
+from scfm.flow import interpolate
+from scfm.pictures import Pictures
+from scfm.pretrain import SHORTCUT, FlowSpeakers, PretrainConfig, Pretraining, batch_of, evaluations, pretrain, with_level
+from scfm.unet import PictureFlow, drop_labels, field_of, generate, guided, header_of, load_flow, save_flow
+
+QUICK = {"size": "tiny", "updates": 4, "batch": 8, "checkpoint_every": 2, "preview_every": 0, "warmup": 3, "data": "noise"}
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    g = torch.Generator().manual_seed(0)
+    return Pictures(torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(40) % 10, tuple("abcdefghij"))
+
+
+@pytest.fixture
+def run(tmp_path, pictures):
+    """Makes a run in a folder of its own; settings as keywords."""
+    return lambda out="run", **told: Pretraining(PretrainConfig(**{**QUICK, **told}, out=str(tmp_path / out)), False, pictures)
+
+
+def weights(run):
+    return {f"{n} {k}": v.clone() for n, net in run.speakers.networks.items() for k, v in net.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# The network
+
+
+def test_sampling_is_that_of_the_stock_scheduler():
+    network, noise, labels = PictureFlow("tiny").eval(), torch.randn(3, 3, 32, 32), torch.tensor([0, 4, 10])
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 5, 5).tolist())
+    x = noise
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, (t / 1000).expand(3), labels), t, x).prev_sample
+    assert torch.allclose(generate(network, labels, noise, 5, batch=2), x, atol=1e-5)
+
+
+def test_guidance_asks_without_the_label_too():
+    network, x, t, labels = PictureFlow("tiny").eval(), torch.randn(2, 3, 32, 32), torch.rand(2), torch.tensor([1, 2])
+    with torch.no_grad():
+        yes, no = network(x, t, labels), network(x, t)
+        assert torch.allclose(guided(network, 3.)(x, t, labels), no + 3 * (yes - no), atol=1e-5)
+        assert not torch.equal(yes, no)
+
+
+def test_labels_are_dropped_at_their_share():
+    labels = torch.arange(10).repeat(1000)
+    dropped = drop_labels(labels, .25, 10, torch.Generator().manual_seed(0))
+    kept = dropped != 10
+    assert torch.equal(dropped[kept], labels[kept]) and abs(kept.float().mean().item() - .75) < .02
+    assert torch.equal(drop_labels(labels, 0., 10), labels)
+
+
+def test_a_told_network_hears_the_level_of_the_walk():
+    network, heard = PictureFlow("tiny", levels=8).eval(), []
+    network.register_forward_pre_hook(lambda module, args: heard.append(args[2][:, 1].tolist()))
+    for steps in (1, 4, 64, 1000):
+        field_of(network, steps)(torch.randn(2, 3, 32, 32), torch.rand(2), torch.tensor([1, 2]))
+    assert heard == [[0, 0], [2, 2], [6, 6], [7, 7]]
+
+
+def test_a_file_comes_back_and_others_are_refused(tmp_path):
+    network = PictureFlow("tiny", classes=3, levels=4, picture=16)
+    save_flow(network, tmp_path / "flow.safetensors", notes={"updates": 5})
+    again = load_flow(tmp_path / "flow.safetensors")
+    assert same(network.state_dict(), again.state_dict()) and again.told == network.told
+    assert json.loads(header_of(tmp_path / "flow.safetensors")["notes"]) == {"updates": 5}
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no flow on pictures"):
+        load_flow(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="flow.safetensors of a run"):
+        load_flow(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="size='huge': one of tiny, nano"):
+        PictureFlow("huge")
+
+
+# The rows
+
+
+def test_two_parts_are_the_rows_of_one(pictures):
+    config = PretrainConfig(**QUICK)
+    data, labels = batch_of(config, 3, pictures)
+    halves = [batch_of(config, 3, pictures, (i, 2)) for i in range(2)]
+    assert torch.equal(data, torch.cat([d for d, _ in halves])) and torch.equal(labels, torch.cat([y for _, y in halves]))
+    assert not torch.equal(data, batch_of(config, 4, pictures)[0])
+
+
+def test_every_row_is_a_picture_or_its_mirror_with_its_label(pictures):
+    config = PretrainConfig(**{**QUICK, "batch": 64})
+    known = pictures.pixels.float() / 127.5 - 1
+    mirrored = 0
+    for row, label in zip(*batch_of(config, 0, pictures)):
+        straight, turned = (known == row).flatten(1).all(1), (known == row.flip(-1)).flatten(1).all(1)
+        mirrored += bool(turned.any())
+        assert label in (10, *pictures.labels[straight | turned])
+    assert 16 < mirrored < 48
+    plain, _ = batch_of(replace(config, flip=False), 0, pictures)
+    assert all((known == row).flatten(1).all(1).any() for row in plain)
+
+
+# The loss
+
+
+def test_plain_flow_matching_is_plain_flow_matching(run):
+    """One update with flow_share 1 against the loss, AdamW and clipping written out."""
+    ours, by_hand = run("ours", flow_share=1.), run("hand", flow_share=1.)
+    config, network = by_hand.config, by_hand.speakers.networks["student"]
+    data, labels = batch_of(config, 0, by_hand.pictures)
+    noise, jumps = draw_update(config, 0, 8, (3, 32, 32))
+    assert jumps.is_flow.all()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr / config.warmup, weight_decay=config.weight_decay)
+    error = network(interpolate(data, noise, jumps.t1), jumps.t1, labels) - (noise - data)
+    error.square().mean().backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+    optimizer.step()
+    ours.one()
+    for a, b in zip(ours.speakers.parameters("student"), network.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert ours.evaluations == 3 * 8
+
+
+def test_a_shortcut_model_is_told_its_jump_and_its_target_half_of_it():
+    """Level and target of a bootstrap row as in arXiv 2410.12557: s(x, t, 2d) = (s(x, t, d) + s(x', t - d, d)) / 2."""
+    heard = []
+
+    class Told(torch.nn.Module):
+        levels = 8
+
+        def forward(self, x, t, cond):
+            heard.append(cond.tolist())
+            return x * t[:, None] * (1 + cond[:, 1:])
+    from scfm.consistency import scfm_loss
+    jumps = Jumps(torch.tensor([[1., .75, .5], [.4, .4, .4]]), torch.zeros(2, dtype=torch.bool), torch.tensor([4, 0]))
+    cond = with_level(torch.tensor([3, 5]), jumps)
+    assert cond.tolist() == [[3, 1], [5, 7]]                       # half of the road; a flow row: the smallest step
+    data, noise = torch.randn(2, 6), torch.randn(2, 6)
+    losses = scfm_loss(data, noise, jumps, FlowSpeakers(Told()), cond, "one_ema")
+    assert heard == [[[3, 2]], [[3, 2]], [[3, 1], [5, 7]]]         # the speaker twice at a quarter, then the student
+    x = interpolate(data, noise, jumps.t1)
+    v1 = x[0] * 1. * 3
+    v2 = (x[0] - .25 * v1) * .75 * 3
+    assert torch.allclose(losses[0], (x[0] * 1. * 2 - (v1 + v2) / 2).square().mean())
+    assert torch.allclose(losses[1], (x[1] * .4 * 8 - (noise[1] - data[1])).square().mean())
+
+
+@pytest.mark.parametrize("told, share", [({"flow_share": 1.}, 0), ({}, .25), ({"flow_share": .5}, .5), (SHORTCUT, .25)])
+def test_the_cost_is_what_the_networks_were_asked(run, told, share):
+    r, asked = run(**told), []
+    for name, network in r.speakers.networks.items():
+        network.register_forward_pre_hook(lambda module, args, name=name: asked.append((3 if name == "student" else 1) * len(args[0])))
+    r.one()
+    assert r.evaluations == sum(asked) == 8 * 3 + 2 * 8 * share
+
+
+def test_flow_rows_cost_three_and_self_rows_five():
+    steps = torch.tensor([0, 4, 0, 16])
+    assert evaluations(Jumps(torch.zeros(4, 3), torch.zeros(4, dtype=torch.bool), steps)) == 2 * 3 + 2 * 5
+
+
+def test_the_average_ships_and_follows_its_decay(run):
+    r = run(slow_decay=.5)
+    before = r.speakers.parameters("slow")[0].clone()
+    assert torch.equal(before, r.speakers.parameters("student")[0])
+    r.one()
+    student, slow = (r.speakers.parameters(name)[0] for name in ("student", "slow"))
+    assert torch.allclose(slow, (before + student) / 2, atol=1e-7) and not torch.equal(slow, student)
+    r.save()
+    assert same(load_file(r.out / "flow.safetensors"), dict(r.speakers.networks["slow"].state_dict()))
+
+
+# The run
+
+
+@pytest.mark.parametrize("told", [{}, SHORTCUT, {"precision": "bf16"}], ids=["scfm", "shortcut", "bf16"])
+def test_kill_and_resume_is_bitwise_the_unbroken_run(run, told):
+    whole, broken = run("whole", **told), run("broken", **told)
+    whole.train()
+    answers = iter((True, True, False))
+    broken.train(lambda: next(answers))
+    assert broken.update == 3
+    again = run("broken", **told)
+    assert again.resume() == 3
+    again.train()
+    assert same(weights(whole), weights(again)) and whole.evaluations == again.evaluations
+    assert torch.equal(whole.bins.total, again.bins.total)
+
+
+def test_a_finished_flow_is_distilled_and_the_run_resumes(run, tmp_path):
+    first = run("first")
+    first.train()
+    told = {"teacher": str(tmp_path / "first" / "flow.safetensors"), "flow_share": 0., "teacher_share": .4, "algorithm": "dual"}
+    whole, broken = run("whole", **told), run("broken", **told)
+    teacher = weights(whole)
+    whole.train()
+    answers = iter((True, False))
+    broken.train(lambda: next(answers))
+    again = run("broken", **told)
+    again.resume()
+    again.train()
+    assert same(weights(whole), weights(again)) and again.emas.updates == 4
+    for name, tensor in load_file(told["teacher"]).items():
+        assert torch.equal(whole.speakers.networks["teacher"].state_dict()[name], tensor)
+        assert torch.equal(teacher[f"student {name}"], tensor)                            # the student starts as the teacher
+    assert whole.evaluations == 4 * 8 * 5
+
+
+def test_previews_show_every_step_count_and_say_how_far_they_are(run):
+    r = run(preview_every=2, preview_steps=(1, 2, 4))
+    r.train()
+    assert sorted(p.name for p in (r.out / "previews").iterdir()) == ["000002.png", "000004.png", "quality.jsonl"]
+    assert Image.open(r.out / "previews" / "000004.png").size == (10 * 33 + 1, 3 * 33 + 1)
+    lines = [json.loads(line) for line in (r.out / "previews" / "quality.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [2, 4] and lines[1]["distance"].keys() == {"1", "2"}
+
+
+def test_the_folder_of_another_run_is_refused(run, tmp_path, pictures):
+    run().train()
+    with pytest.raises(ValueError, match="run with another flow_share"):
+        run(flow_share=1.)
+    with pytest.raises(ValueError, match="at 4 already"):
+        pretrain(PretrainConfig(**{**QUICK, "updates": 2}, out=str(tmp_path / "run")), progress=False, pictures=pictures)
+    assert pretrain(PretrainConfig(**{**QUICK, "updates": 6}, out=str(tmp_path / "run")), progress=False, pictures=pictures).update == 6
+
+
+@pytest.mark.parametrize("told, message", [
+    ({"data": ""}, "say --data FOLDER"), ({"size": "big"}, "one of tiny, nano, small, full"), ({"method": "reflow"}, "scfm or shortcut"),
+    ({"method": "shortcut"}, "needs --shift 1,1"), ({"teacher_share": .4}, "there is no teacher"),
+    ({"algorithm": "dual"}, "take one_ema"), ({"label_dropout": 1.}, "in .0, 1"), ({"warmup": -1}, "0 for none"),
+    ({"precision": "fp16"}, "fp32 or bf16"), ({"preview_steps": (0, 4)}, "as 1,4,64"), ({"flow_share": 1.5}, "a share of the rows")])
+def test_a_mistake_is_named_with_its_mend(told, message):
+    with pytest.raises(ValueError, match=f"{next(iter(told))}=.*{message}"):
+        PretrainConfig(**{**QUICK, **told}).check()
+
+
+def test_the_command_is_killed_and_goes_on(tmp_path, pictures):
+    """The real command: SIGTERM saves and leaves with 143, and the same command ends where an unbroken run ends."""
+    cells = []
+    for pixels in pictures.pixels:
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file := io.BytesIO(), "png")
+        cells.append({"bytes": file.getvalue(), "path": None})
+    table = pyarrow.table({"img": cells, "label": pictures.labels.tolist()})
+    pyarrow.parquet.write_table(table, tmp_path / "train-0.parquet")
+    told = {**QUICK, "data": str(tmp_path), "checkpoint_every": 1}
+    argv = lambda out, updates: [word for k, v in {**told, "updates": updates, "out": tmp_path / out}.items() for word in (f"--{k}", str(v))]
+    process = subprocess.Popen([sys.executable, "-m", "scfm.cli", "pretrain", *argv("killed", 100_000)], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    began = time.monotonic()
+    while not (tmp_path / "killed" / "flow.safetensors").is_file() and time.monotonic() - began < 120:
+        time.sleep(.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "the same command goes on from there" in said
+    done = json.loads(header_of(tmp_path / "killed" / "flow.safetensors")["notes"])["updates"]
+    assert main(argv("killed", done + 2)) == 0 and main(argv("unbroken", done + 2)) == 0
+    assert (tmp_path / "killed" / "flow.safetensors").read_bytes() == (tmp_path / "unbroken" / "flow.safetensors").read_bytes()

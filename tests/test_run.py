@@ -1,0 +1,316 @@
+"""A run is the same run however it is cut: by kills, by processes, by micro-batches, by sizes. And it stops before it spoils."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+
+import scfm.run
+from scfm.checkpoint import all_checkpoints, latest
+from scfm.cli import main
+from scfm.commands.distill import signals_noted
+from scfm.config import RunConfig, read_settings
+from scfm.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
+from scfm.families.flux import Flux
+from scfm.lora import ADAPTERS, LoraSpeakers, adapter_state
+from scfm.run import Run
+from toy.pipelines import FLUX, TOKENS, build_flux
+from toy.shapes import draw_captions, draw_pictures
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Ten pictures, five of them wide, with captions: somebody's own folder."""
+    folder = tmp_path_factory.mktemp("own")
+    generator = torch.Generator().manual_seed(3)
+    captions = draw_captions(10, generator)
+    drawn, _ = draw_pictures(captions, generator)
+    lines = []
+    for i, (picture, text) in enumerate(zip(drawn, captions.text)):
+        image = Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).byte().numpy())
+        (image if i < 5 else image.resize((48, 24))).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": text}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def settings(pictures, out, **more):
+    return {"pipeline": str(FLUX), "pictures": str(pictures), "out": str(out), "height": 32, "width": 32, "more_sizes": ("24x48",),
+            "max_tokens": TOKENS, "rank": 2, "lr": 1e-3, "updates": 6, "batch": 4, "teacher_steps": 2, "teacher_guidance": 2.5,
+            "judge": 2, "judge_scales": (1.,), "student_steps": (2,), "preview_every": 0, "checkpoint_every": 2, "tracker": "none", **more}
+
+
+def trained(pictures, out, **more):
+    run = Run(RunConfig(**settings(pictures, out, **more)), progress=False)
+    run.resume()
+    run.train()
+    return run
+
+
+def flags(told):
+    words = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
+    return [word for k, v in told.items() for word in (f"--{k}", words(v))]
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory):
+    return trained(pictures, tmp_path_factory.mktemp("whole") / "run")
+
+
+def gap(a, b):
+    """Distance of two adapters' states, relative to how far the first has come: B, which starts at zero."""
+    a, b = (torch.cat([state[k].flatten() for k in sorted(state) if "lora_B" in k]) for state in (a, b))
+    return float((a - b).norm() / a.norm())
+
+
+def student(run):
+    return adapter_state(run.speakers.transformer, "student")
+
+
+# However it is cut
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_gradient_accumulation_is_the_same_run(whole, pictures, tmp_path, micro_batch):
+    assert gap(student(whole), student(trained(pictures, tmp_path, micro_batch=micro_batch))) < 1e-3    # Adam enlarges rounding
+
+
+def test_updates_of_two_sizes_occur_and_every_row_is_used_once(whole):
+    mixed = 0
+    for whole.update in range(10):
+        index = scfm.run.rows_of_update(whole.update, 4, whole.rows.size_of, 0)
+        parts = whole.parts(index)
+        assert sorted(torch.cat(parts).tolist()) == [0, 1, 2, 3]
+        assert all(len(whole.rows.size_of[index[part]].unique()) == 1 for part in parts)
+        mixed += len(parts) > 1
+    whole.update = 6
+    assert mixed
+
+
+@pytest.fixture(scope="module")
+def of_two(whole, pictures, tmp_path_factory):
+    """The same run by the real command under torchrun, in two processes."""
+    out = tmp_path_factory.mktemp("two")
+    two(settings(pictures, out))
+    return out
+
+
+def test_two_processes_are_one(whole, of_two):
+    assert json.loads((of_two / "choice.json").read_text())["updates"] == 6
+    for name in ADAPTERS:
+        theirs = load_file(of_two / name / "pytorch_lora_weights.safetensors")
+        theirs = {k.removeprefix("transformer."): v for k, v in theirs.items()}
+        ours = adapter_state(whole.speakers.transformer, name)
+        assert ours.keys() == theirs.keys() and gap(ours, theirs) < 1e-3
+
+
+def two(told):
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533", "-m", "scfm.cli",
+             "distill", *flags(told)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_resume_bit_for_bit(of_two, pictures, tmp_path):
+    shutil.copytree(of_two, tmp_path / "parts", ignore=lambda folder, names: [n for n in names if n == "000006"])
+    two(settings(pictures, tmp_path / "parts"))                        # from update 4
+    for name in ADAPTERS:
+        a, b = (load_file(run / name / "pytorch_lora_weights.safetensors") for run in (of_two, tmp_path / "parts"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_batch_that_cannot_be_dealt_is_refused(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scfm.run.Accelerator, "num_processes", 3)
+    assert main(["distill", *flags(settings(pictures, tmp_path / "run"))]) == 2
+    assert "batch 4 cannot be dealt evenly to 3 processes" in capsys.readouterr().err
+
+
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_speakers_speak_for_themselves_behind_a_wrapper(group):
+    """DDP renames every parameter. The authors' swap goes by names taken before, finds none, and trains against itself."""
+    def speakers(wrap):
+        family = Flux(build_flux(), 32, 32, TOKENS)
+        torch.manual_seed(0)
+        four = LoraSpeakers(family.pipe.transformer, family.velocity, family.lora_targets, 2)
+        if wrap:
+            four.model = DistributedDataParallel(family.pipe.transformer)
+            assert all(name.startswith("module.") for name, _ in four.model.named_parameters())
+        cond = {**family.encode_text(["a red star"] * 4), "guidance": torch.full((4,), 2.)}
+        return four, torch.randn(4, *family.latent_shape, generator=torch.Generator().manual_seed(1)), cond
+
+    config = DistillConfig(lr=1e-2, batch=4, fast_decay=.5, slow_decay=.9)
+    found = {}
+    for wrap in (False, True):
+        four, x, cond = speakers(wrap)
+        optimizer, _ = make_optimizer(four, config)
+        emas = make_emas(four, config)
+        for update in range(3):
+            one_update(four, emas, optimizer, x, *draw_update(config, update, 4, x.shape[1:]), config, cond)
+        said = {name: getattr(four, name)(x, torch.full((4,), .7), cond) for name in ("teacher", *ADAPTERS)}
+        apart = [(said[a] - said[b]).abs().max() for a in said for b in said if a < b]
+        assert min(apart) > 1e-5                                       # four voices, not one
+        found[wrap] = said
+    for name in found[True]:
+        torch.testing.assert_close(found[True][name], found[False][name])
+
+
+# What may go wrong
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_is_changed(pictures, tmp_path, capsys, monkeypatch):
+    told, real = settings(pictures, tmp_path / "run"), scfm.run.scfm_loss
+    calls = []
+
+    def spoiled(*args, **more):
+        calls.append(1)
+        return real(*args, **more) * (float("nan") if len(calls) > 4 else 1)
+    monkeypatch.setattr(scfm.run, "scfm_loss", spoiled)
+    assert main(["distill", *flags(told)]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    last = latest(tmp_path / "run")
+    assert "is not finite" in said and str(last) in said and 2 <= int(last.name) < 5
+    state = torch.load(last / "state.pt", weights_only=True)
+    assert all(torch.isfinite(v).all() for adapter in state["adapters"].values() for v in adapter.values())
+
+
+def test_a_full_disk_costs_no_good_checkpoint(pictures, tmp_path, capsys, monkeypatch):
+    told, real = settings(pictures, tmp_path / "run", keep=1), torch.save
+
+    def full(state, file):
+        if state["update"] == 4:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        real(state, file)
+    monkeypatch.setattr(torch, "save", full)
+    assert main(["distill", *flags(told)]) == 1
+    assert "update 4 could not be written" in capsys.readouterr().err
+    assert [p.name for p in all_checkpoints(tmp_path / "run")] == ["000002"]
+    monkeypatch.setattr(torch, "save", real)
+    assert main(["distill", *flags(told)]) == 0                        # room again: it goes on
+    assert [p.name for p in all_checkpoints(tmp_path / "run")] == ["000006"]
+
+
+def test_resume_can_be_refused_or_pointed_at_a_checkpoint(whole, pictures, tmp_path, capsys):
+    out = whole.out
+    assert main(["distill", *flags(settings(pictures, out, resume="never"))]) == 2
+    assert "has checkpoints, up to 000006" in capsys.readouterr().err
+    assert main(["distill", *flags(settings(pictures, out, resume=str(tmp_path)))]) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+    run = Run(RunConfig(**settings(pictures, out, resume=str(out / "checkpoints/000004"))), progress=False)
+    assert run.resume() == 4
+    run.train()
+    assert gap(student(whole), student(run)) == 0
+
+
+def test_keep_says_how_many(pictures, tmp_path):
+    run = trained(pictures, tmp_path, keep=2, checkpoint_every=1)
+    assert [p.name for p in all_checkpoints(run.out)] == ["000005", "000006"]
+
+
+def test_what_a_run_depends_on_is_written_beside_it(whole):
+    told = json.loads((whole.out / "run.json").read_text())
+    assert told["torch"] == version("torch") and {"diffusers", "peft", "python"} <= set(told)
+
+
+def test_nothing_but_the_transformer_stays_in_memory(whole):
+    parts = {name for name, part in whole.pipe.components.items() if part is not None}
+    assert parts == {"transformer", "scheduler"}
+
+
+# Settings
+
+
+def test_yaml_flags_and_unknown_keys(pictures, tmp_path, capsys):
+    told = settings(pictures, tmp_path / "run", updates=1)
+    lines = [f"{k}: {json.dumps(v)}" for k, v in told.items() if k != "rank"] + ["rank: 3"]
+    (tmp_path / "mine.yaml").write_text("\n".join(lines) + "\n")
+    assert main(["distill", "--config", str(tmp_path / "mine.yaml"), "--lr", "2e-3"]) == 0
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    assert (kept["rank"], kept["lr"], kept["more_sizes"]) == (3, 2e-3, ["24x48"])
+    (tmp_path / "mine.yaml").write_text("rnak: 3\n")
+    assert main(["distill", "--config", str(tmp_path / "mine.yaml")]) == 2
+    assert "settings that do not exist: rnak" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text("rank: [3\n")
+    assert main(["distill", "--config", str(tmp_path / "mine.yaml")]) == 2
+    assert "neither YAML nor JSON" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        (tmp_path / "mine.yaml").write_text("rank: big\n")
+        main(["distill", "--config", str(tmp_path / "mine.yaml")])
+    assert stop.value.code == 2 and "invalid int value: 'big'" in capsys.readouterr().err
+
+
+PRESETS = ["flux-dev-a100", "flux-dev-24gb", "sd35-large-a100", "flux-authors", "sd35-authors", "tiny"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_whole(name):
+    config = RunConfig(pipeline="somewhere", prompts="some.txt", **read_settings(name))
+    config.check()
+    text = (scfm.config.ROOT / "configs" / f"{name}.yaml").read_text()
+    assert "TRIED" in text                                             # each says whether anybody has run it
+
+
+def test_the_presets_are_these():
+    assert sorted(p.stem for p in (scfm.config.ROOT / "configs").glob("*.yaml")) == sorted(PRESETS)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"targets": ("to_z",)}, "target to_z is no linear layer"),
+    ({"more_sizes": ("24by48",)}, "HEIGHTxWIDTH"),
+    ({"more_sizes": ("30x48",)}, "multiples of 4"),
+    ({"quantize": "nf4"}, "nf4 needs"),
+    ({"quantize": "int3"}, "nf4, or leave it out"),
+    ({"tracker": "mlflow"}, "tensorboard, wandb or none"),
+    ({"ship": "teacher"}, "best, student, fast or slow"),
+    ({"own_share": 2.0}, "own_share"), ({"micro_batch": -1}, "micro_batch"), ({"keep": 0}, "keep"),
+    ({"flow_share": 1.5}, "flow_share"), ({"loss": "l1"}, "mse or huber or cosine"),
+    ({"pipeline": "nobody/nothing-of-the-kind"}, "no pipeline"),
+])
+def test_bad_input_is_one_line_and_code_2(pictures, tmp_path, capsys, monkeypatch, change, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["distill", *flags(settings(pictures, tmp_path / "run", **change))]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("scfm distill: ") and message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_choice_trains(pictures, tmp_path):
+    """Options whose mathematics is tested elsewhere reach the update: each changes what is learned."""
+    base = {"updates": 4, "fast_decay": .2, "slow_decay": .6, "lr": 1e-2}
+    plain = trained(pictures, tmp_path / "plain", **base)
+    for i, change in enumerate(({"loss": "huber"}, {"loss": "cosine"}, {"flow_share": .5}, {"algorithm": "one_ema"}, {"algorithm": "dual_pure"},
+                   {"t_skip": 4}, {"self_grids": (2,)}, {"shift": (1., 1.)}, {"restart_every": 1}, {"speaker_scale": .5},
+                   {"teacher_grid": 8}, {"teacher_share": .8}, {"guidance": (1., 1.)}, {"targets": ("to_q",)})):
+        other = student(trained(pictures, tmp_path / str(i), **{**base, **change}))
+        assert other.keys() != student(plain).keys() or gap(student(plain), other) > 1e-3, change
+
+
+def test_tensorboard_gets_losses_and_previews(pictures, tmp_path):
+    told = settings(pictures, tmp_path / "run", tracker="tensorboard", updates=2, preview_every=2)
+    assert main(["distill", *flags(told)]) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    folder = next(path.parent for path in (tmp_path / "run/logs").rglob("events*") if path.stat().st_size > 1000)
+    read = EventAccumulator(str(folder)).Reload()
+    assert [e.step for e in read.Scalars("loss")] == [1, 2] and read.Images("preview")
+
+
+def test_a_second_interrupt_interrupts():
+    with signals_noted() as stopped, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+        assert stopped == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
