@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["scfm", "scfm.*", "toy"]),
     package_data={"toy": ["weights/**/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("data", "nf4", "wandb", "dev")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("data", "evaluate", "nf4", "wandb", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -16,11 +16,12 @@ from safetensors import safe_open
 import scfm
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["flow", "consistency", "ema", "distill", "metrics", "dial", "pictures", "unet", "lora", "families", "teacher_data", "cache", "config", "checkpoint", "choice", "pretrain", "run", "step_lora", "commands", "cli"]
+ORDER = ["flow", "consistency", "ema", "distill", "metrics", "dial", "pictures", "unet", "lora", "families", "teacher_data", "cache", "config", "plan", "checkpoint", "choice", "pretrain", "run", "step_lora",
+         "card", "peers", "eyes", "gallery", "evaluate", "report", "export", "commands", "cli"]
 FIRST_CHAPTERS = ORDER[:ORDER.index("metrics") + 1]  # torch alone (and tqdm)
 HEAVY = ["diffusers", "transformers", "peft", "accelerate", "torchvision", "matplotlib"]
 TOOLS = re.compile(r"nbdev|execnb|ghapi|nbconvert|nbclient|ipykernel|notebook|jupyter.*")  # of development only
-EXTRAS = {"pictures": "data_requirements", "teacher_data": "data_requirements"}  # who may ask for what `pip install scfm[...]` brings
+EXTRAS = {"pictures": "data_requirements", "teacher_data": "data_requirements", "eyes": "evaluate_requirements"}  # who may ask for what `pip install scfm[...]` brings
 MODULES = sorted(p for p in (ROOT / "scfm").rglob("*.py") if p.name != "_modidx.py" and p != ROOT / "scfm/__init__.py")
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
@@ -75,6 +76,7 @@ def test_a_module_needs_only_what_is_installed_with_it(path):
     allowed = {"torch", "tqdm"} if chapter(path) in FIRST_CHAPTERS else {r.name for r in requirements(SETTINGS["requirements"])}
     allowed |= {own for name, own in (("pillow", "PIL"), ("pyyaml", "yaml")) if name in allowed}
     allowed |= {r.name for r in requirements(SETTINGS[EXTRAS[chapter(path)]])} if chapter(path) in EXTRAS else set()
+    allowed |= {name.replace("-", "_") for name in allowed}
     outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"scfm"}
     assert outside <= allowed
 

@@ -4,10 +4,12 @@ import shutil
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
+from scfm.card import write_card
 from scfm.cli import main
 from scfm.dial import Dial, read_dial, write_dial
 from scfm.lora import WEIGHT_NAME
@@ -86,6 +88,55 @@ def test_the_sample_command_writes_the_picture(lora, tmp_path, capsys, scale):
     assert (written - torch.cat(list(stock_picture(lora, scale, 1)), 2)).abs().max() < .02
 
 
+@pytest.fixture
+def moving(lora, tmp_path):
+    """The same LoRA for a pipeline whose scheduler chooses its shift by the size, as FLUX.1-dev's does; set_shift is lost on it."""
+    pipe = load_flux()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=True)
+    pipe.save_pretrained(tmp_path / "base")
+    settings = json.loads((lora / "config.json").read_text())
+    (lora / "config.json").write_text(json.dumps({**settings, "pipeline": str(tmp_path / "base")}))
+    return lora
+
+
+def test_the_shift_of_training_holds_where_the_scheduler_would_choose_its_own(moving):
+    pictures, _ = paint(StepLora(UseConfig(lora=str(moving), seed=5), "cpu"), PROMPTS, 2, scale=.75)
+    torch.testing.assert_close(pictures, stock_picture(moving, .75, 2), rtol=0, atol=1e-5)
+
+
+def test_the_code_of_the_card_paints_what_we_paint(moving, tmp_path, monkeypatch):
+    """Run as it stands, on stock diffusers, in the folder above the LoRA's."""
+    text = write_card(moving).read_text()
+    lines = text.split("```python")[1].split("```")[0].replace("pipe(prompt,", "pictures = pipe(prompt, latents=noise, output_type='pt',")
+    pipe = FluxPipeline.from_pretrained(str(tmp_path / "base"))
+    told = {"pipe": pipe, "prompt": PROMPTS, "noise": start_noise(paint_family(pipe), range(2), 5)}
+    monkeypatch.chdir(moving.parent)
+    exec(lines, told)
+    pictures, scale = paint(StepLora(UseConfig(lora=str(moving), seed=5), "cpu"), PROMPTS, 4)
+    torch.testing.assert_close(told["pictures"].images * 2 - 1, pictures, rtol=0, atol=1e-5)
+    assert f"| 4 | {scale:g} |" in text
+
+
+def test_the_card_says_what_the_records_say_and_no_more(lora):
+    settings = json.loads((lora / "config.json").read_text())
+    (lora / "pictures").mkdir()
+    (lora / "pictures/metadata.jsonl").write_text("{}\n" * 7)
+    (lora / "run.json").write_text(json.dumps({"torch": "2.15.0", "device": "a GPU", "commit": "0123456789abcdef", "changed": ["x.py"]}))
+    text = write_card(lora).read_text()
+    for words in ("(7 of them), 32x32 pixels", "torch 2.15.0; on a GPU", "commit 0123456789ab, with changes", "600 updates at batch 32",
+                  "the fast one ships", "in 32 steps at guidance scale 2.5", "guidance_scale=2.5", "is kept"):
+        assert words in text, words
+    (lora / "config.json").write_text(json.dumps({**settings, "guidance_mode": "distilled", "negative": "a ring"}))
+    text = write_card(lora).read_text()
+    assert "guidance_scale=1," in text and "sample at guidance scale 1" in text and "negative_prompt='a ring'" in text
+    kept = {k: settings[k] for k in ("pipeline", "height", "width", "max_tokens", "teacher_guidance")}
+    (lora / "config.json").write_text(json.dumps(kept))
+    for name in ("run.json", "choice.json", "dial.json"):
+        (lora / name).unlink()
+    text = write_card(lora).read_text()
+    assert "ships" not in text and "updates" not in text and "guidance_scale=2.5" in text and "set_adapters" in text
+
+
 @pytest.mark.parametrize("command, change, message", [
     ("sample", {"--lora": "nowhere"}, "no LoRA at nowhere"),
     ("sample", {"--prompts": "x.txt"}, "either --prompt"),
@@ -93,6 +144,7 @@ def test_the_sample_command_writes_the_picture(lora, tmp_path, capsys, scale):
     ("sample", {"--pipeline": "nowhere"}, "no pipeline in nowhere"),
     ("sample", {"--precision": "fp8"}, "fp32, bf16"),
     ("sample", {"--shift": "-1"}, "shift"),
+    ("sample", {"--negative": "ugly"}, "a negative prompt means nothing to Flux"),
     ("dial", {"--lora": "nowhere"}, "no LoRA at nowhere"),
     ("dial", {"--prompts": "nowhere.txt"}, "no captions at nowhere.txt"),
     ("dial", {"--count": "0"}, "--count"),

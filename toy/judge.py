@@ -14,7 +14,7 @@ from scfm.metrics import endpoint_distance, frechet_distance
 from scfm.teacher_data import start_noise, teacher_endpoints
 from toy.pipelines import GUIDANCE
 from toy.reader import load_reader, prompt_accuracy, read
-from toy.shapes import draw_captions, draw_pictures
+from toy.shapes import COLOURS, PLACES, SHAPES, SIZES, draw_captions, draw_pictures, name_attributes
 
 STEPS = (1, 2, 3, 4, 8, 32)
 SHIFTS = (1.0, 1.5, 2.0, 3.0, 4.5)  # 3 is the scheduler's own ("stock")
@@ -109,3 +109,21 @@ def table(record, teacher="teacher"):
             lines += [line(f"{name}, best shift per column" if i == 0 else "", best_of(rows, n))
                       for i, n in enumerate(several)]
     return "\n".join(lines)
+
+
+def look(pictures, captions):
+    """What the attribute reader says, for `scfm evaluate --judge toy.judge:look`: (its features (n, 64), {"prompt accuracy":
+    (n,) share of the attributes that each caption names}). pictures: (n, 3, 32, 32) in [-1, 1]; captions None: no accuracy."""
+    features, seen = read(load_reader(), pictures)
+    if captions is None:
+        return features, {}
+    named = torch.tensor([named_in(text) for text in captions])
+    right = ((seen == named) & (named >= 0)).sum(1)
+    return features, {"prompt accuracy": right / (named >= 0).sum(1)}     # nan where a caption names nothing
+
+
+def named_in(text):
+    """The row of `Captions.named` for a caption that somebody wrote."""
+    words = text.split()
+    first = lambda options: next((word for word in words if word in options), None)
+    return name_attributes(first(COLOURS), first(SHAPES), first(SIZES), next((p for p in PLACES if p in text), None))
