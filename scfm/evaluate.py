@@ -112,7 +112,9 @@ def evaluate(config, captions, peers=(), progress=True, device=None):
     measure(rows, out, captions, eyes, reference, (config.height, config.width), progress)
     record = {"protocol": {**protocol, "lora": weights_of(Path(config.lora) / WEIGHT_NAME), "reference": len(reference),
                            "reference_folder": Path(config.reference).name, "eyes": [eye.name for eye in eyes]},
-              "rows": rows, "missing": missing, "warnings": warnings_of(config, len(reference)), "versions": {k: v for k, v in surroundings().items() if isinstance(v, str)}}
+              "rows": rows, "missing": missing,
+              "warnings": warnings_of(config, len(reference), any(eye.distance for eye in eyes)),
+              "versions": {k: v for k, v in surroundings().items() if isinstance(v, str)}}
     write_json(out / "report.json", record)
     return record
 
@@ -141,14 +143,14 @@ def paint_all(config, captions, peers, out, progress, device):
     return rows
 
 
-def warnings_of(config, references):
-    """What a reader of the numbers has to know."""
+def warnings_of(config, references, distances):
+    """What a reader of the numbers has to know; distances: whether there are Frechet distances among them."""
     said = []
-    if config.count < ENOUGH:
+    if distances and config.count < ENOUGH:
         said.append(f"{config.count} pictures: a Frechet distance of so few is biased upward, and the bias differs between "
                     f"samplers (Inception's covariance is singular below {ENOUGH}); compare nothing with numbers of "
                     "another count")
-    if config.reference and references < ENOUGH:
+    if distances and config.reference and references < ENOUGH:
         said.append(f"the reference has {references} pictures, fewer than {ENOUGH}: the same holds for it")
     if not config.prompts:
         said.append("the captions are those of the run's own training: captions that it never saw say more")

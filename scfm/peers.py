@@ -120,7 +120,7 @@ def own_samplers(tuned, steps, teacher_steps):
             tuned.set_scale(scale)
             return stock_latents(family, captions, noise, n, config.guidance_scale, fixed)
         told = {"shift": config.shift, "guidance": config.guidance_scale, "scale": scale, "weights": weights_of(tuned.path)}
-        return sampler("student", "student", f"student, strength {scale:g}", n, told, go)
+        return sampler("student", "student", f"student, strength {scale:.3g}", n, told, go)
 
     def second(solver, n):
         return sampler(f"teacher-{solver}", "solver", f"teacher, {solver.capitalize()}", n, {**guided, "solver": solver}, teacher(

@@ -81,6 +81,8 @@ def sentence_of(protocol):
             f"same noise for all (seed {told['seed']}); teacher: {told['pipeline']}, {told['teacher_steps']} Euler steps "
             f"at guidance scale {told['teacher_guidance']:g}; time shift {told['shift']:g} unless a row says otherwise; "
             f"{told['precision']}; LoRA {told['lora']}, not fused")
+    if told["negative"]:
+        said += f"; negative prompt: {told['negative']!r}"
     if told["reference"]:
         said += f"; reference: {told['reference']} pictures of {told['reference_folder']}, scaled to cover the size and cut"
     return said + f"; looked at by: {', '.join(told['eyes']) or 'nobody'}."
