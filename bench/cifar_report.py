@@ -1,0 +1,153 @@
+"""Tables and pictures of bench/cifar.py from the cells that are there."""
+import json
+import platform
+from pathlib import Path
+
+import matplotlib
+import torch
+from safetensors.torch import load_file
+
+from cifar_cells import DISTILLED, KEPT, NFE, RECIPES, Plan, folder_of, safe
+from scfm.unet import header_of
+from toy.features import recipe
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+NAMES = ("plain", "scfm 1/8", "scfm 1/4", "scfm 1/2", "shortcut", DISTILLED, f"{DISTILLED}, dialled")
+
+
+
+def rows_of(plan, name, seed):
+    """The measured rows of one sampler, by solver and NFE."""
+    rows = [(p, json.loads(p.read_text())) for p in (plan.cells / "measured").glob(f"{safe(f'{name} {seed}')}-{plan.count}-*.json")]
+    return [r for _, r in sorted(rows, key=lambda pair: (pair[1]["solver"], pair[1]["nfe"], str(pair[0])))]
+
+
+def gather(plan, seeds, copy):
+    """Everything that the cells say, as one dict of plain numbers."""
+    record = {"about": f"CIFAR-10, {copy}" if copy else "CIFAR-10", "size": plan.size, "budget": plan.budget, "pictures": plan.count,
+              "features": recipe(), "recipe": RECIPES[plan.size], "seeds": list(seeds), "kept": KEPT, "device": device(),
+              "torch": torch.__version__, "samplers": {}, "trained": {}}
+    for path in sorted((plan.cells / "measured").glob(f"floor-{plan.count}-*.json")):
+        record["floor"] = json.loads(path.read_text())
+    for name in NAMES:
+        for seed in seeds:
+            rows = rows_of(plan, name, seed)
+            if rows:
+                record["samplers"].setdefault(name, {})[str(seed)] = rows
+            path = folder_of(plan, name, seed) / "flow.safetensors"
+            if path.is_file():
+                record["trained"].setdefault(name, {})[str(seed)] = {**json.loads(header_of(path)["notes"]), "settings": settings(path)}
+    record["aims"] = aims(record)
+    return record
+
+
+def device():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, 2 cores shared with other work"
+
+
+def settings(path):
+    """What was set for a training, without the places of things."""
+    told = json.loads((path.parent / "config.json").read_text())
+    return {k: told[k] for k in ("method", "flow_share", "teacher_share", "algorithm", "batch", "lr", "warmup", "slow_decay", "fast_decay",
+                                 "shift", "self_grids", "precision", "seed")}
+
+
+def curve(record, name, key="frechet_test", solver="euler"):
+    """{nfe: mean over seeds} of one sampler."""
+    found = {}
+    for rows in record["samplers"].get(name, {}).values():
+        for row in rows:
+            if row["solver"] == solver and key in row:
+                found.setdefault(row["nfe"], []).append(row[key])
+    return {n: sum(v) / len(v) for n, v in sorted(found.items())}
+
+
+def aims(record):
+    """The two relations that were aimed at, against the plain flow of the same budget: met or missed, with the numbers."""
+    told, plain = {}, curve(record, "plain")
+    for name in NAMES[1:]:
+        mine = curve(record, name)
+        if {4, 64} <= set(mine) & set(plain):
+            four, many = mine[4] / plain[4], mine[64] / plain[64]
+            told[name] = {"at 4, times plain": round(four, 3), "at most half": four <= .5, "at 64, times plain": round(many, 3),
+                          "at most 1.05": many <= 1.05}
+    return told
+
+
+def table(record, key="frechet_test"):
+    """One line a sampler, one column a number of evaluations."""
+    real = f"; real pictures {record['floor'][key]:.3f}" if key in record["floor"] else ""
+    lines = [f"{key}, {record['pictures']} pictures, {record['about']}{real}",
+             f"{'':34}" + "".join(f"{n:>9}" for n in NFE)]
+    for name in record["samplers"]:
+        for solver in ("euler", "midpoint"):
+            values = curve(record, name, key, solver)
+            if values:
+                label = name if solver == "euler" else f"{name}, midpoint"
+                lines.append(f"{label:34}" + "".join(f"{values[n]:9.3f}" if n in values else " " * 9 for n in NFE))
+    return "\n".join(lines)
+
+
+def plot(record, path):
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), dpi=80)
+    for axis, key, what in zip(axes, ("frechet_test", "label_accuracy"), ("Frechet distance on the features of a small ResNet (not FID)",
+                                                                         "share of pictures taken for what was asked")):
+        for i, name in enumerate(record["samplers"]):
+            values = curve(record, name, key)
+            axis.plot(list(values), list(values.values()), "o-", ms=3, color=f"C{i}", label=name)
+            second = curve(record, name, key, "midpoint")
+            if second:
+                axis.plot(list(second), list(second.values()), "--", lw=1, color=f"C{i}", label=f"{name}, midpoint")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(NFE, NFE)
+        axis.set_xlabel("network evaluations of a picture (NFE)")
+        axis.set_title(what, fontsize=9)
+    axes[0].set_yscale("log")
+    axes[0].axhline(record["floor"]["frechet_test"], color=".6", lw=.8)
+    axes[1].legend(fontsize=6.5, frameon=False)
+    figure.suptitle(f"{record['about']}; {record['size']}, {record['budget']} network evaluations of training each", fontsize=9.5)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def plot_pictures(plan, record, path, nfe=(1, 2, 4, 8, 64)):
+    """A strip of ten pictures from the same ten noises: a row per sampler and NFE."""
+    seed = str(record["seeds"][0])
+    names = [n for n in record["samplers"] if seed in record["samplers"][n]]
+    figure, axes = plt.subplots(len(names), 1, figsize=(4.6, 2.5 * len(names)), dpi=80, squeeze=False)
+    for axis, name in zip(axes[:, 0], names):
+        strips = []
+        for n in nfe:
+            found = sorted((plan.cells / "measured").glob(f"{safe(f'{name} {seed}')}-{plan.count}-*-euler-{n}.safetensors"))
+            if found:
+                strips.append((n, load_file(found[0])["pixels"][:10].permute(2, 0, 3, 1).reshape(32, 320, 3)))
+        axis.imshow(torch.cat([s for _, s in strips]))
+        axis.set_xticks([])
+        axis.set_yticks([16 + 32 * i for i in range(len(strips))], [n for n, _ in strips], fontsize=7)
+        axis.set_title(f"{name}; NFE at the left", fontsize=8)
+    figure.suptitle(record["about"], fontsize=9)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def save(figure, path):
+    figure.savefig(f"{path}.part", format="png", bbox_inches="tight", pil_kwargs={"optimize": True})
+    Path(f"{path}.part").replace(path)
+    plt.close(figure)
+
+
+def report(plan: Plan, seeds, out, copy=""):
+    """Writes out.json, out.png and out_pictures.png, and prints the tables."""
+    record = gather(plan, seeds, copy)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1))
+    part.replace(out.with_suffix(".json"))
+    plot(record, out.with_suffix(".png"))
+    plot_pictures(plan, record, out.with_name(out.name + "_pictures.png"))
+    for key in ("frechet_test", "frechet_train", "label_accuracy", "balance", "recall"):
+        print(table(record, key), end="\n\n")
+    print(json.dumps(record["aims"], indent=1))
+    return record
