@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {
     "demo": ("toy.demo:main", "distil the tiny Flux that the repository carries, and compare (5 minutes on 2 cores)"),
+    "plan": ("scfm.commands.plan:main", "memory and hours of a run on a GPU, counted before anything is downloaded"),
     "data": ("scfm.commands.data:main", "let a pipeline paint captions, and encode pictures and captions once for training"),
     "distill": ("scfm.commands.distill:main", "turn a pre-trained pipeline into a few-step one: writes a LoRA"),
     "pretrain": ("scfm.commands.pretrain:main", "train a flow on pictures that samples in few steps, or distil a finished one"),

@@ -21,7 +21,7 @@ from .consistency import keyed_generator, scfm_loss
 from .distill import TimeBins, apply_gradient, jumps_of, make_emas, make_optimizer
 from .families import load_pipeline, velocities
 from .lora import ADAPTERS, LoraSpeakers, adapter_state, load_adapter_state
-from .prepare import check_inputs, families_of, prepare_rows
+from .prepare import check_inputs, check_processes, data_of, make_data
 from .teacher_data import on_device
 
 # %% ../nbs/23_run.ipynb #c06
@@ -40,14 +40,15 @@ class Run:
         self.progress = progress and self.main
         if config.batch % self.accelerator.num_processes:
             raise ValueError(f"batch {config.batch} cannot be dealt evenly to {self.accelerator.num_processes} processes")
+        check_processes(self.accelerator)
         check_inputs(config)                          # before a folder of ours is made
         with self.accelerator.main_process_first():
             begin_folder(self.out, config)
         self.resume_from = find_checkpoint(config.out, config.resume)
-        self.rows = prepare_rows(config, self.accelerator, progress)
-        self.pipe, family_class = load_pipeline(config.pipeline, DTYPES[config.precision], self.accelerator.device,
-                                                "transformer", config.quantize)
-        self.families = families_of(self.pipe, family_class, config)
+        _, self.rows = make_data(data_of(config), self.accelerator, progress)
+        self.pipe, _ = load_pipeline(config.pipeline, DTYPES[config.precision], self.accelerator.device, "transformer",
+                                     config.quantize)
+        self.families = data_of(config).families_of(self.pipe)
         for family in self.families.values():
             family.encode_text = self.rows.text_of    # of the run's own captions: no encoder is loaded
         self.family = self.families[config.height, config.width]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.consistency import (CAST, Jumps, Speakers, consistency_target, draw_jumps, draw_teacher_rows, keyed_generator,
+from scfm.consistency import (CAST, LOSSES, Jumps, Speakers, consistency_target, draw_jumps, draw_teacher_rows, keyed_generator,
                               scfm_loss, snap_times, speak, take_rows)
 from scfm.flow import interpolate, shift_time
 
@@ -288,3 +288,62 @@ def test_targets_come_before_the_student():
 def test_chapters_need_torch_alone(module):
     code = f"import sys, scfm.{module}; print([m for m in ('diffusers', 'transformers', 'peft', 'accelerate', 'toy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# Rows of plain flow matching, losses, the model's own shift
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 12), share=st.floats(0, 1), teacher_share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_flow_rows_have_one_time_and_no_teacher(rows, share, teacher_share, seed):
+    jumps = draw_jumps(rows, teacher_share, flow_share=share, shift=(2.5, 4.5), generator=keyed_generator(seed, 0))
+    flow = jumps.is_flow
+    assert abs(int(flow.sum()) - rows * share) < 1
+    assert not (flow & jumps.is_teacher).any() and (jumps.times[flow] == jumps.t1[flow, None]).all()
+    assert (jumps.times[~flow, :-1] > jumps.times[~flow, 1:]).all() and (jumps.times >= 0).all() and (jumps.times < 1).all()
+
+
+def test_flow_times_are_uniform_before_the_warp():
+    jumps = draw_jumps(40_000, 0., flow_share=1., shift=(3., 3.), generator=keyed_generator(0, 0))
+    u = (jumps.t1 / (3 - 2 * jumps.t1)).sort().values                  # the warp undone
+    assert (u - (torch.arange(40_000) + .5) / 40_000).abs().max() < .01
+
+
+def test_a_share_of_flow_rows_changes_no_other_draw():
+    plain, mixed = (draw_jumps(64, .4, flow_share=share, generator=keyed_generator(5, 0)) for share in (0., .5))
+    kept = ~mixed.is_flow
+    assert torch.equal(plain.times[kept], mixed.times[kept]) and torch.equal(plain.is_teacher[kept], mixed.is_teacher[kept])
+
+
+def test_flow_rows_train_towards_noise_minus_data_and_the_others_as_before():
+    generator = torch.Generator().manual_seed(0)
+    data, noise = torch.randn(2, 16, 3, generator=generator)
+    jumps = draw_jumps(16, .5, flow_share=.5, generator=keyed_generator(0, 0))
+    speakers = Speakers(linear(.3), linear(1.), linear(1.5), linear(2.))
+    losses = scfm_loss(data, noise, jumps, speakers)
+    x1 = (1 - jumps.t1)[:, None] * data + jumps.t1[:, None] * noise
+    for i in range(16):
+        target = noise[i:i + 1] - data[i:i + 1] if jumps.is_flow[i] else consistency_target(x1[i:i + 1], jumps.rows(slice(i, i + 1)), speakers)
+        torch.testing.assert_close(losses[i], (.3 * x1[i] - target[0]).square().mean())
+
+
+@settings(deadline=None, max_examples=30)
+@given(said=st.lists(st.floats(-4, 4), min_size=3, max_size=3), target=st.lists(st.floats(-4, 4), min_size=3, max_size=3))
+def test_losses_are_what_they_say(said, target):
+    a, b = torch.tensor([said], dtype=torch.float64), torch.tensor([target], dtype=torch.float64)
+    errors = [abs(x - y) for x, y in zip(said, target)]
+    assert float(LOSSES["mse"](a, b)) == pytest.approx(sum(e * e for e in errors) / 3)
+    assert float(LOSSES["huber"](a, b)) == pytest.approx(sum(e * e if e <= 1 else 2 * e - 1 for e in errors) / 3)
+    lengths = [math.sqrt(sum(v * v for v in row)) for row in (said, target)]
+    if min(lengths) > 1e-3:
+        cosine = sum(x * y for x, y in zip(said, target)) / lengths[0] / lengths[1]
+        assert float(LOSSES["cosine"](a, b)) == pytest.approx(1 - cosine, abs=1e-9)
+
+
+def test_a_tenth_of_the_rows_take_the_models_own_shift():
+    jumps = draw_jumps(20_000, 1., teacher_grid=4, t_skip=4, shift=(2., 2.), own_shift=8., generator=keyed_generator(0, 0))
+    odds = jumps.times[:, 2] / (1 - jumps.times[:, 2])                 # the middle of the road: odds 1 before the warp
+    assert set(odds.round().int().tolist()) == {2, 8}
+    assert abs((odds > 5).float().mean() - .1) < .01
+    each = draw_jumps(4, 1., teacher_grid=4, t_skip=4, own_shift=torch.tensor([2., 3, 4, 5]), own_share=1., generator=keyed_generator(0, 0))
+    torch.testing.assert_close(each.times[:, 2] / (1 - each.times[:, 2]), torch.tensor([2., 3, 4, 5]))

@@ -14,7 +14,7 @@ from PIL import Image
 
 import scfm.teacher_data
 from scfm.cli import main
-from scfm.commands.data import DataConfig
+from scfm.prepare import DataConfig
 from scfm.families.flux import Flux
 from scfm.families.sd3 import SD3
 from scfm.teacher_data import (drawn_size, make_pictures, nearest_size, parse_sizes, read_folder, read_picture, read_prompts,
@@ -285,7 +285,7 @@ def test_a_folder_of_ones_own_is_cached_without_loading_twice(tmp_path, capsys, 
     (own / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.jpg", "text": CAPTIONS[i]}) + "\n" for i in range(3)))
     told = ["data", "--pipeline", str(FLUX), "--pictures", str(own), "--sizes", "32x32,24x40,40x24", "--max_tokens", str(TOKENS)]
     assert main(told) == 0 and list((own / "cache").glob("latents-*"))
-    monkeypatch.setattr("scfm.commands.data.load_pipeline", lambda *_: pytest.fail("nothing is missing: nothing need be loaded"))
+    monkeypatch.setattr("scfm.prepare.load_pipeline", lambda *_: pytest.fail("nothing is missing: nothing need be loaded"))
     assert main(told) == 0
     assert "3 pictures of 3 different captions" in capsys.readouterr().out
 
@@ -343,7 +343,7 @@ def test_bad_input_is_one_line_and_code_2(prompts, tmp_path, capsys, change, mes
 def test_a_broken_picture_is_named_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"not a picture")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red star"}\n')
-    monkeypatch.setattr("scfm.commands.data.load_pipeline", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("scfm.prepare.load_pipeline", lambda *_: pytest.fail("loaded"))
     assert main(["data", "--pipeline", str(FLUX), "--pictures", str(tmp_path), "--sizes", "32x32", "--max_tokens", str(TOKENS)]) == 2
     assert "a.png does not open as a picture" in capsys.readouterr().err
     assert main(["data", "--pipeline", str(FLUX), "--pictures", str(tmp_path), "--no-cache"]) == 2

@@ -3,6 +3,7 @@ import argparse
 import signal
 from contextlib import contextmanager
 
+from scfm.card import write_card
 from scfm.checkpoint import latest
 from scfm.commands import add_options, from_file
 from scfm.config import RunConfig
@@ -31,6 +32,7 @@ def main(argv):
         return 128 + (stopped or [signal.SIGTERM])[0]                # in another process, where this one has no signal
     record = end(run)
     if record:
+        write_card(config.out)
         tell(record, config.out)
     return 0
 

@@ -1,7 +1,12 @@
-"""Which class of pipeline belongs to which family. A new family: one file beside flux.py, one line in `FAMILIES`."""
+"""Which class of pipeline belongs to which family, and how its parts are loaded.
+
+A family from outside joins through `register`, or through the entry point group `scfm.families` of an installed package.
+"""
 import json
 import re
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,21 +17,68 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
+from scfm.families.contract import missing
 from scfm.families.flux import Flux
 from scfm.families.sd3 import SD3
 
 FAMILIES = {"FluxPipeline": Flux, "StableDiffusion3Pipeline": SD3}
+GROUP = "scfm.families"         # entry points: name = the pipeline's class, value = module:Class
+
+
+def register(family):
+    """Adds a family class under the name of its pipeline's class, for as long as Python runs; returns it (so it decorates).
+
+    ValueError when a member of `scfm.families.contract.CONTRACT` is missing, or when the pipeline has another family already.
+    """
+    who, lacking = f"{family.__module__}:{family.__qualname__}", missing(family)
+    if lacking:
+        raise ValueError(f"{who} is no family yet: it lacks {', '.join(lacking)} (scfm.families.contract.CONTRACT says what they are)")
+    name = family.pipeline_class.__name__
+    others = {f"{known.__module__}:{known.__qualname__}" for known in [FAMILIES.get(name)] if known} | set(offered().get(name, ()))
+    if others - {who}:
+        raise ValueError(f"{name} has a family already, {min(others - {who})}: {who} cannot be a second one")
+    FAMILIES[name] = family
+    return family
+
+
+def offered():
+    """What installed packages offer: {name of the pipeline's class: {"module:Class": entry point}}. Nothing is imported."""
+    found = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(point.name, {})[point.value.replace(" ", "")] = point
+    return found
+
+
+def family_called(name):
+    """The family class for a pipeline class's name, None when there is none; one that a package offers is imported now.
+
+    ValueError when two claim the name, or when a package's family cannot be imported or lacks a member.
+    """
+    known, offers = FAMILIES.get(name), offered().get(name, {})
+    claims = sorted({f"{known.__module__}:{known.__qualname__}"} | set(offers)) if known else sorted(offers)
+    if len(claims) > 1:
+        raise ValueError(f"{name} has more than one family: {', '.join(claims)}; uninstall all packages but one")
+    if known or not offers:
+        return known
+    try:
+        family = offers[claims[0]].load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the family {claims[0]} for {name} cannot be imported: {error}") from None
+    if missing(family) or family.pipeline_class.__name__ == name:
+        return register(family)
+    raise ValueError(f"{claims[0]} is offered for {name}, but is the family of {family.pipeline_class.__name__}")
 
 
 def family_of(folder):
     """The family class of a saved pipeline folder, from its model_index.json.
 
-    Raises FileNotFoundError when there is no pipeline, ValueError when its class is none of `FAMILIES`.
+    Raises FileNotFoundError when there is no pipeline, ValueError when no family is known for its class.
     """
     name = index_of(folder).get("_class_name")
-    if name not in FAMILIES:
-        raise ValueError(f"{folder} holds a {name}, which scfm does not know; it knows {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    family = family_called(name)
+    if family is None:
+        raise ValueError(f"{folder} holds a {name}, which scfm does not know; it knows {', '.join({**FAMILIES, **offered()})}")
+    return family
 
 
 def index_of(folder):
@@ -58,7 +110,8 @@ def load_pipeline(folder, dtype, device="cpu", parts="all", quantize=""):
 
     parts: "all"; "transformer", for training from a cache (no VAE, no text encoders); or "encoders" (all but the transformer).
     quantize: "nf4" holds the transformer in 4 bits, needs bitsandbytes (ValueError when it is not there). Parts that the
-    folder was saved without (SD3's T5, say) stay away; diffusers wants to be told so.
+    folder was saved without (SD3's T5, say) stay away; diffusers wants to be told so. Assumed of every family: the parts
+    are called transformer, vae, text_encoder*, tokenizer*, scheduler; their classes may come from any package that can be imported.
     """
     folder = local_folder(folder)
     family, index = family_of(folder), index_of(folder)
@@ -67,7 +120,7 @@ def load_pipeline(folder, dtype, device="cpu", parts="all", quantize=""):
     absent = {name: None for name, part in index.items() if part == [None, None] or name in without}
     with no_loading_bars():
         if quantize:
-            absent["transformer"] = in_four_bits(folder, index, dtype)
+            absent["transformer"] = in_four_bits(folder, dtype)
         pipe = family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **absent)
     known = without_weights(folder)
     pipe.vae_scale_factor = known.vae_scale_factor
@@ -82,21 +135,30 @@ def load_pipeline(folder, dtype, device="cpu", parts="all", quantize=""):
 def without_weights(folder):
     """What a family asks of a pipeline when it is made, read from configuration files: enough to refuse a wrong size at once."""
     told = {part: json.loads((Path(folder) / part / "config.json").read_text()) for part in ("transformer", "vae")}
+    blocks = told["vae"].get("block_out_channels") or told["vae"].get("encoder_block_out_channels")
+    if not blocks:
+        raise ValueError(f"{folder}: the VAE's configuration has no block_out_channels, so its scale cannot be told")
     return SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(**told["transformer"])),
-                           vae_scale_factor=2 ** (len(told["vae"]["block_out_channels"]) - 1))
+                           vae_scale_factor=2 ** (len(blocks) - 1))
+
+
+def part_class(folder, name):
+    """The class of one part of a pipeline, from whatever package model_index.json names."""
+    library, kind = index_of(folder)[name]
+    return getattr(import_module(library), kind)
 
 
 def empty_transformer(folder):
     """The transformer of a pipeline on the meta device: every layer and shape, no weight."""
-    kind = getattr(diffusers, index_of(folder)["transformer"][1])
+    kind = part_class(folder, "transformer")
     with torch.device("meta"):
         return kind.from_config(kind.load_config(str(folder), subfolder="transformer"))
 
 
-def in_four_bits(folder, index, dtype):
+def in_four_bits(folder, dtype):
     """The transformer with its weights in NF4, products computed in `dtype`."""
     can_quantize()
-    kind = getattr(diffusers, index["transformer"][1])
+    kind = part_class(folder, "transformer")
     four = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     return kind.from_pretrained(str(folder), subfolder="transformer", quantization_config=four, dtype=dtype)
 
@@ -117,7 +179,7 @@ def with_vae(pipe, folder):
         return
     folder = local_folder(folder)
     with no_loading_bars():
-        vae = getattr(diffusers, index_of(folder)["vae"][1]).from_pretrained(str(folder), subfolder="vae", dtype=pipe.dtype)
+        vae = part_class(folder, "vae").from_pretrained(str(folder), subfolder="vae", dtype=pipe.dtype)
     pipe.vae = vae.to(pipe.device)
     try:
         yield pipe

@@ -20,6 +20,7 @@ class Flux:
     """
     pipeline_class = FluxPipeline
     true_guidance = False           # the guidance scale is an input of the network
+    clip_tokens = 0                 # what CLIP adds to the text sequence: it speaks through the pooled vector alone
 
     # All linear layers: attention, feed-forward, adaptive norms, embedders and output (the paper's choice).
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -42,6 +43,11 @@ class Flux:
     def latent_shape(self):
         """Of one picture: (N, C)."""
         return self.grid[0] * self.grid[1], self.channels
+
+    @property
+    def tokens(self):
+        """Image tokens of one picture."""
+        return self.latent_shape[0]
 
     @property
     def time_dtype(self):
@@ -101,14 +107,13 @@ class Flux:
 
         It is given the plain grid as sigmas, else it would choose its own; its scheduler adds the shift.
         """
-        scheduler = self.pipe.scheduler
-        kept = scheduler.shift
-        if shift is not None:
-            scheduler.set_shift(shift)
+        kept = self.pipe.scheduler
+        if shift is not None:           # set_shift would do nothing where the shift is dynamic
+            self.pipe.scheduler = type(kept).from_config(kept.config, shift=shift, use_dynamic_shifting=False)
         try:
             pictures = self.pipe(list(captions), height=self.height, width=self.width, num_inference_steps=steps,
                                  sigmas=[1 - i / steps for i in range(steps)], guidance_scale=guidance, latents=noise,
                                  max_sequence_length=self.max_tokens, output_type="pt").images
         finally:
-            scheduler.set_shift(kept)
+            self.pipe.scheduler = kept
         return pictures * 2 - 1

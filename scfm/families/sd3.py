@@ -20,6 +20,7 @@ class SD3:
     true_guidance = True            # by a second evaluation, not by an input of the network
     time_dtype = torch.float32      # what the time embedding computes in, whatever the weights are
     own_shift = None                # the scheduler has a fixed one
+    clip_tokens = 77                # of the two CLIPs, side by side, before those of T5
 
     # All linear layers: attention, feed-forward, adaptive norms, embedders and output. The patches enter by a convolution.
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -43,6 +44,12 @@ class SD3:
         """Of one picture: (C, rows, columns)."""
         factor = self.pipe.vae_scale_factor
         return self.pipe.transformer.config.in_channels, self.height // factor, self.width // factor
+
+    @property
+    def tokens(self):
+        """Image tokens of one picture."""
+        _, rows, columns = self.latent_shape
+        return rows * columns // self.pipe.transformer.config.patch_size ** 2
 
     @torch.no_grad()
     def encode_text(self, captions):
@@ -85,7 +92,7 @@ class SD3:
                           encoder_hidden_states=both(cond["empty_tokens"], cond["tokens"]),
                           pooled_projections=both(cond["empty_pooled"], cond["pooled"]), return_dict=False)[0].to(x.dtype)
         nothing, v = out[:-len(x)], out[-len(x):]
-        g = cond["guidance"][guided].to(x.dtype).view(-1, 1, 1, 1)
+        g = cond["guidance"][guided].to(x).view(-1, 1, 1, 1)
         return v.index_put((guided,), nothing + g * (v[guided] - nothing))
 
     def stock_pictures(self, captions, noise, steps, guidance, shift=None):
@@ -93,14 +100,13 @@ class SD3:
 
         It is given the plain grid as sigmas, else it would choose its own; its scheduler adds the shift.
         """
-        scheduler = self.pipe.scheduler
-        kept = scheduler.shift
-        if shift is not None:
-            scheduler.set_shift(shift)
+        kept = self.pipe.scheduler
+        if shift is not None:           # set_shift would do nothing where the shift is dynamic
+            self.pipe.scheduler = type(kept).from_config(kept.config, shift=shift, use_dynamic_shifting=False)
         try:
             pictures = self.pipe(list(captions), height=self.height, width=self.width, num_inference_steps=steps,
                                  sigmas=[1 - i / steps for i in range(steps)], guidance_scale=guidance, latents=noise, negative_prompt=[self.negative] * len(captions),
                                  max_sequence_length=self.max_tokens, output_type="pt").images
         finally:
-            scheduler.set_shift(kept)
+            self.pipe.scheduler = kept
         return pictures * 2 - 1
