@@ -22,7 +22,8 @@ import os
 import sys
 from pathlib import Path
 
-from cifar_cells import DISTILLED, METHODS, RECIPES, Judge, Plan, dialled, floor, folder_of, measure_all, painter, train_all
+from cifar_cells import (DISTILLED, METHODS, RECIPES, Judge, Painter, Plan, dialled, floor, folder_of, paint_all, sampler, score_all,
+                         train_all)
 from cifar_report import report
 from scfm.pictures import load_pictures
 from scfm.unet import load_flow
@@ -30,15 +31,25 @@ from scfm.unet import load_flow
 ALL = ("plain", "scfm 1/4", "shortcut", DISTILLED, "scfm 1/8", "scfm 1/2")
 
 
-def measure(plan, name, seed, judge):
-    """All rows of one method and seed, by Euler; of plain flow matching and SCFM by midpoint too."""
-    path = folder_of(plan, name, seed) / "flow.safetensors"
-    tag = f"{name} {seed}"
+def paint(plan, name, seed, painter):
+    """The pictures of one method and seed, by Euler; of plain flow matching and SCFM by midpoint too. [(files, notes)]."""
     solvers = ("euler", "midpoint") if name in ("plain", "scfm 1/4") else ("euler",)
-    measure_all(plan, tag, painter(load_flow(path).to(judge.device)), judge, solvers)
+    network = load_flow(folder_of(plan, name, seed) / "flow.safetensors").to(painter.device)
+    sets = [(paint_all(plan, f"{name} {seed}", sampler(network), painter, solvers), {})]
     if name == DISTILLED:
-        paint, dial = dialled(plan, seed, judge)
-        measure_all(plan, f"{DISTILLED}, dialled {seed}", paint, judge, about={"dial": dial._asdict()})
+        turned, dial = dialled(plan, seed, painter.device)
+        sets.append((paint_all(plan, f"{DISTILLED}, dialled {seed}", turned, painter), {"dial": dial._asdict()}))
+    return sets
+
+
+def measure(plan, names, seeds):
+    """Paints everything, then judges everything."""
+    painter = Painter(plan)
+    sets = [told for seed in seeds for name in names for told in paint(plan, name, seed, painter)]
+    judge = Judge(plan)
+    floor(plan, judge)
+    for files, notes in sets:
+        score_all(plan, files, judge, notes)
 
 
 def main(argv=None, keep_going=lambda: True):
@@ -68,11 +79,7 @@ def main(argv=None, keep_going=lambda: True):
             if not args.report and train_all(plan, name, seed, pictures, keep_going) is None:
                 return 143
     if not (args.train or args.report):
-        judge = Judge(plan)
-        floor(plan, judge)
-        for seed in args.seeds:
-            for name in args.only:
-                measure(plan, name, seed, judge)
+        measure(plan, args.only, args.seeds)
     if not args.train:
         report(plan, args.seeds, args.out, args.copy)
     return 0

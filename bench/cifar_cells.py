@@ -52,8 +52,11 @@ def folder_of(plan, name, seed):
 
 
 def updates_for(budget, recipe, told):
-    """Updates that cost `budget` network evaluations: a row costs 3, one that is asked by jumps 5."""
-    return math.floor(budget / recipe["batch"] / (3 + 2 * (1 - told["flow_share"])))
+    """Updates that cost `budget` network evaluations: a row costs 3, one that is asked by jumps 5. ValueError when it buys none."""
+    updates = math.floor(budget / recipe["batch"] / (3 + 2 * (1 - told["flow_share"])))
+    if updates < 1:
+        raise ValueError(f"{budget:g} network evaluations buy no update at batch {recipe['batch']}: give more")
+    return updates
 
 
 # Training
@@ -100,14 +103,26 @@ def train_all(plan, name, seed, pictures, keep_going=lambda: True):
 # Measuring
 
 
-class Judge:
-    """One protocol for every sampler: the same noises, labels and references. The features are those of `toy.features`."""
+class Painter:
+    """The same noises and labels for every sampler."""
 
     def __init__(self, plan, seed=1):
-        self.plan, self.device = plan, "cuda" if torch.cuda.is_available() else "cpu"
-        g = torch.Generator().manual_seed(seed)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.labels = torch.arange(plan.count) % 10
-        self.noise = torch.randn(plan.count, 3, 32, 32, generator=g)
+        self.noise = torch.randn(plan.count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+    def pixels(self, paint, steps, solver):
+        """(pixels (count, 3, 32, 32) uint8, seconds). paint(labels, noise, steps, solver) -> pictures in [-1, 1]."""
+        began = time.time()
+        pictures = paint(self.labels.to(self.device), self.noise.to(self.device), steps, solver).cpu()
+        return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte(), time.time() - began
+
+class Judge:
+    """The same references for every set of pictures. The features are those of `toy.features`."""
+
+    def __init__(self, plan, seed=1):
+        self.plan, self.device, g = plan, "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(seed)
+        self.labels = torch.arange(plan.count) % 10
         self.eyes = {"frechet": self.own_eye(), **({"FID": self.inception_eye()} if plan.inception else {})}
         train, test = load_pictures(plan.data), load_pictures(plan.data, "test")
         order = torch.randperm(len(train.pixels), generator=g)
@@ -148,15 +163,6 @@ class Judge:
             row["label_accuracy"] = round((seen["logits"].argmax(1) == labels).float().mean().item(), 4)
         return row
 
-    def measure(self, paint, steps, solver="euler"):
-        """One row of the record. paint(labels, noise, steps, solver) -> pictures in [-1, 1]."""
-        began = time.time()
-        pictures = paint(self.labels.to(self.device), self.noise.to(self.device), steps, solver).cpu()
-        seconds = time.time() - began
-        pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
-        return {"solver": solver, "steps": steps, "nfe": steps * EVALUATIONS[solver], **self.scores(self.see(pixels), self.labels),
-                "seconds": round(seconds, 1)}, pixels[:40]
-
 
 def precision_recall(real, made, k=3):
     """Share of `made` (m, D) within the k-nearest-neighbour balls of `real` (n, D), and the reverse. arXiv 1904.06991."""
@@ -164,21 +170,21 @@ def precision_recall(real, made, k=3):
     return within(made, real).float().mean().item(), within(real, made).float().mean().item()
 
 
-def painter(network):
+def sampler(network):
     """paint(labels, noise, steps, solver) of a network."""
     network.bf16 = network.told["size"] != "tiny"
     return lambda labels, noise, steps, solver: generate(network, labels, noise, steps, solver)
 
 
-def dialled(plan, seed, judge, noises=64, goal_steps=64):
+def dialled(plan, seed, device, noises=64, goal_steps=64):
     """paint(...) of the distilled network at the scale of its dial, and the `Dial`, chosen on noises of its own."""
-    speakers = FullSpeakers(load_flow(folder_of(plan, "plain", seed) / "kept.safetensors").to(judge.device))
+    speakers = FullSpeakers(load_flow(folder_of(plan, "plain", seed) / "kept.safetensors").to(device))
     speakers.networks["student"].load_state_dict(load_flow(folder_of(plan, DISTILLED, seed) / "flow.safetensors").state_dict())
     for network in speakers.networks.values():
         network.eval().bf16 = plan.size != "tiny"
     g = torch.Generator().manual_seed(1000 + seed)
-    noise = torch.randn(noises, 3, 32, 32, generator=g).to(judge.device)
-    labels = (torch.arange(noises) % 10).to(judge.device)
+    noise = torch.randn(noises, 3, 32, 32, generator=g).to(device)
+    labels = (torch.arange(noises) % 10).to(device)
     walk = lambda field, n: sample(field, noise, time_grid(n), labels)
     curve = endpoint_curve(lambda n, a: walk(speakers.field("student", a), n), walk(speakers.field("teacher"), goal_steps), NFE[:-1], SCALES)
     dial = choose(curve)
@@ -189,23 +195,31 @@ def dialled(plan, seed, judge, noises=64, goal_steps=64):
     return paint, dial
 
 
-def measure_all(plan, name, paint, judge, solvers=("euler",), nfe=NFE, about=None):
-    """Every row of one sampler; each is kept as a file, and 40 of its pictures beside it."""
-    rows, folder = [], plan.cells / "measured"
+def paint_all(plan, name, paint, painter, solvers=("euler",), nfe=NFE):
+    """The pictures of one sampler for every solver and NFE, each set kept as a file; returns {(solver, nfe): file}."""
+    files, folder = {}, plan.cells / "painted"
     folder.mkdir(parents=True, exist_ok=True)
-    for solver in solvers:
-        for n in nfe:
-            if n % EVALUATIONS[solver]:
-                continue
-            path = folder / f"{safe(name)}-{plan.count}-{'-'.join(judge.eyes)}-{solver}-{n}.json"
-            if not path.is_file():
-                row, pixels = judge.measure(paint, n // EVALUATIONS[solver], solver)
-                save_file({"pixels": pixels}, path.with_suffix(".safetensors"))
-                path.with_suffix(".part").write_text(json.dumps({**row, **(about or {})}))
-                path.with_suffix(".part").replace(path)
-            rows.append(json.loads(path.read_text()))
-            print(name, rows[-1], flush=True)
-    return rows
+    for solver, n in ((solver, n) for solver in solvers for n in nfe if n % EVALUATIONS[solver] == 0):
+        path = files[solver, n] = folder / f"{safe(name)}-{plan.count}-{solver}-{n}.safetensors"
+        if not path.is_file():
+            pixels, seconds = painter.pixels(paint, n // EVALUATIONS[solver], solver)
+            save_file({"pixels": pixels}, f"{path}.part", metadata={"seconds": f"{seconds:.1f}"})
+            Path(f"{path}.part").replace(path)
+            print(f"painted {name}, {solver}, NFE {n}: {seconds:.1f} s", flush=True)
+    return files
+
+
+def score_all(plan, files, judge, about=None):
+    """One row of the record for each painted set; each is kept as a file."""
+    for (solver, n), path in files.items():
+        row = plan.cells / "measured" / f"{path.stem}-{'-'.join(judge.eyes)}.json"
+        if not row.is_file():
+            row.parent.mkdir(parents=True, exist_ok=True)
+            told = {"solver": solver, "nfe": n, **judge.scores(judge.see(load_file(path)["pixels"]), judge.labels),
+                    "seconds": float(header_of(path)["seconds"]), **(about or {})}
+            row.with_suffix(".part").write_text(json.dumps(told))
+            row.with_suffix(".part").replace(row)
+            print(path.stem, told, flush=True)
 
 
 def floor(plan, judge):

@@ -112,7 +112,7 @@ def plot(record, path):
     save(figure, path)
 
 
-def plot_pictures(plan, record, path, nfe=(1, 2, 4, 8, 64)):
+def plot_pictures(plan, record, path, nfe=(1, 2, 4, 64)):
     """A strip of ten pictures from the same ten noises: a row per sampler and NFE."""
     seed = str(record["seeds"][0])
     names = [n for n in record["samplers"] if seed in record["samplers"][n]]
@@ -120,7 +120,7 @@ def plot_pictures(plan, record, path, nfe=(1, 2, 4, 8, 64)):
     for axis, name in zip(axes[:, 0], names):
         strips = []
         for n in nfe:
-            found = sorted((plan.cells / "measured").glob(f"{safe(f'{name} {seed}')}-{plan.count}-*-euler-{n}.safetensors"))
+            found = sorted((plan.cells / "painted").glob(f"{safe(f'{name} {seed}')}-{plan.count}-euler-{n}.safetensors"))
             if found:
                 strips.append((n, load_file(found[0])["pixels"][:10].permute(2, 0, 3, 1).reshape(32, 320, 3)))
         axis.imshow(torch.cat([s for _, s in strips]))

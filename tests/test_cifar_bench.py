@@ -1,0 +1,113 @@
+"""The CIFAR-10 bench at a size of seconds: equal budgets, cells that are computed once, the record. On noise, with an untrained judge."""
+import io
+import json
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import cifar_cells  # noqa: E402
+from cifar_cells import DISTILLED, METHODS, Painter, Plan, Judge, paint_all, precision_recall, sampler, score_all, train_all, updates_for  # noqa: E402
+from scfm.pictures import load_pictures  # noqa: E402
+from scfm.unet import header_of, load_flow  # noqa: E402
+from toy.features import Features, look  # noqa: E402
+from toy.train_features import augment, rate, save  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder, g = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        cells = []
+        for pixels in torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8, generator=g):
+            Image.fromarray(pixels.numpy()).save(file := io.BytesIO(), "png")
+            cells.append({"bytes": file.getvalue(), "path": None})
+        pyarrow.parquet.write_table(pyarrow.table({"img": cells, "label": [i % 10 for i in range(40)]}), folder / f"{split}-0.parquet")
+    return str(folder)
+
+
+def test_the_same_budget_buys_the_same_evaluations():
+    for told in (*METHODS.values(), {"flow_share": 0.}):
+        updates = updates_for(960_000, {"batch": 64}, told)
+        spent = updates * 64 * (3 + 2 * (1 - told["flow_share"]))
+        assert 0 <= 960_000 - spent < 64 * 5
+    with pytest.raises(ValueError, match="buy no update"):
+        updates_for(100, {"batch": 64}, METHODS["plain"])
+
+
+def test_training_keeps_the_teacher_and_computes_nothing_twice(data, tmp_path, monkeypatch):
+    plan, pictures = Plan(data, tmp_path, "tiny", 240, 6, 0), load_pictures(data)
+    assert train_all(plan, "plain", 0, pictures, lambda: False) is None                # the time is up after an update
+    flow = train_all(plan, "plain", 0, pictures)
+    kept = tmp_path / "plain-0" / "kept.safetensors"
+    told = [json.loads(header_of(path)["notes"]) for path in (kept, flow)]
+    assert told == [{"updates": 8, "evaluations": 192}, {"updates": 10, "evaluations": 240}]
+    distilled = train_all(plan, DISTILLED, 0, pictures)
+    assert json.loads(header_of(distilled)["notes"]) == {"updates": 1, "evaluations": 40}
+    monkeypatch.setattr(cifar_cells, "pretrain", None)                                 # would fail if it were called again
+    assert train_all(plan, "plain", 0, pictures) == flow and train_all(plan, DISTILLED, 0, pictures) == distilled
+
+
+def test_pictures_are_painted_and_judged_once(data, tmp_path, monkeypatch):
+    plan = Plan(data, tmp_path, "tiny", 48, 6, 0)
+    torch.manual_seed(0)
+    network = Features().eval()
+    monkeypatch.setattr(cifar_cells, "load_features", lambda: network)
+    flow = load_flow(train_all(plan._replace(budget=60), "shortcut", 0, load_pictures(data)))
+    files = paint_all(plan, "shortcut 0", sampler(flow), Painter(plan), ("euler", "midpoint"), (1, 2))
+    assert list(files) == [("euler", 1), ("euler", 2), ("midpoint", 2)]
+    pixels = load_file(files["euler", 2])["pixels"]
+    assert pixels.shape == (6, 3, 32, 32) and pixels.dtype == torch.uint8
+    judge = Judge(plan)
+    score_all(plan, files, judge)
+    rows = sorted((tmp_path / "measured").glob("shortcut-0-6-*.json"))
+    row = json.loads(rows[1].read_text())
+    assert (row["solver"], row["nfe"]) == ("euler", 2) and row["frechet_test"] > 0 and 0 <= row["label_accuracy"] <= 1
+    before = [path.stat().st_mtime_ns for path in (*files.values(), *rows)]
+    score_all(plan, paint_all(plan, "shortcut 0", None, None, ("euler", "midpoint"), (1, 2)), judge)
+    assert [path.stat().st_mtime_ns for path in (*files.values(), *rows)] == before
+
+
+def test_precision_and_recall_of_what_is_known():
+    real = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    assert precision_recall(real, real) == (1., 1.)
+    assert precision_recall(real, real + 100) == (0., 0.)
+    near, far = precision_recall(real, real[:1].repeat(200, 1) + 1e-4 * torch.randn(200, 4))   # one mode: true, and not all of it
+    assert near == 1. and far < .1
+
+
+def test_the_feature_network_comes_back_and_looks_the_same_at_bytes_and_floats(tmp_path):
+    torch.manual_seed(0)
+    network = Features().eval()
+    pixels = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    seen = look(network, pixels, batch=2)
+    assert torch.allclose(seen.features, network.features(pixels.float() / 127.5 - 1), atol=1e-5) and seen.logits.shape == (5, 10)
+    save(network, tmp_path / "w.safetensors", {"test_accuracy": .5})
+    from toy.features import load_features, recipe
+    assert recipe(tmp_path / "w.safetensors") == {"test_accuracy": .5}
+    assert torch.allclose(look(load_features(tmp_path / "w.safetensors"), pixels).features, seen.features, atol=1e-2)
+    with pytest.raises(FileNotFoundError, match="toy.train_features"):
+        load_features(tmp_path / "none")
+
+
+def test_augmented_pictures_are_shifts_of_the_picture_with_a_grey_hole():
+    pixels = torch.full((50, 3, 32, 32), 255, dtype=torch.uint8)
+    x = augment(pixels, torch.Generator().manual_seed(0))
+    assert x.shape == (50, 3, 32, 32) and set(x.unique().tolist()) == {0., 1.}
+    holes = (x == 0).sum((2, 3))[:, 0]
+    assert holes.max() == 81 and holes.min() >= 25                  # 9 x 9 and less at the border
+    ramp = torch.arange(32, dtype=torch.uint8).expand(1, 3, 32, 32)
+    for seed in range(20):
+        row = augment(ramp, torch.Generator().manual_seed(seed))[0, 0]
+        middle = row[:, 8:24][(row[:, 8:24] != 0).all(1)][0]
+        assert torch.allclose(middle.diff().abs(), torch.full((15,), 1 / 127.5), atol=1e-6)
+
+
+def test_the_learning_rate_rises_and_falls_to_zero():
+    assert rate(0, 100) == 0 and rate(20, 100) == max(rate(i, 100) for i in range(101)) and rate(100, 100) == 0
