@@ -1,6 +1,7 @@
 """What every family owes: the stock pipeline's pictures, its scheduler's sign and times, LoRA on every linear layer.
 
-A new family is one more line in `BUILD`. Weights are random: a contract does not need pictures that mean something.
+A new family is one more line in `BUILD`; the checks are those of `scfm.families.contract`, which tests/test_new_family.py holds to
+what they promise. Weights are random: a contract does not need pictures that mean something.
 """
 import json
 
@@ -15,6 +16,7 @@ from scfm.config import RunConfig
 from scfm.consistency import consistency_target, draw_jumps, keyed_generator
 from scfm.dial import read_dial
 from scfm.families import FAMILIES, family_of, load_pipeline, velocities
+from scfm.families.contract import check_latents, check_lora, check_pictures, check_text, check_velocity, left_out
 from scfm.families.sd3 import SD3
 from scfm.flow import euler_step, sample, time_grid
 from scfm.lora import ADAPTERS, LoraSpeakers, attach
@@ -63,30 +65,13 @@ def test_every_family_is_held_to_its_contract():
 @pytest.mark.parametrize("steps", [1, 3, 8])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_our_sampler_is_the_stock_pipeline(family, guidance, steps, shift):
-    noise = noise_for(family)
-    ours = family.decode(sample(field_of(family), noise, time_grid(steps, shift), cond_for(family, guidance)))
-    stock = family.stock_pictures(CAPTIONS, noise, steps, guidance, shift)
-    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
-    assert ours.shape == (4, 3, 32, 32) and ours.std() > .01                       # pictures, not a grey field
+    assert check_pictures(family, CAPTIONS, [steps], [guidance], shift)
 
 
 @each_family
 @each_guidance
-def test_the_network_is_told_the_same_times_as_by_the_stock_pipeline(family, guidance):
-    told = []
-    hook = family.pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: told.append(kwargs["timestep"][:1].clone()), with_kwargs=True)
-    try:
-        sample(field_of(family), noise_for(family), time_grid(3, 3.), cond_for(family, guidance))
-        ours, told = torch.cat(told), []
-        hook.remove()
-        hook = family.pipe.transformer.register_forward_pre_hook(
-            lambda module, args, kwargs: told.append(kwargs["timestep"][:1].clone()), with_kwargs=True)
-        family.stock_pictures(CAPTIONS, noise_for(family), 3, guidance, 3.)
-    finally:
-        hook.remove()
-    assert len(ours) == 3                                       # both questions of a guided step in one forward
-    torch.testing.assert_close(ours, torch.cat(told), rtol=1e-6, atol=0)
+def test_the_network_is_told_the_same_times_and_says_the_same_velocity_as_in_the_stock_pipeline(family, guidance):
+    assert check_velocity(family, CAPTIONS, 3, [guidance], tolerance=1e-4)
 
 
 @each_family
@@ -103,37 +88,20 @@ def test_the_schedulers_step_is_our_euler_step(family):
 
 @each_family
 def test_lora_sits_on_every_linear_layer_and_on_nothing_else(family):
+    assert check_lora(family) and left_out(family) == []
     linear = {n for n, m in family.pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
     transformer = type(family.pipe.transformer).from_config(family.pipe.transformer.config)
-    attach(transformer, family.lora_targets, 1)
+    attach(transformer, family.lora_targets, 1)                 # PEFT's own idea of what the targets reach
     tuned = {n.split(".lora_A.")[0] for n, _ in transformer.named_parameters() if ".lora_A.student." in n}
     assert tuned == linear
 
 
 @each_family
-def test_shapes_and_what_the_vae_loses(family):
-    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
-    latents = family.encode_pictures(pictures)
-    assert latents.shape == (3, *family.latent_shape) and family.decode(latents).shape == pictures.shape
-    text = family.encode_text(CAPTIONS)
-    assert all(len(part) == 4 and not part.requires_grad and part.device.type == "cpu" for part in text.values())
-    assert family.velocity(family.pipe.transformer, latents, torch.full((3,), .5), {
-        **family.encode_text(CAPTIONS[:3]), "guidance": torch.tensor([0., 1., 4.])}).shape == latents.shape
-
-
-@each_family
-def test_encoding_is_the_inverse_of_decoding_up_to_the_vae(family):
-    """The scale and shift of the latents: with a VAE that loses nothing, encode(decode(z)) is z."""
-    vae, z = family.pipe.vae, noise_for(family)
-    seen = {}
-    decode, encode = vae.decode, vae.encode
-    try:
-        vae.decode = lambda latents: type("D", (), {"sample": seen.setdefault("raw", latents)})
-        family.decode(z)
-        vae.encode = lambda pictures: type("E", (), {"latent_dist": type("L", (), {"mean": seen["raw"]})})
-        torch.testing.assert_close(family.encode_pictures(torch.zeros(4, 3, 32, 32)), z)
-    finally:
-        vae.decode, vae.encode = decode, encode
+def test_text_and_latents(family):
+    assert check_text(family, CAPTIONS) and check_latents(family)
+    text = {**family.encode_text(CAPTIONS[:3]), "guidance": torch.tensor([0., 1., 4.])}    # rows of their own guidance each
+    x = noise_for(family)[:3]
+    assert family.velocity(family.pipe.transformer, x, torch.full((3,), .5), text).shape == x.shape
 
 
 @each_family

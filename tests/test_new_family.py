@@ -1,0 +1,315 @@
+"""Families from outside: how they join, what refuses them, and that the check finds the usual mistakes.
+
+The family is that of nbs/21_new_family.ipynb, taken from its cells, so what the page shows is what is tested.
+"""
+import importlib
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import Lumina2Pipeline
+from diffusers.utils import logging
+
+from scfm import families
+from scfm.cli import main
+from scfm.families import FAMILIES, empty_transformer, family_called, family_of, load_pipeline, offered, register, with_vae, without_weights
+from scfm.families.contract import (CONTRACT, check_family, check_latents, check_lora, check_pictures, check_text, check_velocity,
+                                    left_out, stock_walk)
+from scfm.families.flux import Flux
+from scfm.families.sd3 import SD3
+from toy.pipelines import FLUX, TOKENS, build_flux
+
+NOTEBOOK = Path(__file__).parents[1] / "nbs" / "21_new_family.ipynb"
+CAPTIONS = ["a large red cross", "a small blue ring on the left", "a green star"]
+SIZE = 64, 64, 48
+
+
+def cells_of_the_class():
+    """The notebook's cells that build the pipeline and define the family: what a reader would put into a module."""
+    cells = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]]
+    kept = [source for source in cells if "def build_lumina2" in source or source.startswith("class Lumina2")]
+    assert len(kept) == 3
+    return "\n\n".join(kept) + "\n"
+
+
+OUTSIDE = cells_of_the_class() + """
+class OwnTransformer(Lumina2Transformer2DModel):
+    pass
+
+
+class OwnPipeline(Lumina2Pipeline):
+    pass
+
+
+class OwnFamily(Lumina2):
+    pipeline_class = OwnPipeline
+"""
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """Each test has a registry of its own."""
+    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
+    logging.disable_progress_bar()
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder on sys.path with the reader's module in it; what was imported from there is forgotten at the end."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "outside_lumina.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+    sys.modules.pop("outside_lumina", None)
+
+
+@pytest.fixture
+def outside(site):
+    return importlib.import_module("outside_lumina")
+
+
+@pytest.fixture
+def lumina(outside):
+    pipe = outside.build_lumina2()
+    pipe.set_progress_bar_config(disable=True)
+    return outside.Lumina2(pipe, *SIZE)
+
+
+def install(site, points, name="outside"):
+    """What pip leaves of a package with entry points: the folder that importlib.metadata reads."""
+    info = site / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[scfm.families]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()))
+    importlib.invalidate_caches()
+
+
+# Joining
+
+
+def test_an_installed_family_is_found_and_imported_only_when_it_is_asked_for(site):
+    install(site, {"Lumina2Pipeline": "outside_lumina:Lumina2"})
+    assert family_called("FluxPipeline") is Flux and "Lumina2Pipeline" in offered()
+    assert "outside_lumina" not in sys.modules
+    found = family_called("Lumina2Pipeline")
+    assert found.__module__ == "outside_lumina" and found is family_called("Lumina2Pipeline")
+    assert register(found) is found                                      # the same class twice is no clash
+
+
+def test_a_registered_family_may_be_defined_again(outside):
+    first = register(outside.Lumina2)
+    again = type("Lumina2", (outside.Lumina2Parts,), {**vars(outside.Lumina2)})     # a cell that is run a second time
+    assert register(again) is again is not first and family_called("Lumina2Pipeline") is again
+
+
+def test_the_families_of_scfm_have_every_member():
+    for family in (Flux, SD3):
+        assert register(family) is family
+
+
+@pytest.mark.parametrize("member", CONTRACT)
+def test_a_class_that_lacks_a_member_is_told_which(member):
+    half = SimpleNamespace(**{name: None for name in CONTRACT if name != member}, __module__="m", __qualname__="Half")
+    with pytest.raises(ValueError, match=f"m:Half is no family yet: it lacks {member} "):
+        register(half)
+
+
+def test_a_second_family_of_a_pipeline_is_refused(outside, site):
+    with pytest.raises(ValueError, match="FluxPipeline has a family already, scfm.families.flux:Flux"):
+        register(type("Mine", (Flux,), {}))
+    install(site, {"Lumina2Pipeline": "elsewhere:Lumina2"})
+    with pytest.raises(ValueError, match="Lumina2Pipeline has a family already, elsewhere:Lumina2"):
+        register(outside.Lumina2)
+
+
+@pytest.mark.parametrize("points, message", [
+    ({"Lumina2Pipeline": "not_there:Lumina2"}, "not_there:Lumina2 for Lumina2Pipeline cannot be imported"),
+    ({"Lumina2Pipeline": "outside_lumina:Nobody"}, "outside_lumina:Nobody for Lumina2Pipeline cannot be imported"),
+    ({"Lumina2Pipeline": "outside_lumina:Lumina2Parts"}, "lacks velocity"),
+    ({"Lumina2Pipeline": "outside_lumina:OwnFamily"}, "is the family of OwnPipeline"),
+])
+def test_an_installed_family_that_cannot_be_used_is_one_line(site, points, message):
+    install(site, points)
+    with pytest.raises(ValueError, match=message):
+        family_called("Lumina2Pipeline")
+    assert family_called("FluxPipeline") is Flux                          # the others are not harmed
+
+
+def test_two_packages_for_one_pipeline_are_refused(site):
+    install(site, {"Lumina2Pipeline": "outside_lumina:Lumina2"})
+    install(site, {"Lumina2Pipeline": "another:Lumina2", "FluxPipeline": "another:Flux"}, "another")
+    for name in ("Lumina2Pipeline", "FluxPipeline"):
+        with pytest.raises(ValueError, match=f"{name} has more than one family: .*another:"):
+            family_called(name)
+    with pytest.raises(ValueError, match="more than one family"):
+        family_of(FLUX)
+
+
+def test_an_unknown_pipeline_is_told_what_there_is(site, tmp_path):
+    install(site, {"Lumina2Pipeline": "outside_lumina:Lumina2"})
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
+    with pytest.raises(ValueError, match="knows FluxPipeline, StableDiffusion3Pipeline, Lumina2Pipeline"):
+        family_of(tmp_path)
+
+
+# From a folder, by the command line
+
+
+def test_pipelines_and_parts_may_come_from_outside_diffusers(outside, tmp_path):
+    """The classes in model_index.json are imported from the packages that it names."""
+    made = outside.build_lumina2()
+    own = outside.OwnTransformer.from_config(made.transformer.config)
+    own.load_state_dict(made.transformer.state_dict())
+    outside.OwnPipeline(own, made.scheduler, made.vae, made.text_encoder, made.tokenizer).save_pretrained(tmp_path / "own")
+    register(outside.OwnFamily)
+    pipe, family = load_pipeline(tmp_path / "own", torch.float32)
+    assert type(pipe) is outside.OwnPipeline and type(pipe.transformer) is outside.OwnTransformer and family is outside.OwnFamily
+    assert pipe.vae_scale_factor == without_weights(tmp_path / "own").vae_scale_factor == 8
+    assert type(empty_transformer(tmp_path / "own")) is outside.OwnTransformer
+    bare, _ = load_pipeline(tmp_path / "own", torch.float32, parts="transformer")
+    with with_vae(bare, tmp_path / "own"):
+        assert type(bare.vae) is type(made.vae)
+    x = torch.randn(3, *family(pipe, *SIZE).latent_shape, generator=torch.Generator().manual_seed(0))
+    mine, theirs = family(pipe, *SIZE), outside.Lumina2(made, *SIZE)
+    assert torch.equal(mine.stock_pictures(CAPTIONS, x, 2, 4.), theirs.stock_pictures(CAPTIONS, x, 2, 4.))
+
+
+def test_a_vae_of_unknown_scale_is_one_line(tmp_path):
+    for part in ("transformer", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no block_out_channels"):
+        without_weights(tmp_path)
+
+
+def test_distill_takes_it_and_the_stock_pipeline_takes_the_lora(site, tmp_path, capsys):
+    """The whole road by the real command: an installed family, two updates, a stock pipeline with the result."""
+    source = importlib.import_module("outside_lumina")
+    source.build_lumina2().save_pretrained(tmp_path / "pipeline")
+    del sys.modules["outside_lumina"]
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS))
+    settings = {"pipeline": tmp_path / "pipeline", "prompts": tmp_path / "prompts.txt", "out": tmp_path / "run", "height": 64, "width": 64,
+                "max_tokens": 48, "rank": 2, "lr": 1e-2, "updates": 2, "batch": 2, "teacher_steps": 2, "judge": 2, "guidance": "4,4",
+                "teacher_guidance": 4, "ship": "student", "tracker": "none", "preview_every": 0}
+    words = ["distill", *(word for k, v in settings.items() for word in (f"--{k}", str(v)))]
+    assert main(words) == 2 and not (tmp_path / "run").exists()           # nobody has told of the family yet
+    assert "holds a Lumina2Pipeline, which scfm does not know" in capsys.readouterr().err.strip().splitlines()[-1]
+    install(site, {"Lumina2Pipeline": "outside_lumina:Lumina2"})
+    assert main(words) == 0
+
+    stock = Lumina2Pipeline.from_pretrained(str(tmp_path / "pipeline"), dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    family = family_called("Lumina2Pipeline")(stock, *SIZE)
+    x = torch.randn(3, *family.latent_shape, generator=torch.Generator().manual_seed(0))
+    before = family.stock_pictures(CAPTIONS, x, 2, 4.)
+    stock.load_lora_weights(str(tmp_path / "run"))
+    assert (family.stock_pictures(CAPTIONS, x, 2, 4.) - before).abs().max() > 1e-3
+    assert check_pictures(family, CAPTIONS, (2,)) and check_velocity(family, CAPTIONS)     # LoRA and all
+    words = ["sample", "--lora", str(tmp_path / "run"), "--prompt", "a red star", "--steps", "2", "--out", str(tmp_path / "a.png")]
+    assert main(words) == 0 and (tmp_path / "a.png").is_file()
+
+
+# The check finds what it is for
+
+
+def test_the_right_family_passes(lumina):
+    report = check_family(lumina, CAPTIONS)
+    assert len(report.splitlines()) == 5 and "45 of 45 linear layers" in report and left_out(lumina) == []
+
+
+def test_watching_changes_nothing(lumina):
+    """No hook stays, the scheduler's step is the class's own again, and the pictures are the same."""
+    x = torch.randn(3, *lumina.latent_shape, generator=torch.Generator().manual_seed(0))
+    before = lumina.stock_pictures(CAPTIONS, x, 2, 4.)
+    walk = stock_walk(lumina, CAPTIONS, x, 2, 4.)
+    assert torch.equal(lumina.stock_pictures(CAPTIONS, x, 2, 4.), before)
+    assert torch.equal(walk[0].x, x) and not hasattr(lumina.pipe.scheduler.step, "__wrapped__")
+    assert not lumina.pipe.transformer._forward_pre_hooks
+    first = x + (walk[1].t - walk[0].t) * walk[0].v                        # Euler, in the scheduler's own numbers
+    torch.testing.assert_close(first, walk[1].x, rtol=0, atol=1e-6)
+
+
+def changed(family, **members):
+    """The family with some members replaced: functions of (family, its own member, ...)."""
+    kind = type(family)
+    own = {name: value if not callable(value) else (lambda self, *a, _f=value, _n=name, **k: _f(self, partial(getattr(kind, _n), self), *a, **k))
+           for name, value in members.items()}
+    return type("Changed", (kind,), own)(family.pipe, *SIZE)
+
+
+def with_clock(clock):
+    """velocity, when the network is told clock(t)."""
+    def velocity(self, right, transformer, x, t, cond):
+        told = lambda module, args, kwargs: (args, {**kwargs, "timestep": clock(1 - kwargs["timestep"])})
+        hook = transformer.register_forward_pre_hook(told, with_kwargs=True, prepend=True)
+        try:
+            return right(transformer, x, t, cond)
+        finally:
+            hook.remove()
+    return velocity
+
+
+@pytest.mark.parametrize("clock", [lambda t: t, lambda t: 1000 * t, lambda t: 1000 * (1 - t)])
+def test_a_wrong_clock_is_named_with_the_right_one(lumina, clock):
+    with pytest.raises(ValueError, match=r"velocity tells the network the time .*: tell it 1 - t$"):
+        check_family(changed(lumina, velocity=with_clock(clock)), CAPTIONS)
+
+
+@pytest.mark.parametrize("members, message", [
+    ({"velocity": lambda self, right, *a: -right(*a)}, "guidance 1, t = 1 has the wrong sign"),
+    ({"velocity": lambda self, right, *a: 1.01 * right(*a)}, "guidance 1, t = 1 is 0.01 of the largest away"),
+    ({"velocity": lambda self, right, net, x, t, cond: right(net, x, t, {**cond, "guidance": torch.ones(3)})}, "so it is the guidance"),
+    ({"velocity": lambda self, right, *a: right(*a).flatten(1)}, r"velocity gives \(3, 256\)"),
+    ({"decode": lambda self, right, x: right(x * .9)}, "decode does not undo encode_pictures"),
+    ({"encode_pictures": lambda self, right, p: right(p) + torch.randn(len(p), 4, 8, 8)}, "something else the second time"),
+    ({"encode_pictures": lambda self, right, p: right(p).flatten(1)}, r"encode_pictures gives \(256,\), latent_shape says \(4, 8, 8\)"),
+    ({"encode_text": lambda self, right, c: {k: v[:1] for k, v in right(c).items()}}, "tokens has 1 rows for 3 captions"),
+    ({"encode_text": lambda self, right, c: {"tokens": torch.zeros(len(c), 7 * len(c))}}, "pad every caption"),
+    ({"encode_text": lambda self, right, c: {"tokens": torch.full((len(c), 2), float(len(c)))}}, "depends on the captions beside it"),
+    ({"encode_text": lambda self, right, c: right(c) | {"empty_mask": right(c)["mask"]}}, "empty_mask of a caption depends"),
+    ({"lora_targets": ("to_q", "to_qq")}, "lora_targets: to_qq reaches no layer"),
+    ({"lora_targets": ("to_q", "norm1")}, "norm1, which is no linear layer"),
+    ({"own_shift": 2.}, r"stock_pictures walks \[1.0, 0.923, 0.75\] instead of"),
+])
+def test_each_mistake_has_its_line(lumina, members, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check_family(changed(lumina, **members), CAPTIONS)
+    assert "\n" not in str(caught.value)
+
+
+def test_pictures_that_differ_although_the_velocity_is_right_are_found(lumina):
+    wrong = changed(lumina, decode=lambda self, right, x: right(x).flip(-1))
+    assert check_velocity(wrong, CAPTIONS)
+    with pytest.raises(ValueError, match="pictures of 1 steps at guidance 1 differ from the stock pipeline's"):
+        check_pictures(wrong, CAPTIONS)
+
+
+def test_a_grid_that_the_pipeline_chose_itself_is_found(lumina):
+    pipe_call = lambda self, right, captions, noise, steps, guidance, shift=None: self.pipe(
+        captions, height=64, width=64, num_inference_steps=steps, sigmas=[1, .7, .01][:steps], latents=noise, max_sequence_length=48,
+        output_type="pt").images * 2 - 1
+    with pytest.raises(ValueError, match="give the pipeline sigmas"):
+        check_velocity(changed(lumina, stock_pictures=pipe_call), CAPTIONS)
+
+
+def test_layers_without_lora_are_reported_and_allowed(lumina):
+    some = changed(lumina, lora_targets=("to_q", "to_k"))
+    assert "on 10 of 45 linear layers, not on x_embedder" in check_lora(some)
+
+
+def test_the_families_of_scfm_pass(monkeypatch):
+    pipe = build_flux()
+    pipe.set_progress_bar_config(disable=True)
+    flux = Flux(pipe, 32, 32, TOKENS)
+    assert len(check_family(flux, CAPTIONS).splitlines()) == 5
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_dynamic_shifting=True)
+    assert check_velocity(flux, CAPTIONS) and check_pictures(flux, CAPTIONS, (2,))          # the model's own shift
+
+
+def test_text_and_latents_of_another_dtype_are_compared_all_the_same(lumina):
+    assert check_text(lumina, CAPTIONS) and check_latents(lumina)
