@@ -117,7 +117,7 @@ def inspect_picture(path):
             size = opened.size if turn < 5 else opened.size[::-1]
             opened.verify()
     except BROKEN as error:
-        raise ValueError(f"{path} does not open as a picture ({error}): mend it, or take it out of metadata.jsonl") from None
+        raise ValueError(f"{path} does not open as a picture ({type(error).__name__}): mend it, or take it out of metadata.jsonl") from None
     return hashlib.sha256(data).hexdigest(), size[1], size[0]
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from .cache import CachePlan
+from .cache import CachePlan, in_threads, inspect_picture
 from .config import DTYPES
 from .distill import option
 from .families import can_quantize, empty_transformer, family_of, load_pipeline, local_folder, velocities, without_weights
@@ -149,7 +149,10 @@ def check_inputs(config):
     data.check()
     family = next(iter(data.families_of(without_weights(folder)).values()))
     velocities(family, config.guidance_mode)
-    read_prompts(config.prompts) if config.prompts else read_folder(config.pictures)
+    if config.prompts:
+        read_prompts(config.prompts)
+    else:
+        in_threads(inspect_picture, [path for path, _ in read_folder(config.pictures)])
     if config.quantize:
         can_quantize()
     names = [n for n, m in empty_transformer(folder).named_modules() if isinstance(m, torch.nn.Linear)] if config.targets else []

@@ -42,9 +42,9 @@ class Run:
             raise ValueError(f"batch {config.batch} cannot be dealt evenly to {self.accelerator.num_processes} processes")
         check_processes(self.accelerator)
         check_inputs(config)                          # before a folder of ours is made
+        self.resume_from = find_checkpoint(config.out, config.resume)
         with self.accelerator.main_process_first():
             begin_folder(self.out, config)
-        self.resume_from = find_checkpoint(config.out, config.resume)
         _, self.rows = make_data(data_of(config), self.accelerator, progress)
         self.pipe, _ = load_pipeline(config.pipeline, DTYPES[config.precision], self.accelerator.device, "transformer",
                                      config.quantize)

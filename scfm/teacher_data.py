@@ -251,7 +251,7 @@ def read_picture(path, height, width):
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGB")
     except BROKEN as error:
-        raise ValueError(f"{path} does not open as a picture ({error})") from None
+        raise ValueError(f"{path} does not open as a picture ({type(error).__name__})") from None
     scale = max(height / picture.height, width / picture.width)
     if scale != 1:
         picture = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))),
