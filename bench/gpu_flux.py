@@ -1,4 +1,4 @@
-"""What an update costs at the size of FLUX.1-dev and SD3.5-Large:  python bench/gpu_flux.py [--shape sd35] [--tiny]
+"""What an update costs at the size of FLUX.1-dev and SD3.5-Large:  python bench/gpu_flux.py [--shape sd35] [--nf4] [--tiny]
 
 Builds the transformer with random weights on the GPU in bf16, attaches teacher, student, fast and slow as rank-64 LoRAs in
 fp32, and times one update of the method against one plain LoRA update (flow matching, the student alone) in the same
@@ -21,27 +21,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.consistency import keyed_generator
 from scfm.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
-from scfm.families.flux import Flux
+from scfm.families import unguided
 from scfm.flow import interpolate, velocity
 from scfm.lora import LoraSpeakers
+from scfm.plan import SHAPES
 
-FLUX = dict(patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
-            num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
-            axes_dims_rope=(16, 56, 56))
-SD35 = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=38, attention_head_dim=64,
-            num_attention_heads=38, joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048,
-            pos_embed_max_size=192, qk_norm="rms_norm")
+FLUX, SD35 = SHAPES["flux-dev"][2], SHAPES["sd35-large"][2]
 TINY = {"flux": dict(FLUX, num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,
                      joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 14, 14)),
         "sd35": dict(SD35, num_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=32,
                      caption_projection_dim=64, pooled_projection_dim=32)}
-SD35_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj",
-                "net.2", "linear", "linear_1", "linear_2", "proj_out", "context_embedder")
 GIB = 2 ** 30
 
 
@@ -49,7 +42,7 @@ def main():
     args = parse()
     deadline = time.time() + 60 * args.minutes
     device = "cpu" if args.tiny else "cuda"
-    record = {"shape": args.shape, "tiny": args.tiny, "pixels": 512, "rank": args.rank, "machine": machine(device),
+    record = {"shape": args.shape, "base_in_nf4": args.nf4, "guidance": "embedded" if args.shape == "flux" else "off", "tiny": args.tiny, "pixels": 512, "rank": args.rank, "machine": machine(device),
               "torch": torch.__version__, "checkpointing": True, "bf16_peak_tflops": float(f"{matmul_rate(device) / 1e12:.4g}")}
     start = time.time()
     model = Model(args, device)
@@ -69,13 +62,14 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [int(n) for n in text.split(",")]
     parser.add_argument("--shape", choices=["flux", "sd35"], default="flux", help="FLUX.1-dev or SD3.5-Large")
+    parser.add_argument("--nf4", action="store_true", help="hold the frozen base in NF4 (needs bitsandbytes)")
     parser.add_argument("--tiny", action="store_true", help="the same code on a CPU with a toy of that shape")
     parser.add_argument("--batches", type=numbers, default=[1, 4, 8], help="batch sizes (default 1,4,8)")
     parser.add_argument("--rank", type=int, default=64, help="rank of the LoRAs (default 64)")
     parser.add_argument("--rounds", type=int, default=4, help="timed updates, after one of warming up (default 4)")
     parser.add_argument("--updates", type=int, default=10000, help="updates that the projected run makes (default 10000)")
     parser.add_argument("--minutes", type=float, default=8, help="start no measurement after this many (default 8)")
-    parser.add_argument("--out", default="", help="path of the JSON (default bench/results/gpu_SHAPE.json)")
+    parser.add_argument("--out", default="", help="path of the JSON (default bench/results/gpu_SHAPE[_nf4].json)")
     return parser.parse_args()
 
 
@@ -83,27 +77,26 @@ class Model:
     """The transformer in bf16 with its four speakers, and a batch of made-up rows for any batch size."""
 
     def __init__(self, args, device):
-        kind = FluxTransformer2DModel if args.shape == "flux" else SD3Transformer2DModel
-        shape = TINY[args.shape] if args.tiny else (FLUX if args.shape == "flux" else SD35)
+        family_class, kind, shape = SHAPES["flux-dev" if args.shape == "flux" else "sd35-large"]
+        shape = TINY[args.shape] if args.tiny else shape
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
         with torch.device(device):
             transformer = kind(**shape)
         torch.set_default_dtype(torch.float32)
+        self.base = sum(p.numel() for p in transformer.parameters())
+        if args.nf4:
+            in_four_bits(transformer, device)
         transformer.enable_gradient_checkpointing()
         transformer.train()
-        self.base = sum(p.numel() for p in transformer.parameters())
-        self.device, self.shape, text = device, shape, 256 if args.shape == "flux" else 333
-        self.text = text if not args.tiny else 8
-        side = 32 if not args.tiny else 4                                # patches on a side
-        if args.shape == "flux":
-            size = 16 * side
-            family = Flux(SimpleNamespace(vae_scale_factor=8, transformer=transformer), size, size, self.text)
-            call, targets, self.row = family.velocity, Flux.lora_targets, family.latent_shape
-        else:
-            call, targets, self.row = sd35_velocity, SD35_TARGETS, (16, 2 * side, 2 * side)
-        self.tokens = side * side + self.text
-        self.speakers = LoraSpeakers(transformer, call, targets, args.rank)
+        side, text = (32, 256) if not args.tiny else (4, 8)              # patches on a side, text tokens
+        family = family_class(SimpleNamespace(vae_scale_factor=8, transformer=transformer), 16 * side, 16 * side, text)
+        # Guidance at run time would double every evaluation of SD3.5; it is off here, and said in the record.
+        call = unguided(family.velocity) if family.true_guidance else family.velocity
+        self.device, self.shape, self.row, self.text = device, shape, family.latent_shape, text + family.clip_tokens
+        self.quantized = args.nf4
+        self.tokens, self.guided = family.tokens + self.text, family.true_guidance
+        self.speakers = LoraSpeakers(transformer, call, family.lora_targets, args.rank)
         self.lora = sum(p.numel() for p in self.speakers.parameters("student"))
         self.config = DistillConfig(lr=2e-5)
         self.optimizer, _ = make_optimizer(self.speakers, self.config)
@@ -113,6 +106,7 @@ class Model:
         draw = lambda *shape: torch.randn(rows, *shape, device=self.device, dtype=torch.bfloat16)
         cond = {"tokens": draw(self.text, self.shape["joint_attention_dim"]),
                 "pooled": draw(self.shape["pooled_projection_dim"]), "guidance": torch.full((rows,), 3.5, device=self.device)}
+        cond |= {f"empty_{name}": cond[name] for name in ("tokens", "pooled") if self.guided}
         return draw(*self.row).float(), cond
 
     def scfm(self, update, data, cond):
@@ -132,11 +126,17 @@ class Model:
         self.optimizer.zero_grad()
 
 
-def sd35_velocity(transformer, x, t, cond):
-    """SD3.5 takes (B, C, H, W) and times in 0 .. 1000. Guidance at run time would double every evaluation; it is off here."""
-    said = transformer(hidden_states=x.to(cond["tokens"].dtype), timestep=1000 * t, pooled_projections=cond["pooled"],
-                       encoder_hidden_states=cond["tokens"], return_dict=False)[0]
-    return said.to(x.dtype)
+def in_four_bits(transformer, device):
+    """Replaces every linear layer by bitsandbytes' NF4 one, in place, and moves the model, which quantizes it."""
+    import bitsandbytes as bnb
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            four = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=torch.bfloat16,
+                                     quant_type="nf4", device="cpu")
+            four.load_state_dict({k: v.cpu() for k, v in layer.state_dict().items()})
+            parent, _, last = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), last, four.to(device))
+    transformer.is_loaded_in_4bit = True               # tells PEFT which kind of LoRA layer to put around them
 
 
 def measure(model, batch, math, args, peak_tflops):
@@ -178,7 +178,7 @@ def timed(update, model, batch, math, rounds, peak_tflops):
     median, flop = statistics.median(seconds), counter.get_total_flops()
     return {"seconds": round(median, 4), "fastest": round(min(seconds), 4), "slowest": round(max(seconds), 4),
             "tflop": float(f"{flop / 1e12:.5g}"),
-            "share_of_peak": round(flop / median / 1e12 / peak_tflops, 4),
+            "share_of_peak": None if model.quantized else round(flop / median / 1e12 / peak_tflops, 4),   # 4-bit products are not counted
             "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2) if cuda else None}
 
 
@@ -217,7 +217,7 @@ def machine(device):
 
 
 def finish(args, record):
-    path = Path(args.out or f"bench/results/gpu_{args.shape}.json")
+    path = Path(args.out or f"bench/results/gpu_{args.shape}{'_nf4' * args.nf4}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text(json.dumps(record, indent=1) + "\n")
     os.replace(path.with_suffix(".new"), path)
