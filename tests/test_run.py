@@ -83,6 +83,11 @@ def test_gradient_accumulation_is_the_same_run(whole, pictures, tmp_path, micro_
     assert gap(student(whole), student(trained(pictures, tmp_path, micro_batch=micro_batch))) < 1e-3    # Adam enlarges rounding
 
 
+def test_recomputing_activations_is_the_same_run(whole, pictures, tmp_path):
+    run = trained(pictures, tmp_path, gradient_checkpointing=True)
+    assert run.pipe.transformer.is_gradient_checkpointing and gap(student(whole), student(run)) < 1e-3
+
+
 def test_updates_of_two_sizes_occur_and_every_row_is_used_once(whole):
     mixed = 0
     for whole.update in range(10):
