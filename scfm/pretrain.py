@@ -133,7 +133,8 @@ class Pretraining:
         self.pictures = pictures or load_pictures(config.data)
         self.accelerator = Accelerator()
         torch.manual_seed(config.seed)
-        begin_folder(self.out, config)
+        with self.accelerator.main_process_first():
+            begin_folder(self.out, config)
         self.speakers = speakers_of(config, self.pictures, self.accelerator.device)
         self.optimizer, self.scheduler = make_optimizer(self.speakers, config)
         if config.teacher:

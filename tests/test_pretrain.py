@@ -43,6 +43,15 @@ def weights(run):
     return {f"{n} {k}": v.clone() for n, net in run.speakers.networks.items() for k, v in net.state_dict().items()}
 
 
+def write(folder, pictures):
+    """The pictures as a parquet file."""
+    cells = []
+    for pixels in pictures.pixels:
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file := io.BytesIO(), "png")
+        cells.append({"bytes": file.getvalue(), "path": None})
+    pyarrow.parquet.write_table(pyarrow.table({"img": cells, "label": pictures.labels.tolist()}), folder / "train-0.parquet")
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -260,12 +269,7 @@ def test_a_mistake_is_named_with_its_mend(told, message):
 
 def test_the_command_is_killed_and_goes_on(tmp_path, pictures):
     """The real command: SIGTERM saves and leaves with 143, and the same command ends where an unbroken run ends."""
-    cells = []
-    for pixels in pictures.pixels:
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file := io.BytesIO(), "png")
-        cells.append({"bytes": file.getvalue(), "path": None})
-    table = pyarrow.table({"img": cells, "label": pictures.labels.tolist()})
-    pyarrow.parquet.write_table(table, tmp_path / "train-0.parquet")
+    write(tmp_path, pictures)
     told = {**QUICK, "data": str(tmp_path), "checkpoint_every": 1}
     argv = lambda out, updates: [word for k, v in {**told, "updates": updates, "out": tmp_path / out}.items() for word in (f"--{k}", str(v))]
     process = subprocess.Popen([sys.executable, "-m", "scfm.cli", "pretrain", *argv("killed", 100_000)], stdout=subprocess.PIPE,
@@ -278,4 +282,19 @@ def test_the_command_is_killed_and_goes_on(tmp_path, pictures):
     assert process.returncode == 143 and "the same command goes on from there" in said
     done = json.loads(header_of(tmp_path / "killed" / "flow.safetensors")["notes"])["updates"]
     assert main(argv("killed", done + 2)) == 0 and main(argv("unbroken", done + 2)) == 0
-    assert (tmp_path / "killed" / "flow.safetensors").read_bytes() == (tmp_path / "unbroken" / "flow.safetensors").read_bytes()
+    killed, unbroken = (tmp_path / out / "flow.safetensors" for out in ("killed", "unbroken"))
+    assert same(load_file(killed), load_file(unbroken)) and header_of(killed) == header_of(unbroken)
+
+
+def test_two_processes_are_one(tmp_path, pictures):
+    """The real command under torchrun: the same updates, evaluations counted over both, weights equal up to rounding."""
+    write(tmp_path, pictures)
+    told = {**QUICK, "data": str(tmp_path), "updates": 3}
+    for count in (1, 2):
+        argv = [word for k, v in {**told, "out": tmp_path / str(count)}.items() for word in (f"--{k}", str(v))]
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "-m", "scfm.cli", "pretrain", *argv],
+                       check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    one, two = (tmp_path / name / "flow.safetensors" for name in "12")
+    assert header_of(one)["notes"] == header_of(two)["notes"]
+    a, b = load_file(one), load_file(two)
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
