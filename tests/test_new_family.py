@@ -37,6 +37,9 @@ def cells_of_the_class():
 
 
 OUTSIDE = cells_of_the_class() + """
+from diffusers import ModelMixin            # diffusers looks for the base class beside a model class from outside
+
+
 class OwnTransformer(Lumina2Transformer2DModel):
     pass
 
@@ -161,7 +164,7 @@ def test_an_unknown_pipeline_is_told_what_there_is(site, tmp_path):
 
 
 def test_pipelines_and_parts_may_come_from_outside_diffusers(outside, tmp_path):
-    """The classes in model_index.json are imported from the packages that it names."""
+    """The classes in model_index.json are imported from the modules that it names."""
     made = outside.build_lumina2()
     own = outside.OwnTransformer.from_config(made.transformer.config)
     own.load_state_dict(made.transformer.state_dict())
@@ -177,6 +180,13 @@ def test_pipelines_and_parts_may_come_from_outside_diffusers(outside, tmp_path):
     x = torch.randn(3, *family(pipe, *SIZE).latent_shape, generator=torch.Generator().manual_seed(0))
     mine, theirs = family(pipe, *SIZE), outside.Lumina2(made, *SIZE)
     assert torch.equal(mine.stock_pictures(CAPTIONS, x, 2, 4.), theirs.stock_pictures(CAPTIONS, x, 2, 4.))
+
+
+def test_a_part_that_cannot_be_imported_is_one_line(tmp_path):
+    for library, kind in (("not_there", "Any"), ("diffusers", "NoSuchTransformer")):
+        (tmp_path / "model_index.json").write_text(json.dumps({"transformer": [library, kind]}))
+        with pytest.raises(ValueError, match=f"its transformer is a {kind} of {library}, which cannot be imported here"):
+            empty_transformer(tmp_path)
 
 
 def test_a_vae_of_unknown_scale_is_one_line(tmp_path):
@@ -302,7 +312,7 @@ def test_layers_without_lora_are_reported_and_allowed(lumina):
     assert "on 10 of 45 linear layers, not on x_embedder" in check_lora(some)
 
 
-def test_the_families_of_scfm_pass(monkeypatch):
+def test_flux_passes_also_with_a_shift_of_its_own():
     pipe = build_flux()
     pipe.set_progress_bar_config(disable=True)
     flux = Flux(pipe, 32, 32, TOKENS)
@@ -311,5 +321,11 @@ def test_the_families_of_scfm_pass(monkeypatch):
     assert check_velocity(flux, CAPTIONS) and check_pictures(flux, CAPTIONS, (2,))          # the model's own shift
 
 
-def test_text_and_latents_of_another_dtype_are_compared_all_the_same(lumina):
-    assert check_text(lumina, CAPTIONS) and check_latents(lumina)
+def test_an_instance_that_forgot_its_size_is_told(lumina):
+    del lumina.max_tokens, lumina.negative
+    with pytest.raises(ValueError, match="Lumina2 lacks max_tokens, negative "):
+        check_family(lumina, CAPTIONS)
+
+
+def test_single_checks_say_what_they_measured(lumina):
+    assert "tokens (48, 64)" in check_text(lumina, CAPTIONS) and "(4, 8, 8)" in check_latents(lumina)

@@ -143,9 +143,12 @@ def without_weights(folder):
 
 
 def part_class(folder, name):
-    """The class of one part of a pipeline, from whatever package model_index.json names."""
+    """The class of one part of a pipeline, from whatever package model_index.json names; ValueError when it is not there."""
     library, kind = index_of(folder)[name]
-    return getattr(import_module(library), kind)
+    try:
+        return getattr(import_module(library), kind)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{folder}: its {name} is a {kind} of {library}, which cannot be imported here: {error}") from None
 
 
 def empty_transformer(folder):

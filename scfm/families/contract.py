@@ -16,8 +16,8 @@ import torch
 from ..flow import sample, time_grid
 
 # %% ../../nbs/21_new_family.ipynb #c06
-# What every family has: class attributes, methods and properties. It is made as Class(pipe, height, width, max_tokens), and
-# with negative=... where true_guidance holds; n captions, x and t in rows, sizes in pixels.
+# What every family has: class attributes, methods and properties. It is made as Class(pipe, height, width, max_tokens), and with
+# negative=... where true_guidance holds, and keeps these as attributes. Captions, x and t come in rows; sizes in pixels.
 CONTRACT = {
     "pipeline_class": "the stock pipeline's class, which saves and loads the LoRA",
     "true_guidance": "True: guidance by a second evaluation, with a negative prompt; False: an input of the network",
@@ -244,7 +244,9 @@ def check_family(family, captions=CAPTIONS):
 
     ValueError, one line, at the first that fails. A random pipeline of the right classes is enough; nothing is trained or changed.
     """
-    if missing(family):
-        raise ValueError(f"{type(family).__name__} lacks {', '.join(missing(family))} (scfm.families.contract.CONTRACT says what they are)")
+    kept = ["pipe", "height", "width", "max_tokens", *["negative"] * bool(getattr(family, "true_guidance", False))]
+    lacking = [*missing(family), *(name for name in kept if not hasattr(family, name))]
+    if lacking:
+        raise ValueError(f"{type(family).__name__} lacks {', '.join(lacking)} (scfm.families.contract.CONTRACT says what they are)")
     checks = [check_text(family, captions), check_latents(family), check_velocity(family, captions), check_pictures(family, captions)]
     return "\n".join([*checks, check_lora(family)])
