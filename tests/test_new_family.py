@@ -76,11 +76,19 @@ def outside(site):
     return importlib.import_module("outside_lumina")
 
 
+@pytest.fixture(scope="module")
+def defined():
+    """The names of the reader's module, and a pipeline for all tests of the check, which changes none."""
+    names = {"__name__": "lumina_cells"}
+    exec(OUTSIDE, names)
+    names["pipe"] = names["build_lumina2"]()
+    names["pipe"].set_progress_bar_config(disable=True)
+    return names
+
+
 @pytest.fixture
-def lumina(outside):
-    pipe = outside.build_lumina2()
-    pipe.set_progress_bar_config(disable=True)
-    return outside.Lumina2(pipe, *SIZE)
+def lumina(defined):
+    return defined["Lumina2"](defined["pipe"], *SIZE)
 
 
 def install(site, points, name="outside"):

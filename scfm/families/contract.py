@@ -240,7 +240,7 @@ def check_lora(family):
 
 
 def check_family(family, captions=CAPTIONS):
-    """All checks on a family bound to a pipeline in float32, from the cause to the effect: a report, a line each.
+    """All checks on a family bound to a pipeline in float32, causes before effects: a report, a line each.
 
     ValueError, one line, at the first that fails. A random pipeline of the right classes is enough; nothing is trained or changed.
     """
@@ -248,5 +248,5 @@ def check_family(family, captions=CAPTIONS):
     lacking = [*missing(family), *(name for name in kept if not hasattr(family, name))]
     if lacking:
         raise ValueError(f"{type(family).__name__} lacks {', '.join(lacking)} (scfm.families.contract.CONTRACT says what they are)")
-    checks = [check_text(family, captions), check_latents(family), check_velocity(family, captions), check_pictures(family, captions)]
-    return "\n".join([*checks, check_lora(family)])
+    return "\n".join([check_text(family, captions), check_latents(family), check_lora(family), check_velocity(family, captions),
+                      check_pictures(family, captions)])
