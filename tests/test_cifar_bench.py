@@ -111,3 +111,19 @@ def test_augmented_pictures_are_shifts_of_the_picture_with_a_grey_hole():
 
 def test_the_learning_rate_rises_and_falls_to_zero():
     assert rate(0, 100) == 0 and rate(20, 100) == max(rate(i, 100) for i in range(101)) and rate(100, 100) == 0
+
+
+def test_the_budget_that_fills_the_minutes_is_found_once(data, tmp_path, monkeypatch):
+    import gpu_cifar
+    monkeypatch.setattr(gpu_cifar, "seconds_per_evaluation", lambda plan, pictures: .001)
+    plan = gpu_cifar.make_plan(Plan(data, tmp_path, "tiny", 0, 6), 10, None, tmp_path / "plan.json")
+    assert plan.budget == int(10 * 60 * .85 / (4 - .8) / .001)          # three whole trainings and a fifth
+    monkeypatch.setattr(gpu_cifar, "seconds_per_evaluation", None)
+    assert gpu_cifar.make_plan(Plan(data, tmp_path, "tiny", 0, 6), 99, None, tmp_path / "plan.json") == plan
+    with pytest.raises(ValueError, match="plan of a tiny network"):
+        gpu_cifar.make_plan(Plan(data, tmp_path, "full", 0, 6), 10, None, tmp_path / "plan.json")
+
+
+def test_updates_are_timed_by_what_they_cost(data, tmp_path):
+    import gpu_cifar
+    assert 0 < gpu_cifar.seconds_per_evaluation(Plan(data, tmp_path, "tiny", 0, 6), load_pictures(data), updates=2, warm=1) < 10
