@@ -69,8 +69,13 @@ class Count(NamedTuple):
 
 
 def count_row(family, transformer, guidance, dtype):
-    """`Count` for one row of a transformer with an active LoRA, without gradient checkpointing. Nothing is computed."""
+    """`Count` for one row of a transformer with an active LoRA, without gradient checkpointing. Nothing is computed.
+
+    ValueError for a family whose text enters in another way than that of Flux and SD3.
+    """
     told = transformer.config
+    if not {"joint_attention_dim", "pooled_projection_dim"} <= set(told):
+        raise ValueError(f"the plan knows how text enters Flux and SD3 alone, not {type(transformer).__name__}")
     zeros = lambda *shape: torch.zeros(1, *shape, device="meta", dtype=dtype)
     text = {"tokens": zeros(family.max_tokens + family.clip_tokens, told.joint_attention_dim), "pooled": zeros(told.pooled_projection_dim)}
     if family.true_guidance:
