@@ -4,7 +4,7 @@
 
 The run is on the tiny Flux of the repository, writes a checkpoint after every update (so that many kills fall into a save), and
 takes its pictures and its cache from the unbroken run. A kill falls at a time drawn evenly from 0 to 1.3 times the seconds that
-pass from the start of the training to its end; the next start resumes. All of a group of processes are killed at once. When the
+pass from the start of the training to its end; the next start resumes. All processes of a run are killed at once. When the
 run is through, each tensor of the three adapters must be equal to the last bit. Repeats until --times kills have happened, and
 writes bench/results/kill_and_resume_N.json. CPU only: a GPU's sums are not the same from run to run.
 """
@@ -13,7 +13,7 @@ import json
 import os
 import random
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,7 +34,7 @@ def main():
     prompts.write_text("\n".join(PROMPTS.read_text().splitlines()[:12]) + "\n")
     whole = root / "whole"
     print("an unbroken run", flush=True)
-    seconds = run_through(command(args, prompts, whole), whole)
+    seconds = run_through(args, prompts, whole)
     record = {"processes": args.processes, "seed": args.seed, "updates": args.updates, "kills": [], "runs": 0}
     while len(record["kills"]) < args.times:
         broken = root / f"broken{record['runs']}"
@@ -42,7 +42,7 @@ def main():
         while len(record["kills"]) < args.times and (found := start_and_kill(args, prompts, broken, rng.uniform(0, 1.3) * seconds)):
             record["kills"].append(found)
             print(len(record["kills"]), found, flush=True)
-        run_through(command(args, prompts, broken), broken)
+        run_through(args, prompts, broken)
         record["runs"] += 1
         record["equal"] = compare(whole, broken)
         if not record["equal"]:
@@ -68,45 +68,50 @@ def command(args, prompts, out):
     settings = {"pipeline": FLUX, "prompts": prompts, "out": out, "height": 32, "width": 32, "max_tokens": 16, "rank": 8, "lr": 1e-3,
                 "updates": args.updates, "batch": 4, "teacher_steps": 4, "judge": 2, "judge_scales": "1", "checkpoint_every": 1,
                 "preview_every": 0, "tracker": "none", "student_steps": "2"}
-    words = ["scfm.cli", "distill", *(word for k, v in settings.items() for word in (f"--{k}", str(v)))]
-    several = ["torch.distributed.run", "--nproc_per_node", str(args.processes), "--master_port", "29511", "-m"]
-    return [sys.executable, "-m", *(several if args.processes > 1 else []), *words]
+    return [sys.executable, "-m", "scfm.cli", "distill", *(word for k, v in settings.items() for word in (f"--{k}", str(v)))]
 
 
-def start(words):
-    """Starts a command as the leader of a group, so that all of its processes can be killed at once."""
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, **quiet)
+def start(words, count):
+    """The processes of one run. We are the launcher: torchrun's own would put each worker out of our reach."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    base = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    ranks = [{"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for i in range(count)]
+    environments = [{**base, **{k: str(v) for k, v in rank.items()}} if count > 1 else base for rank in ranks]
+    return [subprocess.Popen(words, cwd=ROOT, env=e, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for e in environments]
 
 
-def run_through(words, out):
-    """Runs a command to its end; returns the seconds from its first new checkpoint to its end."""
-    process = start(words)
-    begun = first_checkpoint(process, out)
-    if process.wait() != 0:
-        raise SystemExit(f"failed: {' '.join(words)}")
+def run_through(args, prompts, out):
+    """Runs the command to its end; returns the seconds from its first new checkpoint to its end."""
+    processes = start(command(args, prompts, out), args.processes)
+    begun = first_checkpoint(processes, out)
+    if any(process.wait() for process in processes):
+        raise SystemExit("the run failed")
     return time.time() - begun
 
 
-def first_checkpoint(process, out):
-    """Waits until the process has begun to write checkpoints, or has ended; returns the time."""
+def first_checkpoint(processes, out):
+    """Waits until the run has begun to write checkpoints, or has ended; returns the time."""
     folder = out / "checkpoints"
     before = set(folder.glob("*"))
-    while process.poll() is None and set(folder.glob("*")) == before:
+    while processes[0].poll() is None and set(folder.glob("*")) == before:
         time.sleep(.002)
     return time.time()
 
 
 def start_and_kill(args, prompts, out, after):
     """Starts or resumes the run and kills it `after` seconds into its training. What it left behind; None when it had ended."""
-    process = start(command(args, prompts, out))
-    first_checkpoint(process, out)
+    processes = start(command(args, prompts, out), args.processes)
+    first_checkpoint(processes, out)
     time.sleep(after)
-    if process.poll() is not None:
+    if processes[0].poll() is not None:
+        [process.wait() for process in processes]
         return None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(.2)                                     # until the others of the group are gone too
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
     left = [p.name for p in (out / "checkpoints").glob("[0-9]*")]
     return {"seconds": round(after, 2), "last_checkpoint": max(left, default=None), "half_written": (out / "checkpoints/new").exists()}
 
