@@ -3,6 +3,7 @@
 
 READY := .venv/.ready
 ARGS  ?=
+JOBS  ?= 2
 
 .PHONY: help demo test export hooks clean
 
@@ -17,7 +18,7 @@ demo: $(READY)
 	@.venv/bin/scfm demo $(ARGS)
 
 test: $(READY)
-	@.venv/bin/python -m pytest tests $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(JOBS) --dist loadgroup $(ARGS)
 
 export: $(READY)
 	@.venv/bin/nbdev_clean
