@@ -30,6 +30,8 @@ def main(argv):
         if run.main:
             print(f"stopped after saving {latest(config.out)}: the same command goes on from there")
         return 128 + (stopped or [signal.SIGTERM])[0]                # in another process, where this one has no signal
+    if run.main:                                                     # this takes minutes on a large model, without a bar
+        print(f"{run.update} updates made; now student, fast and slow are compared on {config.judge} captions", flush=True)
     record = end(run)
     if record:
         write_card(config.out)
@@ -54,7 +56,7 @@ def signals_noted():
 
 
 def tell(record, out):
-    print(f"{record['updates']} updates; distance to the teacher's {record['teacher_steps']}-step endpoints:")
+    print(f"distance to the teacher's {record['teacher_steps']}-step endpoints after {record['updates']} updates:")
     for name, distance in record["endpoint_distance"].items():
         strength = lambda n: f" (strength {record['dial'][name][n]:g})" if name in record["dial"] else ""
         print(f"  {name:8}" + "".join(f"  {n} steps {d:.4f}{strength(n)}" for n, d in distance.items()))
