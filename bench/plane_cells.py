@@ -121,12 +121,14 @@ def ends(field, noise, steps, shift=1., solver="euler"):
 
 
 def ruler(protocol, job):
-    """A function (field, steps, ...) -> (SW2 against fresh data, deviation over the data's), from noises of its own."""
+    """A function (field, steps, ...) -> (SW2 against fresh data, deviation over the data's), from noises of its own.
+
+    walk: what takes the noises to samples, called as `ends` is."""
     data = DATA[job.data](protocol.samples, keyed_generator(job.seed, 0, REFERENCE))
     noise = torch.randn(protocol.samples, 2, generator=keyed_generator(job.seed, 0, NOISE))
 
-    def measure(field, steps, shift=1., solver="euler"):
-        points = ends(field, noise, steps, shift, solver)
+    def measure(field, steps, shift=1., solver="euler", walk=ends):
+        points = walk(field, noise, steps, shift, solver)
         return sliced_wasserstein(points, data, protocol.directions), (points.std(0) / data.std(0)).mean().item()
     return measure
 
@@ -226,14 +228,14 @@ MEASURES = {"teacher": measure_teacher, "recipe": measure_student, "floor": meas
             "teacher shift": measure_teacher_shift}
 
 
-def do(job, folder, protocol, parts):
+def do(job, folder, protocol, parts, measures=MEASURES):
     """(job, its value or None, {cell: (seconds, CPU seconds)} of what it rests on, number of cells made).
 
-    Jobs of other parts than `parts` compute nothing: None where one of their cells is missing."""
+    measures: by the family of a job; the others are students of SCFM. Jobs of other parts than `parts` compute nothing: None where one of their cells is missing."""
     torch.set_num_threads(1)                                 # the networks are small: processes, not threads
     cache = Cache(folder, frozen=job.part not in parts)
     try:
-        value = MEASURES.get(job.family, measure_student)(cache, protocol, job)
+        value = measures.get(job.family, measure_student)(cache, protocol, job)
     except Missing:
         value = None
     return job, value, cache.used, cache.made

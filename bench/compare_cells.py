@@ -1,0 +1,141 @@
+"""The cells of bench/compare.py: each few-step method from the teachers of bench/plane.py, judged by its ruler."""
+from dataclasses import asdict
+from functools import partial
+
+import torch
+
+from plane_cells import MEASURES, dialling, ends, load, measure_student, measured, ruler, settings, student, teacher
+from scfm.baselines import (distillation_loss, fit, make_pairs, meanflow_loss, multistep, network_evaluations, progressive,
+                            reflow_loss, sample_renoised, sample_told, shortcut_loss, updates_for)
+from scfm.consistency import keyed_generator
+from scfm.dial import STEPS
+from scfm.distill import DistillConfig, FullSpeakers
+from scfm.flow import time_grid
+from scfm.metrics import endpoint_distance
+from toy.plane import DATA, MLP, with_step
+
+PAIRS, RENOISE = range(15, 17)                               # streams of random numbers that nothing else uses
+STAGES, PAIR_STEPS = (16, 8, 4, 2, 1), 32
+LOSSES = {"consistency": distillation_loss, "shortcut": shortcut_loss, "meanflow": meanflow_loss}
+TOLD = ("shortcut", "meanflow")                              # whose networks have the step size as second input
+
+
+def dial_search(protocol):
+    """Evaluations that finding a dial costs."""
+    return protocol.dial_noises * (sum(STEPS) * len(protocol.scales) + protocol.goal_steps)
+
+
+def plan(protocol, method, budget):
+    """(updates, pairs) that a budget of evaluations buys. Reflow spends half of it on pairs, SCFM a part on its dial's search."""
+    if method == "reflow":
+        pairs = budget // 2 // PAIR_STEPS
+        return updates_for(method, budget, protocol.batch, pairs=pairs, pair_steps=PAIR_STEPS), pairs
+    if method == "scfm":
+        return updates_for(method, budget - dial_search(protocol), protocol.batch), 0
+    return updates_for(method, budget, protocol.batch), 0
+
+
+def spent(protocol, method, budget):
+    """The evaluations that a run with this budget really takes."""
+    updates, pairs = plan(protocol, method, budget)
+    if method == "progressive":
+        updates = len(STAGES) * (updates // len(STAGES))
+    search = dial_search(protocol) if method == "scfm" else 0
+    return network_evaluations(method, updates * protocol.batch, pairs, PAIR_STEPS) + search
+
+
+def baseline(cache, protocol, job):
+    """{name: network} of a method: its slow EMA under "slow", or one for each stage; the teacher's network; the cell's spec."""
+    network, of = teacher(cache, protocol, job)
+    updates, pairs = plan(protocol, job.family, job.budget)
+    stages = job.family == "progressive"
+    config = DistillConfig(seed=job.seed, **settings(protocol, {"updates": updates // len(STAGES) if stages else updates})[0])
+    spec = {"teacher": of, "method": job.family, "pairs": pairs, "config": asdict(config)}
+    start = with_step(network) if job.family in TOLD else network
+    draw = DATA[job.data]
+
+    def batch_of(generator, rows):
+        return draw(rows, generator), torch.randn(rows, 2, generator=generator)
+
+    def make():
+        if stages:
+            made = progressive(start, batch_of, config, STAGES)
+        elif job.family == "reflow":
+            made = {"slow": reflowed(start, config, pairs)}
+        else:
+            made = {"slow": fit(FullSpeakers(start), batch_of, config, LOSSES[job.family]).networks["slow"]}
+        return {name: trained.state_dict() for name, trained in made.items()}
+    kept = cache("few_step", spec, make)
+    return {name: load(MLP(told_step=job.family in TOLD), weights) for name, weights in kept.items()}, network, spec
+
+
+def reflowed(network, config, count):
+    """The slow EMA of Reflow on so many pairs, drawn once."""
+    speakers, noise = FullSpeakers(network), torch.randn(count, 2, generator=keyed_generator(config.seed, 0, PAIRS))
+    points, starts = make_pairs(speakers.teacher, noise, PAIR_STEPS)
+
+    def batch_of(generator, rows):
+        drawn = torch.randint(count, (rows,), generator=generator)
+        return points[drawn], starts[drawn]
+    return fit(speakers, batch_of, config, reflow_loss).networks["slow"]
+
+
+def walks(method, networks, base, seed):
+    """{curve: walk(noise, steps)}: how the networks of a method are sampled. base: the teacher's, for more steps than stages."""
+    fields = {name: FullSpeakers(network).field("teacher") for name, network in {**networks, "base": base}.items()}
+    if method == "progressive":
+        stage = {n: min((k for k in STAGES if k >= n), default="base") for n in STEPS}
+        return {"own stage": lambda noise, n: ends(fields[stage[n]], noise, n),
+                "last stage": lambda noise, n: ends(fields[1], noise, n)}
+    if method in TOLD:
+        return {"raw": lambda noise, n: sample_told(fields["slow"], noise, time_grid(n))}
+    euler = {"raw": lambda noise, n: ends(fields["slow"], noise, n)}
+    if method == "consistency":
+        fresh = partial(keyed_generator, seed, stream=RENOISE)
+        euler["re-noised"] = lambda noise, n: sample_renoised(fields["slow"], noise, time_grid(n), fresh(n))
+    return euler
+
+
+def measure_baseline(cache, protocol, job):
+    """curve: {steps: SW2}; `curve coupling`: {steps: distance to the teacher's own endpoints from the same noises}."""
+    networks, base, spec = baseline(cache, protocol, job)
+
+    def make():
+        measure, (noise, goal) = ruler(protocol, job), dialling(protocol, job, FullSpeakers(base))
+        found = {}
+        for curve, walk in walks(job.family, networks, base, job.seed).items():
+            found[curve] = {n: measure(None, n, walk=lambda _, noise, n, *__: walk(noise, n))[0] for n in STEPS}
+            found[f"{curve} coupling"] = {n: endpoint_distance(walk(noise, n), goal) for n in STEPS}
+        return found
+    more = {"noises": protocol.dial_noises, "goal": protocol.goal_steps}
+    return cache("few_step_sw2", {"of": spec, **measured(protocol, **more)}, make)
+
+
+def measure_scfm(cache, protocol, job):
+    """What `measure_student` of the plane gives, and the coupling beside it."""
+    value = measure_student(cache, protocol, job)
+    speakers, spec = student(cache, protocol, job)
+
+    def make():
+        noise, goal = dialling(protocol, job, speakers)
+        def coupling(scales):
+            return {n: endpoint_distance(ends(speakers.field("slow", scales[n]), noise, n), goal) for n in STEPS}
+        return {"raw coupling": coupling(dict.fromkeys(STEPS, 1.)), "dialled coupling": coupling(value["scales"])}
+    more = {"noises": protocol.dial_noises, "goal": protocol.goal_steps, "scales": value["scales"]}
+    return value | cache("coupling", {"of": spec, **more}, make)
+
+
+def measure_multistep(cache, protocol, job):
+    """{"multistep": {evaluations: SW2}} of the teacher."""
+    network, spec = teacher(cache, protocol, job)
+
+    def make():
+        measure, field = ruler(protocol, job), FullSpeakers(network).field("teacher")
+        def walk(field, noise, n, *_):
+            return multistep(field, noise, time_grid(n))
+        return {"multistep": {n: measure(field, n, walk=walk)[0] for n in STEPS}}
+    return cache("multistep_sw2", {"of": spec, **measured(protocol)}, make)
+
+
+ALL = MEASURES | {"multistep": measure_multistep, "scfm": measure_scfm} | dict.fromkeys(
+    ("reflow", "progressive", "consistency", "shortcut", "meanflow"), measure_baseline)

@@ -1,0 +1,380 @@
+"""Each few-step method's target against its closed form, on fields whose roads are known: linear, straight, Gaussian."""
+import copy
+from functools import partial
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scfm.baselines import (COSTS, MeanFlowRows, denoise, distillation_loss, distillation_target, fit, make_pairs, meanflow_loss,
+                            meanflow_target, multistep, neighbours, network_evaluations, progressive, progressive_loss,
+                            progressive_target, reflow_loss, regress, sample_renoised, sample_told, shortcut_loss,
+                            shortcut_target, step_of, updates_for)
+from scfm.consistency import Jumps, Speakers, draw_jumps, scfm_loss
+from scfm.distill import DistillConfig, FullSpeakers
+from scfm.flow import interpolate, per_row, sample, time_grid
+from scfm.metrics import curvature
+from toy.plane import MLP, gaussian_slope, ring_mixture, with_step
+
+rates = st.floats(-3, 3).filter(lambda a: abs(a) > 1e-2)
+widths = st.floats(.1, 2)
+quick = settings(max_examples=25, deadline=None)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def points(n=16):
+    return torch.randn(n, 2, generator=seeded(1)).double()
+
+
+def linear(a):
+    """V = a x: roads x_r = x_t exp(-a (t - r)); and its mean velocity over a step d."""
+    def mean(x, t, d):
+        return x * (-torch.expm1(-a * d) / d)[:, None]
+    return lambda x, t, cond=None: a * x, mean
+
+
+def gaussian(s):
+    """The exact velocity of data N(0, s^2): roads x_r = x_t sigma(r) / sigma(t); its mean over a step; sigma."""
+    def sigma(t):
+        return ((1 - t) ** 2 * s ** 2 + t ** 2).sqrt()
+
+    def mean(x, t, d):
+        ratio = (sigma(t - d) / sigma(t))[:, None]
+        return x * (1 - ratio) / d[:, None]
+    return lambda x, t, cond=None: gaussian_slope(per_row(t, x), s) * x, mean, sigma
+
+
+def straight(point):
+    """All data are one point: V = (x - point) / t, every road a straight line into it."""
+    return lambda x, t, cond=None: (x - point) / per_row(t, x)
+
+
+POINT = torch.tensor([.5, -2.], dtype=torch.float64)
+
+
+# Reflow
+
+
+def test_reflow_pairs_end_where_the_teacher_takes_them():
+    noise = points()
+    ends, kept = make_pairs(linear(.7)[0], noise, 8)
+    assert kept is noise and torch.allclose(ends, noise * (1 - .7 / 8) ** 8)
+    assert torch.allclose(make_pairs(straight(POINT), noise, 3)[0], POINT.expand(16, 2))
+
+
+@quick
+@given(widths)
+def test_reflow_of_a_gaussian_is_a_known_straight_field(s):
+    """Pairs (s z, z) meet nowhere: at x_t = ((1 - t) s + t) z the velocity is (1 - s) z, and one step of it lands on s z."""
+    def straightened(x, t, cond=None):
+        return (1 - s) / ((1 - per_row(t, x)) * s + per_row(t, x)) * x
+    noise = points()
+    losses = reflow_loss(Speakers(straightened, None, None, None), s * noise, noise, seeded())
+    assert losses.shape == (16,) and losses.max() < 1e-12
+    assert torch.allclose(sample(straightened, noise, time_grid(1)), s * noise)
+    assert curvature(straightened, noise, time_grid(7)) < 1e-12
+
+
+def test_reflow_loss_is_not_zero_for_another_field():
+    noise = points()
+    assert reflow_loss(Speakers(linear(1.)[0], None, None, None), .3 * noise, noise, seeded()).mean() > .01
+
+
+# Progressive distillation
+
+
+@quick
+@given(rates, st.sampled_from([1, 2, 4, 16]))
+def test_progressive_says_two_euler_steps_of_a_linear_teacher(a, steps):
+    jumps, x = draw_jumps(16, 1., 2 * steps, shift=(1., 1.), generator=seeded()), points()
+    h = .5 / steps
+    target = progressive_target(x, jumps, linear(a)[0])
+    assert torch.allclose(target, x * (1 - (1 - a * h) ** 2) / (2 * h), rtol=1e-3, atol=1e-4)     # t = 1 is 1 - 1e-5
+
+
+def test_a_progressive_student_that_obeys_walks_its_teacher_s_grid():
+    """The student field that has the target at the places of the grid: n steps of it are 2 n of the teacher."""
+    teacher, noise = gaussian(.4)[0], points()
+
+    def student(x, t, cond=None):
+        times = torch.stack([t, t - .125, t - .25], 1)
+        return progressive_target(x, Jumps(times, torch.ones(len(x), dtype=torch.bool), torch.full((len(x),), 8)), teacher)
+    assert torch.allclose(sample(student, noise, time_grid(4)), sample(teacher, noise, time_grid(8)), atol=1e-6)
+
+
+def test_progressive_asks_on_its_own_grid_only_and_leaves_the_teacher_alone():
+    network = MLP(8, 1)
+    before = copy.deepcopy(network.state_dict())
+    made = progressive(network, flat, DistillConfig(updates=1, batch=4, lr=1e-2), stages=(2, 1))
+    assert list(made) == [2, 1] and all(isinstance(n, MLP) for n in made.values())
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    seen = []
+    def spy(x, t, cond=None):
+        seen.append(t)
+        return x
+    progressive_loss(Speakers(spy, spy, None, None), points(64).float(), points(64).float(), seeded(), 4)
+    assert {round(v, 3) for t in seen for v in t.tolist()} == {i / 8 for i in range(1, 9)}
+
+
+# Consistency distillation
+
+
+def test_the_boundary_condition_holds_for_any_field():
+    x = points()
+    assert torch.equal(denoise(linear(5.)[0], x, torch.zeros(16)), x)
+
+
+@quick
+@given(rates)
+def test_consistency_is_the_one_target_in_other_words(a):
+    """(x_t1 - f(x_t2, t2)) / t1, by hand."""
+    teacher, average = linear(a)[0], gaussian(.5)[0]
+    jumps, x = neighbours(16, 8, generator=seeded()), points()
+    t1, t2, t3 = jumps.times.double().T
+    assert (t1 > t2).all() and (t3 == 0).all() and (t2 == 0).any()
+    x2 = x - (t1 - t2)[:, None] * teacher(x, t1)
+    by_hand = (x - denoise(average, x2, t2)) / t1[:, None]
+    assert torch.allclose(distillation_target(x, jumps, teacher, average), by_hand, rtol=1e-5, atol=1e-6)
+
+
+@quick
+@given(rates, st.sampled_from([2, 3, 8]))
+def test_the_fixed_point_of_consistency_is_the_end_of_the_teacher_s_euler_walk(a, grid):
+    """With V = a x and steps 1 / grid: f(x, i / grid) = x (1 - a / grid)^i, and the target returns it."""
+    def fixed(x, t, cond=None):
+        i = (per_row(t, x).double() * grid).round()
+        return x * (1 - (1 - a / grid) ** i) / per_row(t, x).double().clamp(min=1e-9)
+    jumps, x = neighbours(32, grid, shift=(1., 1.), generator=seeded()), points(32)
+    target = distillation_target(x, jumps, linear(a)[0], fixed)
+    assert torch.allclose(target, fixed(x, jumps.t1), rtol=1e-3, atol=1e-3)
+
+
+def test_neighbours_are_one_step_of_the_warped_grid():
+    jumps = neighbours(200, 4, shift=(1., 1.), generator=seeded())
+    assert {round(v, 4) for v in jumps.t1.tolist()} == {.25, .5, .75, 1.}
+    assert torch.allclose(jumps.times[:, 0] - jumps.times[:, 1], torch.tensor(.25), atol=2e-5)
+    assert jumps.is_teacher.all()
+
+
+def test_the_renoising_sampler_step_by_step():
+    noise, sigma = points(), gaussian(.4)[2]
+    one_step = lambda x, t, cond=None: x * (1 - .4 / sigma(t))[:, None] / t[:, None]     # exact: guess = x s / sigma(t)
+    got = sample_renoised(one_step, noise, [1., .5, 0.], seeded(3))
+    fresh = torch.randn(16, 2, generator=seeded(3)).double()
+    guess = .4 * noise
+    x = .5 * guess + .5 * fresh
+    assert torch.allclose(got, x * .4 / sigma(torch.tensor(.5).double()), atol=1e-6)
+    assert torch.allclose(sample_renoised(one_step, noise, [1., 0.]), .4 * noise, atol=1e-6)         # one step: no fresh noise
+    assert torch.allclose(sample_renoised(straight(POINT), noise, time_grid(5), seeded()), POINT.expand(16, 2))
+
+
+# The step as a second input
+
+
+def test_a_told_network_starts_as_the_one_it_came_from():
+    torch.manual_seed(0)
+    network = MLP(16, 2)
+    told, x, t, d = with_step(network), points().float(), torch.rand(16), torch.rand(16)
+    assert torch.equal(told(x, t), told(x, t, torch.zeros(16)))
+    assert torch.allclose(told(x, t, d), network(x, t), atol=1e-6)
+    told.layers[0].weight.data[:, -1] = 1.
+    assert not torch.allclose(told(x, t, d), network(x, t), atol=1e-2)
+
+
+@quick
+@given(widths, st.integers(1, 5), st.floats(.5, 3))
+def test_the_mean_velocity_lands_exactly_in_any_number_of_steps(s, steps, shift):
+    noise, (_, mean, _) = points(), gaussian(s)
+    assert torch.allclose(sample_told(mean, noise, time_grid(steps, shift).double()), s * noise, atol=1e-9)
+
+
+# Shortcut Models
+
+
+@quick
+@given(widths)
+def test_the_exact_mean_velocity_is_self_consistent(s):
+    """Shortcut's own condition: two exact halves make the exact whole, and step 0 is the teacher's word."""
+    teacher, mean, _ = gaussian(s)
+    jumps, x = draw_jumps(32, 0., self_grids=(2, 4, 8), shift=(1., 1.), generator=seeded(), flow_share=.5), points(32)
+    d = step_of(jumps).double()
+    assert (d == 0).sum() == 16 and {round(v, 3) for v in d.tolist()} <= {0., 1., .5, .25}
+    target = shortcut_target(x, jumps, teacher, mean)
+    t = jumps.t1.double()
+    wanted = torch.where((d > 0)[:, None], mean(x, t, d.clamp(min=1e-9)), teacher(x, t))
+    assert torch.allclose(target, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_shortcut_s_halves_of_a_linear_field():
+    """An average that says a x whatever the step: two halves of length h give x (1 - (1 - a h)^2) / (2 h)."""
+    jumps, x = draw_jumps(16, 0., self_grids=(2,), shift=(1., 1.), generator=seeded()), points()
+    asked = []
+    def average(x, t, d):
+        asked.append(d)
+        return .6 * x
+    target = shortcut_target(x, jumps, linear(9.)[0], average)
+    assert torch.allclose(target, x * (1 - (1 - .3) ** 2), rtol=1e-3, atol=1e-3)
+    assert len(asked) == 2 and all(torch.allclose(d, torch.tensor(.5), atol=1e-4) for d in asked)
+
+
+# MeanFlow
+
+
+@quick
+@given(st.one_of(rates.map(lambda a: linear(a)), widths.map(lambda s: gaussian(s)[:2])))
+def test_the_exact_mean_velocity_is_meanflow_s_fixed_point(fields):
+    teacher, mean = fields
+    x, t = points(), torch.rand(16, generator=seeded()).double() * .9 + .1
+    d = t * torch.rand(16, generator=seeded(2)).double().clamp(min=.05)
+    rows = meanflow_target(mean, x, t, d, teacher(x, t))
+    assert torch.allclose(rows.said, mean(x, t, d)) and torch.allclose(rows.target, rows.said, atol=1e-9)
+
+
+def test_meanflow_s_target_of_a_wrong_guess_is_known():
+    """u = b x everywhere, teacher a x: the target is a x - d b a x."""
+    x, t = points(), torch.full((16,), .8).double()
+    rows = meanflow_target(lambda x, t, d: 2. * x, x, t, t / 2, 3. * x)
+    assert isinstance(rows, MeanFlowRows) and torch.allclose(rows.target, 3 * x - .4 * 2 * 3 * x)
+
+
+def test_meanflow_at_step_zero_asks_for_the_teacher_and_keeps_the_gradient():
+    torch.manual_seed(0)
+    network, x, t = with_step(MLP(16, 2)), points().float(), torch.rand(16)
+    rows = meanflow_target(network, x, t, torch.zeros(16), 3 * x)
+    assert torch.equal(rows.target, 3 * x) and not rows.target.requires_grad
+    said = network(x, t, torch.zeros(16))
+    assert torch.allclose(rows.said, said, atol=1e-6)
+    ours = torch.autograd.grad((rows.said - rows.target).square().mean(), network.parameters())
+    plain = torch.autograd.grad((said - 3 * x).square().mean(), network.parameters())
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, plain))
+
+
+def test_meanflow_s_derivative_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    network = with_step(MLP(16, 2, frequencies=3)).double()
+    network.layers[0].weight.data.normal_()
+    x, t, d, v, h = points(), torch.full((16,), .8).double(), torch.full((16,), .3).double(), 3 * points(), 1e-5
+    change = (network(x + h * v, t + h, d + h) - network(x - h * v, t - h, d - h)) / (2 * h)
+    assert torch.allclose(meanflow_target(network, x, t, d, v).target, v - .3 * change, atol=1e-5)
+
+
+@quick
+@given(widths)
+def test_meanflow_is_the_limit_of_a_row_whose_first_jump_is_short(s):
+    """First jump h by the teacher, the rest by u itself: target - u = h / d (MeanFlow's target - u), for a wrong u too."""
+    teacher, x, t, d, h = gaussian(s)[0], points(), torch.full((16,), .9).double(), torch.full((16,), .5).double(), 1e-5
+    wrong = lambda x, t, d: (x * t[:, None]).sin() * (1 + d)[:, None]
+    rows = meanflow_target(wrong, x, t, d, teacher(x, t))
+    second = wrong(x - h * teacher(x, t), t - h, d - h)
+    target = (h * teacher(x, t) + (.5 - h) * second) / .5
+    assert torch.allclose((target - rows.said) / (h / .5), rows.target - rows.said, atol=1e-2, rtol=1e-2)
+
+
+# The multistep solver
+
+
+@pytest.mark.parametrize("shift", [1., 3.])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_multistep_is_diffusers_dpm_solver(steps, shift):
+    stock = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
+    stock.set_timesteps(steps)
+    field, noise = ring_mixture().field, torch.randn(32, 2, generator=seeded())
+    x = noise
+    for t, sigma in zip(stock.timesteps, stock.sigmas):
+        x = stock.step(field(x, sigma.expand(32)), t, x).prev_sample
+    assert torch.allclose(multistep(field, noise, stock.sigmas), x, atol=2e-5)
+
+
+def test_multistep_is_of_second_order_and_euler_where_it_has_no_past():
+    noise, field = points(), gaussian(.4)[0]
+    wrong = [(multistep(field, noise, time_grid(n)) - .4 * noise).abs().max() for n in (128, 256)]
+    assert wrong[0] / wrong[1] > 3
+    assert torch.allclose(multistep(field, noise, time_grid(2)), sample(field, noise, time_grid(2)), atol=1e-6)
+    assert torch.allclose(multistep(straight(POINT), noise, time_grid(5)), POINT.expand(16, 2))
+
+
+# The cost, and the loop
+
+
+def flat(generator, rows):
+    return torch.randn(rows, 2, generator=generator), torch.randn(rows, 2, generator=generator)
+
+
+class Counted:
+    """Speakers that count the rows that each is shown."""
+    def __init__(self):
+        self.rows = dict.fromkeys(Speakers._fields, 0)
+        for name in Speakers._fields:
+            setattr(self, name, partial(self.say, name))
+
+    def say(self, name, x, t, cond=None):
+        self.rows[name] += len(x)
+        return x * per_row(t, x)
+
+
+LOSSES = {"reflow": reflow_loss, "progressive": partial(progressive_loss, steps=4), "consistency": distillation_loss,
+          "shortcut": shortcut_loss, "meanflow": meanflow_loss,
+          "scfm": lambda speakers, data, noise, g: scfm_loss(data, noise, draw_jumps(len(data), generator=g), speakers)}
+
+
+@pytest.mark.parametrize("method", COSTS)
+def test_the_cost_is_what_is_counted(method):
+    speakers, rows = Counted(), 64
+    losses = LOSSES[method](speakers, *flat(seeded(), rows), seeded())
+    assert losses.shape == (rows,)
+    derivative = rows if method == "meanflow" else 0                    # rides along with the forward, unseen by the count
+    assert sum(speakers.rows.values()) + derivative + 2 * rows == network_evaluations(method, rows)
+    assert network_evaluations(method, rows, lora=True) == network_evaluations(method, rows) - rows
+
+
+def test_pairs_are_paid_and_the_budget_is_spent():
+    assert network_evaluations("reflow", 100, pairs=7, pair_steps=32) == 300 + 224
+    for method in COSTS:
+        updates = updates_for(method, 100_000, 64, pairs=500)
+        left = 100_000 - network_evaluations(method, 64 * updates, pairs=500)
+        assert 0 <= left < network_evaluations(method, 64)
+    with pytest.raises(ValueError, match="buys no update of 64 rows of reflow"):
+        updates_for("reflow", 32_000, 64, pairs=1000)
+    with pytest.raises(ValueError, match="method='dmd': known are reflow"):
+        network_evaluations("dmd", 1)
+
+
+@pytest.mark.parametrize("method", COSTS)
+def test_every_loss_trains_the_student_alone_and_the_same_each_time(method):
+    def run():
+        torch.manual_seed(0)
+        network = with_step(MLP(8, 1))
+        speakers = fit(FullSpeakers(network), flat, DistillConfig(updates=2, batch=8, lr=1e-2), LOSSES[method])
+        return [[p.clone() for p in speakers.parameters(name)] for name in ("teacher", "student")]
+    (teacher, student), (_, again) = run(), run()
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(teacher, with_step(MLP(8, 1)).parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(teacher, student))
+    assert all(torch.equal(a, b) for a, b in zip(student, again))
+
+
+def test_regress_is_the_mean_square_of_each_row():
+    x = points()
+    assert torch.allclose(regress(Speakers(linear(2.)[0], None, None, None), x, torch.ones(16), x), x.square().mean(1))
+
+
+def test_a_config_that_makes_no_sense_is_refused_before_any_update():
+    with pytest.raises(ValueError, match="updates=0"):
+        fit(FullSpeakers(MLP(8, 1)), flat, DistillConfig(updates=0), reflow_loss)
+
+
+def test_the_losses_agree_with_interpolate():
+    """At t = t1 the student is asked at the road's point: a data point 0 makes it t1 noise."""
+    seen = []
+    def spy(x, t, cond=None):
+        seen.append((x, t))
+        return x
+    noise = points().float()
+    distillation_loss(Speakers(spy, spy, spy, spy), torch.zeros(16, 2), noise, seeded())
+    x, t = seen[-1]
+    assert torch.allclose(x, interpolate(torch.zeros(16, 2), noise, t))

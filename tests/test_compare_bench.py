@@ -1,0 +1,70 @@
+"""bench/compare.py at a size of seconds: every method, within its budget; cells are kept; the record is whole."""
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from scfm.dial import STEPS
+
+BENCH = Path(__file__).parents[1] / "bench"
+METHODS = ("reflow", "progressive", "consistency", "shortcut", "meanflow", "scfm")
+CURVES = {"Reflow raw", "progressive own stage", "progressive last stage", "consistency raw", "consistency re-noised",
+          "Shortcut raw", "MeanFlow raw", *(f"SCFM, {name} {kind}" for kind in ("raw", "dialled")
+                            for name in ("Algorithm 1", "Algorithm 2", "self grid 2", "damped"))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compare")
+
+
+@pytest.fixture
+def bench(folder, monkeypatch):
+    """Runs the script on one cache, and returns what it wrote."""
+    def run(*words):
+        monkeypatch.syspath_prepend(str(BENCH))
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--smoke", "--cache", str(folder / "cells"),
+                                          "--out", str(folder / "compare"), *words])
+        runpy.run_path(str(BENCH / "compare.py"), run_name="__main__")
+        return json.loads((folder / "compare.json").read_text())
+    return run
+
+
+def test_a_small_run_writes_every_method_at_every_budget(bench, folder, capsys):
+    record = bench()
+    assert list(record["budgets"]) == ["small", "medium", "large"] and not record["missing"]
+    for budget in record["budgets"].values():
+        curves = budget["main"]["moons"]
+        for name in CURVES:
+            assert [int(n) for n in curves[name]] == [int(n) for n in curves[f"{name} coupling"]] == list(STEPS), name
+        assert all(0 < cost["evaluations"] <= budget["evaluations"] for cost in budget["methods"].values())
+        assert set(budget["methods"]) == set(METHODS)
+    assert [int(n) for n in record["free"]["moons"]["teacher multistep"]] == list(STEPS)
+    assert {"teacher euler", "teacher midpoint", "teacher heun"} <= record["free"]["moons"].keys()
+    assert "large: 700 evaluations" in capsys.readouterr().out and Image.open(folder / "compare.png").height > 500
+
+
+def test_a_lost_cell_alone_is_made_again(bench, folder):
+    whole = bench()
+    assert whole["cost"]["this_run"]["cells_made"] == 0
+    lost = sorted((folder / "cells").glob("few_step_sw2-*"))[0]
+    lost.unlink()
+    told = bench("--report")
+    assert len(told["missing"]) == 1 and told["cost"]["this_run"]["cells_made"] == 0
+    again = bench()
+    assert again["cost"]["this_run"]["cells_made"] == 1 and again["budgets"] == whole["budgets"]
+
+
+def test_reflow_s_small_budget_is_what_its_forty_thousand_pairs_cost(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import compare
+    import compare_cells
+    for budget in compare.BUDGETS.values():
+        for method in METHODS:
+            used = compare_cells.spent(compare.FULL, method, budget)
+            assert budget - 5 * 5 * compare.FULL.batch < used <= budget, method
+    updates, pairs = compare_cells.plan(compare.FULL, "reflow", 40_000 * 32)
+    assert pairs == 20_000 and updates == 640_000 // (3 * 256)
