@@ -63,6 +63,7 @@ def main(argv=None, keep_going=lambda: True):
     parser.add_argument("--count", type=int, default=2000, help="pictures of one measurement")
     parser.add_argument("--only", nargs="+", default=ALL, choices=[*METHODS, DISTILLED])
     parser.add_argument("--copy", default="JPEG quality 75 copy", help="what is special about this copy of CIFAR-10")
+    parser.add_argument("--note", nargs="*", default=(), help="what else a reader of the record must know")
     parser.add_argument("--inception", default="", help="weights of Inception, for the true FID")
     parser.add_argument("--train", action="store_true", help="train only")
     parser.add_argument("--report", action="store_true", help="compute nothing")
@@ -81,7 +82,7 @@ def main(argv=None, keep_going=lambda: True):
     if not (args.train or args.report):
         measure(plan, args.only, args.seeds)
     if not args.train:
-        report(plan, args.seeds, args.out, args.copy)
+        report(plan, args.seeds, args.out, args.copy, args.note)
     return 0
 
 

@@ -176,7 +176,7 @@ def sampler(network):
     return lambda labels, noise, steps, solver: generate(network, labels, noise, steps, solver)
 
 
-def dialled(plan, seed, device, noises=64, goal_steps=64):
+def dialled(plan, seed, device, noises=32, goal_steps=64):
     """paint(...) of the distilled network at the scale of its dial, and the `Dial`, chosen on noises of its own."""
     speakers = FullSpeakers(load_flow(folder_of(plan, "plain", seed) / "kept.safetensors").to(device))
     speakers.networks["student"].load_state_dict(load_flow(folder_of(plan, DISTILLED, seed) / "flow.safetensors").state_dict())

@@ -24,11 +24,11 @@ def rows_of(plan, name, seed):
     return [r for _, r in sorted(rows, key=lambda pair: (pair[1]["solver"], pair[1]["nfe"], str(pair[0])))]
 
 
-def gather(plan, seeds, copy):
+def gather(plan, seeds, copy, notes=()):
     """Everything that the cells say, as one dict of plain numbers."""
     record = {"about": f"CIFAR-10, {copy}" if copy else "CIFAR-10", "size": plan.size, "budget": plan.budget, "pictures": plan.count,
               "features": recipe(), "recipe": RECIPES[plan.size], "seeds": list(seeds), "kept": KEPT, "device": device(),
-              "torch": torch.__version__, "samplers": {}, "trained": {}}
+              "torch": torch.__version__, "notes": list(notes), "samplers": {}, "trained": {}}
     for path in sorted((plan.cells / "measured").glob(f"floor-{plan.count}-*.json")):
         record["floor"] = json.loads(path.read_text())
     for name in NAMES:
@@ -138,9 +138,9 @@ def save(figure, path):
     plt.close(figure)
 
 
-def report(plan: Plan, seeds, out, copy=""):
+def report(plan: Plan, seeds, out, copy="", notes=()):
     """Writes out.json, out.png and out_pictures.png, and prints the tables."""
-    record = gather(plan, seeds, copy)
+    record = gather(plan, seeds, copy, notes)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1))
