@@ -55,7 +55,7 @@ def test_from_captions_to_a_pipeline(pipeline, tmp_path, capsys):
     run("distill", **settings)                                         # the same command goes on
     assert json.loads((out / "choice.json").read_text())["updates"] == 40 and (out / "previews/000040.png").is_file()
 
-    run("dial", lora=out, prompts=prompts, count=4, steps="2,3", scales=".5,1", goal_steps=4)
+    run("dial", lora=out, count=4, steps="2,3", scales=".5,1", goal_steps=4)
     dial = read_dial(out / WEIGHT_NAME)
     assert dial.steps == (2, 3) and "pipe.set_adapters" in (out / "README.md").read_text()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from scfm.card import keep_dial
 from scfm.commands import add_options, numbers, read_settings
 from scfm.step_lora import StepLora, UseConfig, find_dial
-from scfm.teacher_data import read_prompts
+from scfm.teacher_data import read_folder, read_prompts
 
 
 def main(argv):
@@ -15,7 +15,7 @@ def main(argv):
         description="Finds, for each number of steps, the strength of the LoRA whose endpoints lie nearest to the "
                     "teacher's own. Stores the table in the LoRA's header, dial.json and README.md beside it.")
     add_options(parser, UseConfig)
-    parser.add_argument("--prompts", default="", help="text file of captions; empty: those of the run")
+    parser.add_argument("--prompts", default="", help="captions; empty: those of the run, or of its pictures")
     parser.add_argument("--count", type=int, default=64, help="captions to look at, one noise for each")
     parser.add_argument("--steps", type=numbers(int), default=(1, 2, 3, 4, 8, 16), help="step counts of the table")
     parser.add_argument("--scales", type=numbers(float), default=tuple(i / 4 for i in range(9)), help="strengths to try")
@@ -26,7 +26,7 @@ def main(argv):
         raise ValueError("--count, --goal_steps and --steps: give 1 or more")
     config = UseConfig(**args)
     config.check()
-    captions = read_prompts(path or prompts_of_run(config.lora))
+    captions = read_prompts(path) if path else captions_of_run(config.lora)
     captions = (captions * -(-count // len(captions)))[:count]      # fewer captions than asked: more noises for each
     tuned = StepLora(config)
     scales = tuple(sorted({0., *scales}))                            # 0 is the teacher: always a choice
@@ -38,10 +38,11 @@ def main(argv):
     return 0
 
 
-def prompts_of_run(folder):
-    """The captions file that the run was made with. ValueError when the folder does not name one."""
-    told = Path(folder) / "config.json"
-    path = read_settings(told).get("prompts") if told.is_file() else ""
-    if not path:
-        raise ValueError(f"{folder} does not name its captions: say --prompts FILE")
-    return path
+def captions_of_run(folder):
+    """The captions that the run was made with: those of its prompts, or of its pictures. ValueError when it names neither."""
+    told = read_settings(Path(folder) / "config.json") if (Path(folder) / "config.json").is_file() else {}
+    if told.get("prompts"):
+        return read_prompts(told["prompts"])
+    if told.get("pictures"):
+        return [text for _, text in read_folder(told["pictures"])]
+    raise ValueError(f"{folder} does not name its captions: say --prompts FILE")
