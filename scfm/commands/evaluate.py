@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 
 from scfm.commands import add_options
-from scfm.commands.dial import prompts_of_run
+from scfm.commands.dial import captions_of_run
 from scfm.evaluate import EvaluateConfig, evaluate
 from scfm.peers import read_peer
 from scfm.report import text_table, write_report
@@ -27,7 +27,7 @@ def main(argv):
         raise ValueError(f"two peers are called {', '.join(twice)}: give each its own name")
     config = EvaluateConfig(**args)
     config.check()
-    captions = read_prompts(config.prompts or prompts_of_run(config.lora))
+    captions = read_prompts(config.prompts) if config.prompts else captions_of_run(config.lora)
     captions = (captions * -(-config.count // len(captions)))[:config.count]
     record = evaluate(config, captions, peers)
     page = write_report(record, config.out, captions)
