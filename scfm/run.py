@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .cache import rows_of_update
 from .checkpoint import find_checkpoint, latest, load_checkpoint, save_checkpoint
 from .choice import finish, preview
-from .config import DTYPES, RunConfig, begin_folder
+from .config import DTYPES, begin_folder
 from .consistency import keyed_generator, scfm_loss
 from .distill import TimeBins, apply_gradient, jumps_of, make_emas, make_optimizer
 from .families import load_pipeline, velocities

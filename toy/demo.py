@@ -28,7 +28,8 @@ def main(argv=None):
     args = parse(argv)
     start, out = time.time(), Path(args.out)
     from diffusers.utils import logging  # heavy imports wait until the flags are known to be right
-    from scfm.run import Run, finish
+    from scfm.choice import finish
+    from scfm.run import Run
     logging.set_verbosity_error()  # diffusers remarks that our LoRA has nothing for the text encoders
     live = out / "live"
     shutil.rmtree(live, ignore_errors=True)  # a demo starts from nothing
