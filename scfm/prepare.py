@@ -61,7 +61,9 @@ class DataConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: give {least} or more")
         if self.precision not in DTYPES:
             raise ValueError(f"precision is {self.precision!r}: take one of {', '.join(DTYPES)}")
-        self.families_of(without_weights(local_folder(self.pipeline)))
+        folder = local_folder(self.pipeline)
+        family_of(folder)                       # names a folder that is no pipeline
+        self.families_of(without_weights(folder))
 
     def families_of(self, pipe):
         """{(height, width): family}. ValueError for a size, or a number of tokens, that the model cannot take."""

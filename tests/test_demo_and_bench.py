@@ -77,15 +77,6 @@ def test_the_12b_bench_runs_in_small(tmp_path, monkeypatch, shape):
         assert row["memory_gib"]["adapters"] == pytest.approx(3 * row["memory_gib"]["gradients"], abs=2e-4)
 
 
-@pytest.mark.parametrize("shape, billion", [("FLUX", 11.90), ("SD35", 8.06)])
-def test_the_12b_bench_has_the_shapes_of_the_real_models(shape, billion):
-    bench = runpy.run_path("bench/gpu_flux.py")
-    kind = bench["FluxTransformer2DModel"] if shape == "FLUX" else bench["SD3Transformer2DModel"]
-    with torch.device("meta"):
-        model = kind(**bench[shape])
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billion, abs=.01)
-
-
 def test_the_readme_shows_the_committed_evaluation():
     bench = runpy.run_path("bench/tiny_flux.py")
     record = json.loads(Path("bench/results/tiny_flux.json").read_text())
