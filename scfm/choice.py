@@ -75,6 +75,7 @@ def finish(run):
     best = min(ADAPTERS, key=sums.get) if config.ship == "best" else config.ship
     for name, folder in [*((name, run.out / name) for name in ADAPTERS), (best, run.out)]:
         write_dial(save_lora(run.family.pipeline_class, run.speakers.transformer, folder, name), dials[name])
+    (run.out / "dial.json").unlink(missing_ok=True)   # what `scfm dial` found was of the file that has just been replaced
     record = {"updates": run.update, "ships": best, "captions": config.judge, "teacher_steps": config.teacher_steps,
               "shift": config.sample_shift, "guidance": config.teacher_guidance, "guidance_mode": config.guidance_mode,
               "endpoint_distance": distance,

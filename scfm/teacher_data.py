@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'BROKEN', 'read_prompts', 'lines_of', 'rows_of', 'caption_in', 'column_of', 'parse_sizes', 'drawn_size',
            'nearest_size', 'start_noise', 'teacher_endpoints', 'on_device', 'stock_shift', 'make_pictures',
-           'rows_to_paint', 'paint', 'in_chunks', 'write_whole', 'begin', 'read_folder', 'read_picture']
+           'rows_to_paint', 'paint', 'in_chunks', 'write_whole', 'difference', 'begin', 'read_folder', 'read_picture']
 
 # %% ../nbs/22_teacher_data.ipynb #c03
 import codecs
@@ -209,12 +209,20 @@ def write_whole(path, write):
         new.unlink(missing_ok=True)
 
 
+def difference(listing, rows):
+    """What a listing that is there says otherwise: its number of pictures, or the names of the columns that differ."""
+    there = [row for _, row in rows_of(listing)]
+    if len(there) != len(rows):
+        return f"{len(there)} pictures, not {len(rows)}"
+    return ", ".join(sorted({name for old, new in zip(there, rows) for name in new if old.get(name) != new[name]}))
+
+
 def begin(folder, rows, first=True):
     """The numbers of the pictures that are missing. The first process writes the list of all; it must be the one that is there."""
     listing, text = Path(folder) / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
     if listing.is_file():
         if listing.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{folder} was begun with other captions or settings: take another folder, or delete it")
+            raise ValueError(f"{folder} was begun with other captions or settings ({difference(listing, rows)}): take another folder")
     elif first:
         write_whole(listing, lambda new: new.write_text(text, encoding="utf-8"))
     return {i for i, row in enumerate(rows) if not (Path(folder) / row["file_name"]).is_file()}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A night with SD3.5-Large on one 80 GB card, guidance kept at run time.
 #   scripts/sd35_a100.sh stabilityai/stable-diffusion-3.5-large captions.txt runs/sd35 [held_out.txt [--updates 4000 ...]]
-# held_out.txt: captions for the report that the run never saw; what follows it goes to `scfm distill`.
+# held_out.txt: captions for the report that the run never saw (without it the report is on captions of the run); what follows it goes to `scfm distill`.
 # Every stage can be killed: the same call goes on where it was. NOT YET TRIED on the real weights.
 set -euo pipefail
 pipeline=${1:?say: $0 PIPELINE CAPTIONS OUT} captions=${2:?captions, one a line} out=${3:?a folder for the results} held_out=${4:-$2}

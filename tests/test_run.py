@@ -126,7 +126,7 @@ def two(told):
 
 
 def test_two_processes_resume_bit_for_bit(of_two, pictures, tmp_path):
-    shutil.copytree(of_two, tmp_path / "parts", ignore=lambda folder, names: [n for n in names if n == "000006"])
+    shutil.copytree(of_two, tmp_path / "parts", ignore=lambda folder, names: [n for n in names if n in ("000006", "choice.json")])
     two(settings(pictures, tmp_path / "parts"))                        # from update 4
     for name in ADAPTERS:
         a, b = (load_file(run / name / "pytorch_lora_weights.safetensors") for run in (of_two, tmp_path / "parts"))
@@ -220,6 +220,26 @@ def test_resume_can_be_refused_or_pointed_at_a_checkpoint(whole, pictures, tmp_p
     assert run.resume() == 4
     run.train()
     assert gap(student(whole), student(run)) == 0
+
+
+def test_a_run_that_is_through_is_left_alone(pictures, tmp_path, capsys):
+    told = settings(pictures, tmp_path / "run", updates=2)
+    assert main(["distill", *flags(told)]) == 0
+    assert main(["dial", "--lora", str(tmp_path / "run"), "--count", "2", "--steps", "2", "--scales", ".5,1", "--goal_steps", "3"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["distill", *flags(told)]) == 0
+    assert "nothing was done" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert main(["distill", *flags({**told, "updates": 3})]) == 0      # a longer run of the same kind: it goes on, and judges anew
+    assert "nothing was done" not in capsys.readouterr().out and not (tmp_path / "run/dial.json").exists()
+
+
+def test_a_schedule_that_falls_cannot_go_on(pictures, tmp_path, capsys):
+    told = settings(pictures, tmp_path / "run", updates=2, schedule="cosine")
+    assert main(["distill", *flags(told)]) == 0
+    assert main(["distill", *flags({**told, "updates": 3})]) == 2
+    assert "of a run of 2 updates, over which its learning rate falls" in capsys.readouterr().err
 
 
 def test_keep_says_how_many(pictures, tmp_path):

@@ -1,13 +1,19 @@
 """`scfm distill`: from a pipeline's folder to a LoRA."""
 import argparse
+import json
 import signal
 from contextlib import contextmanager
+from pathlib import Path
 
 from scfm.card import write_card
 from scfm.checkpoint import latest
 from scfm.commands import add_options, from_file
-from scfm.config import RunConfig
+from scfm.config import RunConfig, as_json, told_before
 from scfm.run import begin, end
+
+
+# Settings that change neither the weights nor what was compared.
+HARMLESS = ("out", "cache", "checkpoint_every", "keep", "resume", "preview_every", "micro_batch", "tracker")
 
 
 def main(argv):
@@ -23,6 +29,12 @@ def main(argv):
     add_options(parser, RunConfig)
     settings = vars(from_file(parser, argv).parse_args(argv))
     config = RunConfig(**{k: v for k, v in settings.items() if k != "config"})
+    config.check()
+    record = finished(config)
+    if record:                                                       # judging again would undo what `scfm dial` has found since
+        tell(record, config.out)
+        print("nothing was done: this run is through (delete its choice.json to have the adapters compared again)")
+        return 0
     run = begin(config)
     with signals_noted() as stopped:
         run.train(keep_going=lambda: not stopped)
@@ -37,6 +49,16 @@ def main(argv):
         write_card(config.out)
         tell(record, config.out)
     return 0
+
+
+def finished(config):
+    """The record in config.out/choice.json when a run with these settings has been through; None otherwise."""
+    old, path = told_before(config.out, RunConfig), Path(config.out) / "choice.json"
+    if not old or not path.is_file():
+        return None
+    record, told = json.loads(path.read_text(encoding="utf-8")), as_json(config)
+    same = all(told[name] == old[name] for name in told if name not in HARMLESS)
+    return record if same and record["updates"] == config.updates else None
 
 
 @contextmanager
@@ -60,4 +82,8 @@ def tell(record, out):
     for name, distance in record["endpoint_distance"].items():
         strength = lambda n: f" (strength {record['dial'][name][n]:g})" if name in record["dial"] else ""
         print(f"  {name:8}" + "".join(f"  {n} steps {d:.4f}{strength(n)}" for n, d in distance.items()))
+    own, teachers = (record["endpoint_distance"][name] for name in (record["ships"], "teacher"))
+    late = [n for n in own if own[n] >= .99 * teachers[n]]
+    if late:
+        print(f"  no nearer than the teacher itself at {', '.join(late)} steps: it has hardly learned (more updates, a higher lr)")
     print(f"the {record['ships']} adapter ships: {out}/pytorch_lora_weights.safetensors")
