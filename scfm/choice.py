@@ -31,7 +31,7 @@ def endpoints(run, name, captions, noise, steps, scale=1.):
     """
     config = run.config
     return teacher_endpoints(run.family, run.speakers.field(name, scale), captions, noise, steps, config.sample_shift,
-                             config.teacher_guidance, batch=16)
+                             config.teacher_guidance, batch=2 * config.batch)
 
 # %% ../nbs/23_choice.ipynb #c07
 @torch.no_grad()
