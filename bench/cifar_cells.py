@@ -26,7 +26,7 @@ DISTILLED = "plain, distilled"
 KEPT = .8                                                   # of the budget goes to the teacher of `DISTILLED`, the rest to distilling
 SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2.)              # of its dial
 RECIPES = {"tiny": {"batch": 8, "lr": 1e-3, "warmup": 2, "slow_decay": .9},
-           "nano": {"batch": 64, "lr": 8e-4, "warmup": 200, "slow_decay": .99, "precision": "bf16", "checkpoint_every": 100},
+           "nano": {"batch": 32, "lr": 6e-4, "warmup": 400, "slow_decay": .998, "precision": "bf16", "checkpoint_every": 250},
            "small": {"batch": 64, "lr": 6e-4, "warmup": 300, "slow_decay": .999, "precision": "bf16", "checkpoint_every": 100},
            "full": {"batch": 256, "lr": 2e-4, "warmup": 1000, "slow_decay": .999, "precision": "bf16", "checkpoint_every": 500}}
 
@@ -36,9 +36,9 @@ class Plan(NamedTuple):
     data: str
     cells: Path
     size: str = "nano"
-    budget: int = 384_000
+    budget: int = 800_000
     count: int = 2000
-    previews: int = 500
+    previews: int = 2000
     inception: str = ""
 
 
