@@ -1,11 +1,12 @@
 """CIFAR-10 from scratch and shortcut afterwards, at equal network evaluations:  python bench/cifar.py FOLDER
 
-FOLDER holds the parquet files (default: the environment variable SCFM_CIFAR10). Five ways to spend one budget:
+FOLDER holds the parquet files (default: the environment variable SCFM_CIFAR10). Six ways to spend one budget:
 
     plain            plain flow matching
     scfm 1/8 1/4 1/2 flow matching and that share of self rows (the method inside pre-training)
     shortcut         a Shortcut Model (arXiv 2410.12557): the network is told the step size, a quarter of bootstrap rows
     plain, distilled plain flow matching for four fifths of the budget, then SCFM with a teacher for the rest; raw and dialled
+    plain, LoRA      the same by `scfm distill`: a LoRA of rank 16 on the frozen flow, a thousand pictures; raw and dialled
 
 A row's forward counts 1 evaluation, its backward 2. Every sampler gets the same noises and labels. The Frechet distance is taken on the
 features of `toy/features.py` and is not FID; with --inception FILE the same rows get the true FID in a column of its own.
@@ -22,17 +23,21 @@ import os
 import sys
 from pathlib import Path
 
-from cifar_cells import (DISTILLED, METHODS, RECIPES, Judge, Painter, Plan, dialled, floor, folder_of, paint_all, sampler, score_all,
-                         train_all)
+from cifar_cells import Judge, Painter, dialled, floor, lora_painter, paint_all, sampler, score_all
 from cifar_report import report
+from cifar_training import DISTILLED, LORA, METHODS, RECIPES, Plan, folder_of, train_all
 from scfm.pictures import load_pictures
 from scfm.unet import load_flow
 
-ALL = ("plain", "scfm 1/4", "shortcut", DISTILLED, "scfm 1/8", "scfm 1/2")
+ALL = ("plain", "scfm 1/4", "shortcut", DISTILLED, LORA, "scfm 1/8", "scfm 1/2")
 
 
-def paint(plan, name, seed, painter):
+def paint(plan, name, seed, painter, names):
     """The pictures of one method and seed, by Euler; of plain flow matching and SCFM by midpoint too. [(files, notes)]."""
+    if name == LORA:
+        raw, turned, dial = lora_painter(plan, seed, names, painter.device)
+        return [(paint_all(plan, f"{LORA} {seed}", raw, painter), {}),
+                (paint_all(plan, f"{LORA}, dialled {seed}", turned, painter), {"dial": dial._asdict()})]
     solvers = ("euler", "midpoint") if name in ("plain", "scfm 1/4") else ("euler",)
     network = load_flow(folder_of(plan, name, seed) / "flow.safetensors").to(painter.device)
     sets = [(paint_all(plan, f"{name} {seed}", sampler(network), painter, solvers), {})]
@@ -42,10 +47,10 @@ def paint(plan, name, seed, painter):
     return sets
 
 
-def measure(plan, names, seeds):
-    """Paints everything, then judges everything."""
+def measure(plan, names, seeds, classes):
+    """Paints everything, then judges everything. classes: the names of the labels."""
     painter = Painter(plan)
-    sets = [told for seed in seeds for name in names for told in paint(plan, name, seed, painter)]
+    sets = [told for seed in seeds for name in names for told in paint(plan, name, seed, painter, classes)]
     judge = Judge(plan)
     floor(plan, judge)
     for files, notes in sets:
@@ -61,7 +66,7 @@ def main(argv=None, keep_going=lambda: True):
     parser.add_argument("--evaluations", type=int, default=800_000, help="network evaluations of one training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--count", type=int, default=2000, help="pictures of one measurement")
-    parser.add_argument("--only", nargs="+", default=ALL, choices=[*METHODS, DISTILLED])
+    parser.add_argument("--only", nargs="+", default=ALL, choices=[*METHODS, DISTILLED, LORA])
     parser.add_argument("--copy", default="JPEG quality 75 copy", help="what is special about this copy of CIFAR-10")
     parser.add_argument("--note", nargs="*", default=(), help="what else a reader of the record must know")
     parser.add_argument("--inception", default="", help="weights of Inception, for the true FID")
@@ -80,7 +85,7 @@ def main(argv=None, keep_going=lambda: True):
             if not args.report and train_all(plan, name, seed, pictures, keep_going) is None:
                 return 143
     if not (args.train or args.report):
-        measure(plan, args.only, args.seeds)
+        measure(plan, args.only, args.seeds, pictures.names)
     if not args.train:
         report(plan, args.seeds, args.out, args.copy, args.note)
     return 0

@@ -1,106 +1,23 @@
-"""The cells of bench/cifar.py: one training or one measurement each, kept as files, so that a killed bench goes on where it was."""
+"""The measurements of bench/cifar.py: one cell each, kept as files, so that a killed bench goes on where it was."""
 import json
-import math
-import shutil
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from cifar_training import DISTILLED, LORA, folder_of, safe
 from scfm.dial import choose, endpoint_curve
 from scfm.distill import FullSpeakers
-from scfm.ema import shorten
 from scfm.flow import EVALUATIONS, sample, time_grid
 from scfm.metrics import frechet_distance
 from scfm.pictures import load_pictures
-from scfm.pretrain import SHORTCUT, PretrainConfig, pretrain
+from scfm.step_lora import StepLora, UseConfig, find_dial
 from scfm.unet import generate, header_of, load_flow
 from toy.features import load_features, look
 
 NFE = (1, 2, 4, 8, 16, 32, 64)
-METHODS = {"plain": {"flow_share": 1.}, "scfm 1/8": {"flow_share": .875}, "scfm 1/4": {"flow_share": .75},
-           "scfm 1/2": {"flow_share": .5}, "shortcut": SHORTCUT}
-DISTILLED = "plain, distilled"
-KEPT = .8                                                   # of the budget goes to the teacher of `DISTILLED`, the rest to distilling
 SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2.)              # of its dial
-RECIPES = {"tiny": {"batch": 8, "lr": 1e-3, "warmup": 2, "slow_decay": .9},
-           "nano": {"batch": 32, "lr": 6e-4, "warmup": 400, "slow_decay": .998, "precision": "bf16", "checkpoint_every": 250},
-           "small": {"batch": 64, "lr": 6e-4, "warmup": 300, "slow_decay": .999, "precision": "bf16", "checkpoint_every": 100},
-           "full": {"batch": 256, "lr": 2e-4, "warmup": 1000, "slow_decay": .999, "precision": "bf16", "checkpoint_every": 500}}
-
-
-class Plan(NamedTuple):
-    """What the cells of one bench share. budget: network evaluations of a training; count: pictures of a measurement."""
-    data: str
-    cells: Path
-    size: str = "nano"
-    budget: int = 800_000
-    count: int = 2000
-    previews: int = 2000
-    inception: str = ""
-
-
-def safe(name):
-    """A name as part of a file's name."""
-    return name.replace(", ", "-").replace(" ", "-").replace("/", "_")
-
-
-def folder_of(plan, name, seed):
-    return plan.cells / f"{safe(name)}-{seed}"
-
-
-def updates_for(budget, recipe, told):
-    """Updates that cost `budget` network evaluations: a row costs 3, one that is asked by jumps 5. ValueError when it buys none."""
-    updates = math.floor(budget / recipe["batch"] / (3 + 2 * (1 - told["flow_share"])))
-    if updates < 1:
-        raise ValueError(f"{budget:g} network evaluations buy no update at batch {recipe['batch']}: give more")
-    return updates
-
-
-# Training
-
-
-def train(plan, name, seed, pictures, share=1., keep_going=lambda: True):
-    """Trains up to a share of the budget; returns the file of the result, or None when keep_going said no."""
-    recipe, told = RECIPES[plan.size], METHODS[name]
-    out = folder_of(plan, name, seed)
-    config = PretrainConfig(data=plan.data, out=str(out), size=plan.size, seed=seed, updates=updates_for(plan.budget * share, recipe, told),
-                            preview_every=plan.previews, **{**recipe, **told})
-    if done(out) >= config.updates:
-        return out / "flow.safetensors"
-    return pretrain(config, keep_going, pictures=pictures) and out / "flow.safetensors"
-
-
-def done(out):
-    """Updates of the result in a folder; 0 without one."""
-    path = out / "flow.safetensors"
-    return json.loads(header_of(path)["notes"])["updates"] if path.is_file() else 0
-
-
-def train_all(plan, name, seed, pictures, keep_going=lambda: True):
-    """One method to the end of its budget; plain flow matching leaves a copy at `KEPT` of it, and that is distilled."""
-    if name != DISTILLED:
-        kept = folder_of(plan, "plain", seed) / "kept.safetensors"
-        if name == "plain" and not kept.is_file():
-            flow = train(plan, name, seed, pictures, KEPT, keep_going)
-            if flow is None:
-                return None
-            shutil.copy(flow, kept)
-        return train(plan, name, seed, pictures, keep_going=keep_going)
-    kept, out = folder_of(plan, "plain", seed) / "kept.safetensors", folder_of(plan, name, seed)
-    recipe, told = RECIPES[plan.size], {"flow_share": 0., "teacher_share": .4, "algorithm": "dual"}
-    updates = updates_for(plan.budget * (1 - KEPT), recipe, told)
-    config = PretrainConfig(**{**recipe, **told, "data": plan.data, "out": str(out), "size": plan.size, "seed": seed, "updates": updates,
-                               "teacher": str(kept), "lr": recipe["lr"] / 4, "warmup": min(50, updates // 4), "preview_every": 0,
-                               "fast_decay": shorten(.99, updates), "slow_decay": shorten(.999, updates)})
-    if done(out) < updates and pretrain(config, keep_going, pictures=pictures) is None:
-        return None
-    return out / "flow.safetensors"
-
-
-# Measuring
 
 
 class Painter:
@@ -193,6 +110,22 @@ def dialled(plan, seed, device, noises=32, goal_steps=64):
         field = speakers.field("student", dial.scale(steps))
         return torch.cat([sample(field, z, time_grid(steps), y, solver) for z, y in zip(noise.split(500), labels.split(500))])
     return paint, dial
+
+
+def lora_painter(plan, seed, names, device, noises=32):
+    """(paint(...) with a strength of 1, the same on its dial, the `Dial`) of the LoRA; the dial's noises are its own."""
+    step = StepLora(UseConfig(lora=str(folder_of(plan, LORA, seed)), seed=1000 + seed), device)
+    network = step.pipe.transformer
+    network.bf16 = plan.size != "tiny"
+    captions = [f"a {names[i % len(names)]}" for i in range(noises)]
+    dial, _ = find_dial(step, captions, NFE[:-1], SCALES, seed=1000 + seed, progress=False)
+
+    def at(scale_of):
+        def paint(labels, noise, steps, solver):
+            step.set_scale(scale_of(steps))
+            return generate(network, labels, noise, steps, solver)
+        return paint
+    return at(lambda n: 1.), at(dial.scale), dial
 
 
 def paint_all(plan, name, paint, painter, solvers=("euler",), nfe=NFE):

@@ -7,14 +7,15 @@ import matplotlib
 import torch
 from safetensors.torch import load_file
 
-from cifar_cells import DISTILLED, KEPT, NFE, RECIPES, Plan, folder_of, safe
+from cifar_cells import NFE
+from cifar_training import DISTILLED, KEPT, LORA, RECIPES, Plan, folder_of, safe
 from scfm.unet import header_of
 from toy.features import recipe
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-NAMES = ("plain", "scfm 1/8", "scfm 1/4", "scfm 1/2", "shortcut", DISTILLED, f"{DISTILLED}, dialled")
+NAMES = ("plain", "scfm 1/8", "scfm 1/4", "scfm 1/2", "shortcut", DISTILLED, f"{DISTILLED}, dialled", LORA, f"{LORA}, dialled")
 
 
 

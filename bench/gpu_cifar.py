@@ -1,7 +1,7 @@
 """CIFAR-10 in full on one GPU, for the time that it is given:  python bench/gpu_cifar.py FOLDER --minutes 300
 
-The `full` network (36 M parameters) four times, at equal network evaluations: plain flow matching, SCFM in pre-training (a quarter of self
-rows), a Shortcut Model, and the plain flow at four fifths of its budget distilled by SCFM, raw and dialled. It first times a few
+The `full` network (36 M parameters) five times, at equal network evaluations: plain flow matching, SCFM in pre-training (a quarter of self
+rows), a Shortcut Model, and the plain flow at four fifths of its budget distilled by SCFM, with all weights and by a LoRA, raw and dialled. It first times a few
 updates, and so finds the budget that fills the minutes; that number is kept in OUT/plan.json, and the same command goes on after a kill
 or when the time is up. Writes OUT/cifar.json, cifar.png, cifar_pictures.png and the averages in half precision, OUT/weights/*.safetensors
 (72 MB each); what is needed to go on (checkpoints of 0.6 GB) lies in OUT/cells.
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,13 +21,14 @@ from pathlib import Path
 import torch
 
 from cifar import measure
-from cifar_cells import DISTILLED, KEPT, METHODS, RECIPES, Plan, folder_of, safe, train_all
 from cifar_report import report
+from cifar_training import DISTILLED, KEPT, LORA, METHODS, RECIPES, Plan, folder_of, safe, train_all
+from scfm.lora import WEIGHT_NAME
 from scfm.pictures import load_pictures
 from scfm.pretrain import PretrainConfig, Pretraining
 from scfm.unet import load_flow, save_flow
 
-NAMES = ("plain", "scfm 1/4", "shortcut", DISTILLED)
+NAMES = ("plain", "scfm 1/4", "shortcut", DISTILLED, LORA)
 TRAINING = .85                                              # of the time; the rest is measuring
 
 
@@ -53,7 +55,7 @@ def make_plan(plan, minutes, pictures, path):
     """The plan with the budget that fills the minutes: found once, kept in a file."""
     if not path.is_file():
         second = seconds_per_evaluation(plan, pictures)
-        budget = math.floor(60 * minutes * TRAINING / (len(NAMES) - KEPT) / second)          # the last trains for 1 - KEPT of it
+        budget = math.floor(60 * minutes * TRAINING / (len(NAMES) - 2 * KEPT) / second)      # the last two train for 1 - KEPT of it
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"budget": budget, "evaluations a second": 1 / second, "minutes": minutes, "size": plan.size}))
     told = json.loads(path.read_text())
@@ -90,8 +92,11 @@ def main(argv=None):
             return 143
         weights = args.out / "weights" / f"{safe(name)}.safetensors"
         weights.parent.mkdir(exist_ok=True)
+        if name == LORA:
+            shutil.copy(folder_of(plan, name, args.seed) / WEIGHT_NAME, weights)
+            continue
         save_flow(load_flow(folder_of(plan, name, args.seed) / "flow.safetensors"), weights, torch.float16)
-    measure(plan, NAMES, [args.seed])
+    measure(plan, NAMES, [args.seed], pictures.names)
     report(plan, [args.seed], args.out / "cifar", args.copy)
     return 0
 

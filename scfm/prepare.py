@@ -17,6 +17,7 @@ from .cache import CachePlan, in_threads, inspect_picture
 from .config import DTYPES
 from .distill import option
 from .families import can_quantize, empty_transformer, family_of, load_pipeline, local_folder, velocities, without_weights
+from .families.contract import LAYERS
 from .teacher_data import begin, make_pictures, parse_sizes, read_folder, read_prompts, rows_to_paint
 
 # %% ../nbs/23_prepare.ipynb #c07
@@ -157,7 +158,7 @@ def check_inputs(config):
         in_threads(inspect_picture, [path for path, _ in read_folder(config.pictures)])
     if config.quantize:
         can_quantize()
-    names = [n for n, m in empty_transformer(folder).named_modules() if isinstance(m, torch.nn.Linear)] if config.targets else []
+    names = [n for n, m in empty_transformer(folder).named_modules() if isinstance(m, LAYERS)] if config.targets else []
     for target in config.targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
-            raise ValueError(f"target {target} is no linear layer of {folder.name}: take endings such as {', '.join(family.lora_targets[:4])}")
+            raise ValueError(f"target {target} is no linear layer (or convolution) of {folder.name}: take endings such as {', '.join(family.lora_targets[:4])}")

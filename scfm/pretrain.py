@@ -24,6 +24,7 @@ from .consistency import keyed_generator
 from .distill import (DistillConfig, FullSpeakers, TimeBins, draw_update, follow, make_emas, make_optimizer, one_update, option,
                           whole)
 from .ema import EMA
+from .families.pixels import save_pipeline
 from .metrics import endpoint_distance
 from .pictures import load_pictures
 from .unet import SIZES, PictureFlow, drop_labels, generate, load_flow, save_flow
@@ -248,9 +249,16 @@ Pretraining.preview, Pretraining.save, Pretraining.resume = preview, save, resum
 
 # %% ../nbs/10_pretrain.ipynb #c39
 def pretrain(config, keep_going=lambda: True, progress=True, pictures=None):
-    """`scfm pretrain`: trains up to config.updates, from the newest checkpoint on, and returns the run, or None when it was stopped."""
+    """`scfm pretrain`: trains up to config.updates, from the newest checkpoint on, and returns the run, or None when it was stopped.
+
+    At the end the average lies in config.out as flow.safetensors and, unless it is told the step size, as a pipeline.
+    """
     run = Pretraining(config, progress, pictures)
     if run.resume() > config.updates:
         raise ValueError(f"updates={config.updates}: {run.out} is at {run.update} already")
     run.train(keep_going)
-    return run if run.update == config.updates else None
+    if run.update < config.updates:
+        return None
+    if run.accelerator.is_main_process and config.method == "scfm":
+        save_pipeline(raw(run, "slow"), run.pictures.names, run.out / "pipeline")
+    return run

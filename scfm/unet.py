@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -47,24 +49,27 @@ class LabelAndLevel(nn.Module):
         return self.label(words[:, 0]) + self.level(words[:, 1])
 
 
-class PictureFlow(nn.Module):
+class PictureFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A velocity field on pictures: network(x (B, 3, H, H), t (B,), cond) -> (B, 3, H, H).
 
     cond: labels (B,) int64, where `classes` means "not told"; None tells nobody. With levels > 0 the network is told a step
     size too: cond (B, 2), label and level. size: a key of `SIZES`. `bf16`: autocast. ValueError for an unknown size.
+    A model of diffusers like any other: it is part of a pipeline, and LoRA can be added to it (chapter `21_pictures`).
     """
+    _supports_gradient_checkpointing = True
 
+    @register_to_config
     def __init__(self, size="nano", classes=10, levels=0, picture=32):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size={size!r}: one of {', '.join(SIZES)}")
         patch, widths, layers, attention, dropout = SIZES[size]
         kind = ["Attn" if i in attention else "" for i in range(len(widths))]
-        self.told = {"size": size, "classes": classes, "levels": levels, "picture": picture}
         self.patch, self.classes, self.levels, self.bf16 = patch, classes, levels, False
         self.unet = UNet2DModel(picture // patch, 3 * patch ** 2, 3 * patch ** 2, block_out_channels=widths, layers_per_block=layers,
                                 down_block_types=[f"{k}DownBlock2D" for k in kind], dropout=dropout,
                                 up_block_types=[f"{k}UpBlock2D" for k in reversed(kind)], norm_num_groups=16,
+                                resnet_time_scale_shift="scale_shift",      # after the norm, which would remove a plain shift in groups of a channel
                                 attention_head_dim=min(32, widths[-1]), num_class_embeds=classes + 1)
         if levels:
             self.unet.class_embedding = LabelAndLevel(classes + 1, levels, 4 * widths[0])
@@ -73,8 +78,13 @@ class PictureFlow(nn.Module):
         if cond is None:
             cond = torch.full((len(x),), self.classes, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            said = self.unet(F.pixel_unshuffle(x, self.patch), 1000 * t, class_labels=cond).sample
+            said = self.unet(F.pixel_unshuffle(x.to(self.unet.dtype), self.patch), 1000 * t, class_labels=cond).sample
         return F.pixel_shuffle(said.to(x.dtype), self.patch)
+
+    @property
+    def told(self):
+        """What `PictureFlow` was made with: size, classes, levels, picture."""
+        return {name: self.config[name] for name in ("size", "classes", "levels", "picture")}
 
 # %% ../nbs/09_unet.ipynb #c15
 def drop_labels(labels, share, nobody, generator=None):

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import cifar_cells  # noqa: E402
-from cifar_cells import DISTILLED, METHODS, Painter, Plan, Judge, paint_all, precision_recall, sampler, score_all, train_all, updates_for  # noqa: E402
+import cifar_training  # noqa: E402
+from cifar_cells import Judge, Painter, lora_painter, paint_all, precision_recall, sampler, score_all  # noqa: E402
+from cifar_training import DISTILLED, LORA, METHODS, Plan, train_all, updates_for  # noqa: E402
 from scfm.pictures import load_pictures  # noqa: E402
 from scfm.unet import header_of, load_flow  # noqa: E402
 from toy.features import Features, look  # noqa: E402
@@ -50,8 +52,24 @@ def test_training_keeps_the_teacher_and_computes_nothing_twice(data, tmp_path, m
     assert told == [{"updates": 8, "evaluations": 192}, {"updates": 10, "evaluations": 240}]
     distilled = train_all(plan, DISTILLED, 0, pictures)
     assert json.loads(header_of(distilled)["notes"]) == {"updates": 1, "evaluations": 40}
-    monkeypatch.setattr(cifar_cells, "pretrain", None)                                 # would fail if it were called again
+    monkeypatch.setattr(cifar_training, "pretrain", None)                                 # would fail if it were called again
     assert train_all(plan, "plain", 0, pictures) == flow and train_all(plan, DISTILLED, 0, pictures) == distilled
+
+
+def test_the_lora_of_the_kept_flow_is_distilled_by_the_engine_and_painted_at_two_strengths(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar_cells, "NFE", (1, 2))
+    plan, pictures = Plan(data, tmp_path, "tiny", 320, 6, 0), load_pictures(data)
+    train_all(plan, "plain", 0, pictures)
+    assert train_all(plan, LORA, 0, pictures, lambda: False) is None                   # the time is up after an update
+    path = train_all(plan, LORA, 0, pictures)
+    assert json.loads((path.parent / "config.json").read_text())["updates"] == 2       # a fifth of 320, 8 rows of 4
+    monkeypatch.setattr(cifar_training, "begin", None)                                 # would fail if it were called again
+    assert train_all(plan, LORA, 0, pictures) == path
+    raw, turned, dial = lora_painter(plan, 0, pictures.names, "cpu", noises=2)
+    noise, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    kept = load_flow(tmp_path / "plain-0" / "kept.safetensors")
+    assert (turned(labels, noise, 2, "euler") - sampler(kept)(labels, noise, 2, "euler")).abs().max() < 1e-5 or dial.scale(2) > 0
+    assert raw(labels, noise, 2, "euler").shape == noise.shape
 
 
 def test_pictures_are_painted_and_judged_once(data, tmp_path, monkeypatch):
@@ -117,7 +135,7 @@ def test_the_budget_that_fills_the_minutes_is_found_once(data, tmp_path, monkeyp
     import gpu_cifar
     monkeypatch.setattr(gpu_cifar, "seconds_per_evaluation", lambda plan, pictures: .001)
     plan = gpu_cifar.make_plan(Plan(data, tmp_path, "tiny", 0, 6), 10, None, tmp_path / "plan.json")
-    assert plan.budget == int(10 * 60 * .85 / (4 - .8) / .001)          # three whole trainings and a fifth
+    assert plan.budget == int(10 * 60 * .85 / (5 - 2 * .8) / .001)      # three whole trainings and two fifths
     monkeypatch.setattr(gpu_cifar, "seconds_per_evaluation", None)
     assert gpu_cifar.make_plan(Plan(data, tmp_path, "tiny", 0, 6), 99, None, tmp_path / "plan.json") == plan
     with pytest.raises(ValueError, match="plan of a tiny network"):

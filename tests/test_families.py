@@ -16,7 +16,8 @@ from scfm.config import RunConfig
 from scfm.consistency import consistency_target, draw_jumps, keyed_generator
 from scfm.dial import read_dial
 from scfm.families import FAMILIES, family_of, load_pipeline, velocities
-from scfm.families.contract import check_latents, check_lora, check_pictures, check_text, check_velocity, left_out
+from scfm.families.contract import LAYERS, check_latents, check_lora, check_pictures, check_text, check_velocity, left_out
+from scfm.families.pixels import pipeline_of
 from scfm.families.sd3 import SD3
 from scfm.flow import euler_step, sample, time_grid
 from scfm.lora import ADAPTERS, LoraSpeakers, attach
@@ -24,11 +25,19 @@ from scfm.metrics import endpoint_distance
 from scfm.run import Run
 from scfm.step_lora import UseConfig
 from scfm.teacher_data import start_noise
+from scfm.unet import PictureFlow
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]
 BUILD = {"FluxPipeline": build_flux, "StableDiffusion3Pipeline": build_sd3,
-         "StableDiffusion3Pipeline without T5": lambda: build_sd3(t5=False)}
+         "StableDiffusion3Pipeline without T5": lambda: build_sd3(t5=False), "PixelPipeline": lambda: build_pixels()}
+
+
+
+def build_pixels():
+    torch.manual_seed(0)
+    return pipeline_of(PictureFlow("nano", classes=4).eval(), ("circle", "cross", "ring", "star"))
+
 
 each_family = pytest.mark.parametrize("family", BUILD, indirect=True)
 each_guidance = pytest.mark.parametrize("guidance", [1., 4.])
@@ -89,7 +98,8 @@ def test_the_schedulers_step_is_our_euler_step(family):
 @each_family
 def test_lora_sits_on_every_linear_layer_and_on_nothing_else(family):
     assert check_lora(family) and left_out(family) == []
-    linear = {n for n, m in family.pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    convolutions = type(family.pipe.transformer) is PictureFlow       # where most of its weights are; SD3's one is a linear layer of patches
+    linear = {n for n, m in family.pipe.transformer.named_modules() if isinstance(m, LAYERS if convolutions else torch.nn.Linear)}
     transformer = type(family.pipe.transformer).from_config(family.pipe.transformer.config)
     attach(transformer, family.lora_targets, 1)                 # PEFT's own idea of what the targets reach
     tuned = {n.split(".lora_A.")[0] for n, _ in transformer.named_parameters() if ".lora_A.student." in n}
@@ -107,7 +117,7 @@ def test_text_and_latents(family):
 @each_family
 @pytest.mark.parametrize("size", [(30, 32), (32, 34), (0, 32)])
 def test_sizes_that_do_not_fit_are_refused(family, size):
-    with pytest.raises(ValueError, match="take multiples of 4"):
+    with pytest.raises(ValueError, match="take multiples of [48]"):
         type(family)(family.pipe, *size, TOKENS)
 
 

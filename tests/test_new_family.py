@@ -291,7 +291,7 @@ def test_a_wrong_clock_is_named_with_the_right_one(lumina, clock):
     ({"encode_text": lambda self, right, c: {"tokens": torch.full((len(c), 2), float(len(c)))}}, "depends on the captions beside it"),
     ({"encode_text": lambda self, right, c: right(c) | {"empty_mask": right(c)["mask"]}}, "empty_mask of a caption depends"),
     ({"lora_targets": ("to_q", "to_qq")}, "lora_targets: to_qq reaches no layer"),
-    ({"lora_targets": ("to_q", "norm1")}, "norm1, which is no linear layer"),
+    ({"lora_targets": ("to_q", "norm1")}, "norm1, which is no linear layer and no convolution"),
     ({"own_shift": 2.}, r"stock_pictures walks \[1.0, 0.923, 0.75\] instead of"),
 ])
 def test_each_mistake_has_its_line(lumina, members, message):

@@ -27,4 +27,6 @@ def main(argv):
         print(f"stopped after saving {latest(config.out)}: the same command goes on from there")
         return 128 + signal.SIGTERM
     print(f"{run.update} updates, {run.evaluations} network evaluations: {config.out}/flow.safetensors")
+    if config.method == "scfm":
+        print(f"as a pipeline for scfm distill, dial, sample, evaluate: {config.out}/pipeline")
     return 0

@@ -19,9 +19,10 @@ from transformers.utils import logging as transformers_logging
 
 from scfm.families.contract import missing
 from scfm.families.flux import Flux
+from scfm.families.pixels import Pixels
 from scfm.families.sd3 import SD3
 
-FAMILIES = {"FluxPipeline": Flux, "StableDiffusion3Pipeline": SD3}
+FAMILIES = {"FluxPipeline": Flux, "StableDiffusion3Pipeline": SD3, "PixelPipeline": Pixels}
 GROUP = "scfm.families"         # entry points: name = the pipeline's class, value = module:Class
 
 

@@ -1,0 +1,183 @@
+"""The picture flow as a pipeline: captions, the folder, LoRA on convolutions, and the commands on what `scfm pretrain` leaves."""
+import io
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.transforms.functional import to_pil_image
+
+from scfm.cli import main
+from scfm.config import RunConfig
+from scfm.dial import read_dial
+from scfm.families import load_pipeline
+from scfm.families.pixels import ClassNames, NoVAE, PixelPipeline, Pixels, pipeline_of, save_pipeline
+from scfm.lora import WEIGHT_NAME, LoraSpeakers, adapter_parameters, save_lora
+from scfm.run import Run
+from scfm.unet import PictureFlow, generate, guided, load_flow
+
+NAMES = ("cat", "dog", "fire engine", "engine")
+
+
+@pytest.fixture
+def pipe():
+    torch.manual_seed(0)
+    return pipeline_of(PictureFlow("tiny", classes=4).eval(), NAMES)
+
+
+# Captions
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.permutations(["ant", "bee", "cow", "door"]), st.integers(0, 3), st.sampled_from(["{}", "a {}", "one {}, please", "the {}."]))
+def test_a_caption_is_the_class_that_it_names_wherever_it_stands(names, which, phrase):
+    assert ClassNames(tuple(names))([phrase.format(names[which]), ""]).tolist() == [which, len(names)]
+
+
+@pytest.mark.parametrize("caption, message", [("a zebra", "names no class: it has to name one of cat, dog"), ("concatenate", "names no class"),
+                                              ("a cat and a dog", "more than one class"), ("fire engine", "more than one class")])
+def test_other_captions_are_errors(caption, message):
+    with pytest.raises(ValueError, match=message):
+        ClassNames(NAMES)([caption])
+
+
+# The pipeline
+
+
+@pytest.mark.parametrize("scale", [1., 3.])
+def test_the_pipeline_paints_what_generate_paints(pipe, scale):
+    noise = torch.randn(3, 3, 32, 32)
+    theirs = pipe(["cat", "a dog", ""], num_inference_steps=5, guidance_scale=scale, latents=noise, output_type="pt").images * 2 - 1
+    ours = generate(pipe.transformer, torch.tensor([0, 1, 4]), noise, 5, guidance=scale).clamp(-1, 1)
+    assert torch.allclose(ours, theirs, atol=1e-5) and ours.std() > .05
+
+
+def test_a_negative_class_takes_the_place_of_nobody(pipe):
+    family, noise = Pixels(pipe, 32, 32, negative="a dog"), torch.randn(2, 3, 32, 32)
+    cond = {**family.encode_text(["cat", "cat"]), "guidance": torch.tensor([2., 1.])}
+    said = family.velocity(pipe.transformer, noise, torch.full((2,), .5), cond)
+    by_hand = guided(pipe.transformer, 2., nobody=1)(noise, torch.full((2,), .5), torch.tensor([0, 0]))
+    with torch.no_grad():
+        assert torch.allclose(said[0], by_hand[0], atol=1e-5) and torch.allclose(said[1], pipe.transformer(noise[1:], torch.tensor([.5]), torch.tensor([0]))[0], atol=1e-5)
+    stock = family.stock_pictures(["cat", "cat"], noise, 2, 2.)
+    assert (stock - Pixels(pipe, 32, 32).stock_pictures(["cat", "cat"], noise, 2, 2.)).abs().max() > 1e-4
+
+
+def test_a_folder_comes_back_whole_and_in_parts(pipe, tmp_path):
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "old").touch()
+    folder = save_pipeline(pipe.transformer, NAMES, tmp_path / "pipe")
+    assert not (folder / "old").exists() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
+    whole, family = load_pipeline(folder, torch.float32)
+    assert family is Pixels and whole.text_encoder(["", "dog"]).tolist() == [4, 1]
+    for a, b in zip(whole.transformer.parameters(), pipe.transformer.parameters()):
+        assert torch.equal(a, b)
+    alone, _ = load_pipeline(folder, torch.float32, parts="transformer")
+    assert alone.vae is None and alone.text_encoder is None
+    assert Pixels(load_pipeline(folder, torch.float32, parts="encoders")[0], 32, 32).tokens == 256
+    half, _ = load_pipeline(folder, torch.bfloat16)
+    assert half.transformer.dtype == torch.bfloat16 and half.text_encoder.labels.dtype == torch.int64
+    assert half(["cat"], num_inference_steps=2, output_type="pt").images.dtype == torch.bfloat16
+
+
+def test_a_network_that_is_told_the_step_size_has_no_pipeline():
+    with pytest.raises(ValueError, match="told the step size"):
+        pipeline_of(PictureFlow("tiny", levels=8), NAMES)
+
+
+def test_pixels_are_their_own_latents():
+    pictures = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert torch.equal(NoVAE().encode(pictures).latent, pictures) and torch.equal(NoVAE().decode(pictures).sample, pictures)
+
+
+# LoRA
+
+
+def test_a_lora_on_convolutions_is_the_weights_it_stands_for(pipe, tmp_path):
+    """File, stock loader and strength against the base with the product of the two factors added by hand."""
+    save_pipeline(pipe.transformer, NAMES, tmp_path / "pipe")
+    family, targets = Pixels(pipe, 32, 32), ("conv1", "conv2", "linear_1")
+    speakers = LoraSpeakers(pipe.transformer, family.velocity, targets, rank=2)
+    for weight in adapter_parameters(pipe.transformer, "student"):
+        torch.nn.init.normal_(weight, std=.1)
+    save_lora(PixelPipeline, pipe.transformer, tmp_path)
+    by_hand = PixelPipeline.from_pretrained(tmp_path / "pipe").transformer.eval()
+    added = 0
+    for name, module in pipe.transformer.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = (getattr(module, part)["student"].weight for part in ("lora_A", "lora_B"))
+            product = (b.flatten(1) @ a.flatten(1)).view(module.weight.shape)
+            by_hand.get_submodule(name).weight.data += .5 * product
+            added += product.ndim == 4
+    assert added >= 4
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([.3, .9])
+    cond = {**family.encode_text(["cat", "dog"]), "guidance": torch.ones(2)}
+    stock = PixelPipeline.from_pretrained(tmp_path / "pipe")
+    stock.load_lora_weights(str(tmp_path), weight_name=WEIGHT_NAME, adapter_name="step")
+    stock.set_adapters(["step"], [.5])
+    with torch.no_grad():
+        want = by_hand(x, t, cond["label"])
+        assert torch.allclose(speakers.field("student", .5)(x, t, cond), want, atol=1e-5)
+        assert torch.allclose(stock.transformer.eval()(x, t, cond["label"]), want, atol=1e-5)
+        assert not torch.allclose(want, speakers.teacher(x, t, cond), atol=1e-2)
+
+
+# The commands
+
+
+@pytest.fixture
+def data(tmp_path):
+    """CIFAR's layout with noise in it, and the same pictures as a picture folder."""
+    folder, mine, cells, rows = tmp_path / "data", tmp_path / "mine", [], []
+    folder.mkdir(), mine.mkdir()
+    for i in range(12):
+        picture = to_pil_image(torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)))
+        picture.save(mine / f"{i}.png")
+        picture.save(file := io.BytesIO(), "png")
+        cells.append({"bytes": file.getvalue(), "path": None})
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"a {'cat' if i % 2 else 'dog'}"}))
+    (mine / "metadata.jsonl").write_text("\n".join(rows))
+    features = {"info": {"features": {"label": {"names": ["dog", "cat"]}}}}
+    table = pyarrow.table({"img": cells, "label": [i % 2 for i in range(12)]})
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), folder / "train-0.parquet")
+    return tmp_path
+
+
+def run(*words):
+    assert main([str(word) for word in words]) == 0
+
+
+def test_pretrain_distill_kill_resume_dial_sample(data):
+    """What a person does on one small data set, by the commands; a run that was cut in two equals an unbroken one bit by bit."""
+    run("pretrain", "--data", data / "data", "--out", data / "flow", "--size", "tiny", "--updates", 2, "--batch", 4, "--warmup", 1, "--preview_every", 0)
+    pipe = PixelPipeline.from_pretrained(data / "flow" / "pipeline")
+    shipped = load_flow(data / "flow" / "flow.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(pipe.transformer.parameters(), shipped.parameters()))
+    told = ("--pipeline", data / "flow" / "pipeline", "--pictures", data / "mine", "--height", 32, "--width", 32, "--max_tokens", 1, "--rank", 2, "--batch", 4,
+            "--guidance", "1,3", "--teacher_guidance", 1, "--sample_shift", 1, "--checkpoint_every", 2, "--preview_every", 0, "--judge", 2, "--tracker", "none",
+            "--targets", "conv1,conv2,linear_1", "--lr", "1e-3")
+    run("distill", *told, "--updates", 4, "--out", data / "whole")
+    settings = json.loads((data / "whole" / "config.json").read_text())
+    Run(RunConfig(**{**settings, "out": str(data / "cut")}), progress=False).train(until=2)       # and no end: as if it had been killed
+    run("distill", *told, "--updates", 4, "--out", data / "cut")
+    ours, theirs = (load(data / name) for name in ("whole", "cut"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    run("dial", "--lora", data / "whole", "--prompts", captions(data), "--steps", "1,2")
+    assert read_dial(data / "whole" / WEIGHT_NAME) is not None
+    run("sample", "--lora", data / "whole", "--prompt", "a cat", "--prompt", "a dog", "--steps", 2, "--out", data / "two.png")
+    assert Image.open(data / "two.png").size == (64, 32)
+
+
+def captions(data):
+    (data / "captions.txt").write_text("a cat\na dog\n")
+    return data / "captions.txt"
+
+
+def load(folder):
+    return load_file(folder / WEIGHT_NAME)
+
