@@ -63,7 +63,7 @@ def main(argv=None, keep_going=lambda: True):
     parser.add_argument("--cells", type=Path, default=Path("runs/cifar/cells"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cifar", help="path without suffix")
     parser.add_argument("--size", default="nano", choices=list(RECIPES))
-    parser.add_argument("--evaluations", type=int, default=800_000, help="network evaluations of one training")
+    parser.add_argument("--evaluations", type=int, default=600_000, help="network evaluations of one training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--count", type=int, default=2000, help="pictures of one measurement")
     parser.add_argument("--only", nargs="+", default=ALL, choices=[*METHODS, DISTILLED, LORA])

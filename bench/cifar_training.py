@@ -21,8 +21,8 @@ DISTILLED, LORA = "plain, distilled", "plain, LoRA"
 KEPT = .8                                                   # of the budget goes to the teacher of these two, the rest to distilling
 SHOWN = 1000                                                # real pictures that the LoRA's updates see
 RECIPES = {"tiny": {"batch": 8, "lr": 1e-3, "warmup": 2, "slow_decay": .9},
-           "nano": {"batch": 32, "lr": 6e-4, "warmup": 400, "slow_decay": .998, "precision": "bf16", "checkpoint_every": 250},
-           "small": {"batch": 64, "lr": 6e-4, "warmup": 300, "slow_decay": .999, "precision": "bf16", "checkpoint_every": 100},
+           "nano": {"batch": 32, "lr": 2e-3, "warmup": 400, "slow_decay": .998, "precision": "bf16", "checkpoint_every": 250},
+           "small": {"batch": 32, "lr": 1e-3, "warmup": 400, "slow_decay": .998, "precision": "bf16", "checkpoint_every": 100},
            "full": {"batch": 256, "lr": 2e-4, "warmup": 1000, "slow_decay": .999, "precision": "bf16", "checkpoint_every": 500}}
 
 
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     data: str
     cells: Path
     size: str = "nano"
-    budget: int = 800_000
+    budget: int = 600_000
     count: int = 2000
     previews: int = 2000
     inception: str = ""
@@ -107,7 +107,7 @@ def train_lora(plan, seed, pictures, keep_going=lambda: True):
     if not folder.is_dir():
         save_pipeline(load_flow(folder_of(plan, "plain", seed) / "kept.safetensors"), pictures.names, folder)
     config = RunConfig(pipeline=str(folder), pictures=str(picture_folder(plan, pictures)), out=str(out), cache=str(plan.cells / "cache"), height=32, width=32,
-                       max_tokens=1, rank=16, lr=recipe["lr"], schedule="cosine", batch=recipe["batch"], updates=updates, seed=seed, guidance=(1., 1.),
+                       max_tokens=1, rank=16, lr=1e-3, schedule="cosine", batch=recipe["batch"], updates=updates, seed=seed, guidance=(1., 1.),
                        teacher_guidance=1., shift=(1., 2.), sample_shift=1., fast_decay=shorten(.99, updates), slow_decay=shorten(.999, updates),
                        checkpoint_every=recipe.get("checkpoint_every", 100), preview_every=0, judge=min(32, plan.count), ship="slow", tracker="none")
     run = begin(config)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .config import DTYPES, RunConfig
 from .dial import choose, endpoint_curve, read_dial
 from .distill import option
-from .families import load_pipeline
+from .families import can_quantize, load_pipeline
 from .lora import WEIGHT_NAME
 from .teacher_data import start_noise, teacher_endpoints, write_whole
 
@@ -38,6 +38,7 @@ class UseConfig:
     shift: float = option(0.0, "time shift of the sampling grid; 0: the one that the run was judged at")
     negative: str = option("", "negative prompt, for families with true guidance; empty: that of the run")
     precision: str = option("", "fp32 or bf16; empty: that of the run")
+    quantize: str = option("", "nf4: the base in 4 bits, for 24 GB cards; none: as it is; empty: as in the run")
     seed: int = option(0, "of the noise")
 
     def check(self):
@@ -60,12 +61,17 @@ class UseConfig:
             raise ValueError(f"{self.lora} does not say which pipeline it is for: say --pipeline FOLDER")
         if self.precision not in DTYPES:
             raise ValueError(f"precision is {self.precision!r}: take one of {', '.join(DTYPES)}")
+        if self.quantize not in ("", "none", "nf4"):
+            raise ValueError(f"quantize is {self.quantize!r}: take nf4 or none")
+        self.quantize = self.quantize.replace("none", "")
+        if self.quantize:
+            can_quantize("--quantize none")
         if not self.shift > 0:
             raise ValueError(f"shift is {self.shift}: give a number above 0")
 
 FROM_RUN = {"pipeline": "pipeline", "height": "height", "width": "width", "max_tokens": "max_tokens",
             "guidance_scale": "teacher_guidance", "shift": "sample_shift", "negative": "negative",
-            "precision": "precision"}
+            "precision": "precision", "quantize": "quantize"}
 
 # %% ../nbs/25_step_lora.ipynb #c09
 class StepLora:
@@ -78,7 +84,7 @@ class StepLora:
         config.check()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.config, self.path = config, Path(config.lora) / WEIGHT_NAME
-        self.pipe, family_class = load_pipeline(config.pipeline, DTYPES[config.precision], device)
+        self.pipe, family_class = load_pipeline(config.pipeline, DTYPES[config.precision], device, quantize=config.quantize)
         self.family = family_class(self.pipe, config.height, config.width, config.max_tokens)
         if config.negative and not hasattr(self.family, "negative"):
             raise ValueError(f"a negative prompt means nothing to {family_class.__name__}: its guidance "

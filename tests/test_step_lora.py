@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
+from scfm import families, prepare, step_lora
 from scfm.card import write_card
 from scfm.cli import main
 from scfm.dial import Dial, read_dial, write_dial
@@ -154,3 +155,32 @@ def test_bad_input_is_one_line_and_code_2(lora, capsys, command, change, message
     assert main([command, *[w for pair in words.items() for w in pair]]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"scfm {command}: ") and message in said
+
+
+def test_a_lora_of_a_4_bit_run_is_used_on_a_4_bit_base_unless_one_says_otherwise(lora, monkeypatch):
+    settings = json.loads((lora / "config.json").read_text())
+    (lora / "config.json").write_text(json.dumps({**settings, "quantize": "nf4"}))
+    with pytest.raises(ValueError, match="nf4 needs .*"):
+        UseConfig(lora=str(lora)).check()                   # neither bitsandbytes nor a GPU here
+    with pytest.raises(ValueError, match="quantize is 'int3'"):
+        UseConfig(lora=str(lora), quantize="int3").check()
+    asked = []
+    monkeypatch.setattr(step_lora, "can_quantize", lambda mend: None)
+    monkeypatch.setattr(families, "in_four_bits", lambda folder, dtype: asked.append(dtype) or load_flux().transformer)
+    tuned = StepLora(UseConfig(lora=str(lora)), "cpu")
+    assert asked == [torch.float32] and paint(tuned, PROMPTS[:1], 1)[0].shape == (1, 3, 32, 32)
+    StepLora(UseConfig(lora=str(lora), quantize="none"), "cpu")
+    assert len(asked) == 1
+
+
+def test_the_painter_is_quantized_and_the_encoder_alone_is_not(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(prepare, "can_quantize", lambda: None)
+    monkeypatch.setattr(families, "in_four_bits", lambda folder, dtype: asked.append(dtype) or load_flux().transformer)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = ["data", "--pipeline", FLUX, "--out", tmp_path / "made", "--sizes", "32x32", "--max_tokens", TOKENS, "--steps", 1, "--quantize", "nf4"]
+    assert main([str(w) for w in (*words, "--prompts", tmp_path / "prompts.txt")]) == 0
+    assert len(asked) == 1
+    shutil.rmtree(tmp_path / "made" / "cache")
+    assert main([str(w) for w in (*words, "--prompts", tmp_path / "prompts.txt")]) == 0       # the pictures are there: only encoders are loaded
+    assert len(asked) == 1

@@ -127,8 +127,9 @@ def load_pipeline(folder, dtype, device="cpu", parts="all", quantize=""):
     pipe.vae_scale_factor = known.vae_scale_factor
     if parts == "encoders":                    # a family asks for the transformer's configuration
         pipe.transformer = known.transformer
-    if not quantize:                           # a quantized model is where it was loaded
-        pipe.to(device)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and not (quantize and name == "transformer"):      # that one is where it was loaded
+            part.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, family
 
@@ -167,12 +168,12 @@ def in_four_bits(folder, dtype):
     return kind.from_pretrained(str(folder), subfolder="transformer", quantization_config=four, dtype=dtype)
 
 
-def can_quantize():
+def can_quantize(mend="leave --quantize out"):
     """ValueError with the mend when 4-bit weights cannot be had here."""
     if find_spec("bitsandbytes") is None:
         raise ValueError("quantize nf4 needs bitsandbytes: pip install 'scfm[nf4]'")
     if not torch.cuda.is_available():
-        raise ValueError("quantize nf4 needs a CUDA GPU, and there is none here: leave --quantize out")
+        raise ValueError(f"quantize nf4 needs a CUDA GPU, and there is none here: {mend}")
 
 
 @contextmanager
