@@ -172,14 +172,19 @@ def measure_student(cache, protocol, job):
     field, shift = partial(speakers.field, reading["read_out"]), reading["sampling_shift"]
 
     def make():
-        measure, (noise, goal) = ruler(protocol, job), dialling(protocol, job, speakers)
-        dial = choose(endpoint_curve(lambda n, s: ends(field(s), noise, n, shift), goal, steps, protocol.scales), shift)
-        raw = {n: measure(field(), n, shift) for n in steps}
-        dialled = {n: measure(field(s), n, shift)[0] for n, s in zip(dial.steps, dial.scales)}
-        return {"raw": {n: sw2 for n, (sw2, _) in raw.items()}, "deviation": {n: wide for n, (_, wide) in raw.items()},
-                "dialled": dialled, "scales": dict(zip(dial.steps, dial.scales))}
+        return judged(ruler(protocol, job), dialling(protocol, job, speakers), field, steps, protocol.scales, shift)
     more = {"noises": protocol.dial_noises, "goal": protocol.goal_steps, "scales": protocol.scales, "steps": steps}
     return cache("student_sw2", {"of": spec, **reading, **measured(protocol, **more)}, make)
+
+
+def judged(measure, dialling, field, steps, scales, shift=1.):
+    """What `measure_student` gives, of a student whose field at a scale is field(scale). dialling: (noise, goal)."""
+    noise, goal = dialling
+    dial = choose(endpoint_curve(lambda n, s: ends(field(s), noise, n, shift), goal, steps, scales), shift)
+    raw = {n: measure(field(1.), n, shift) for n in steps}
+    dialled = {n: measure(field(s), n, shift)[0] for n, s in zip(dial.steps, dial.scales)}
+    return {"raw": {n: sw2 for n, (sw2, _) in raw.items()}, "deviation": {n: wide for n, (_, wide) in raw.items()},
+            "dialled": dialled, "scales": dict(zip(dial.steps, dial.scales))}
 
 
 CRITERIA = {                                                 # data-free: ends of the student and of the teacher, (n, 2)
