@@ -82,10 +82,10 @@ def student(cache, protocol, job):
     """`FullSpeakers` after distillation, and the spec of their cell."""
     network, spec = teacher(cache, protocol, job)
     fields, training, _ = settings(protocol, job.change)
-    config = DistillConfig(seed=job.seed, **fields)
+    config = DistillConfig(**{"seed": job.seed, **fields})
     spec = {"teacher": spec, "config": asdict(config), **training}
     speakers, draw = FullSpeakers(network), DATA[job.data]
-    points = draw(training["few"], keyed_generator(job.seed, 0, FEW))
+    points = draw(training["few"], keyed_generator(config.seed, 0, FEW))
 
     def batch_of(generator, rows):
         if len(points) == 0:
@@ -120,12 +120,17 @@ def ends(field, noise, steps, shift=1., solver="euler"):
     return torch.cat([sample(field, part, time_grid(steps, shift), solver=solver) for part in noise.split(1000)])
 
 
+def references(protocol, job):
+    """Fresh data and the noises that samples start from, both (samples, 2): the same for all curves of one set and seed."""
+    return (DATA[job.data](protocol.samples, keyed_generator(job.seed, 0, REFERENCE)),
+            torch.randn(protocol.samples, 2, generator=keyed_generator(job.seed, 0, NOISE)))
+
+
 def ruler(protocol, job):
     """A function (field, steps, ...) -> (SW2 against fresh data, deviation over the data's), from noises of its own.
 
     walk: what takes the noises to samples, called as `ends` is."""
-    data = DATA[job.data](protocol.samples, keyed_generator(job.seed, 0, REFERENCE))
-    noise = torch.randn(protocol.samples, 2, generator=keyed_generator(job.seed, 0, NOISE))
+    data, noise = references(protocol, job)
 
     def measure(field, steps, shift=1., solver="euler", walk=ends):
         points = walk(field, noise, steps, shift, solver)

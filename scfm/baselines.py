@@ -117,9 +117,9 @@ def progressive_target(x1, jumps, teacher):
     return consistency_target(x1, jumps, Speakers(None, teacher, None, None), algorithm="dual_pure")
 
 
-def progressive_loss(speakers, data, noise, generator, steps):
+def progressive_loss(speakers, data, noise, generator, steps, shift=1.):
     """One stage: the student learns `steps` steps from a teacher of 2 `steps`, on that grid and nowhere else. (B,)."""
-    jumps = draw_jumps(len(data), 1., 2 * steps, shift=(1., 1.), generator=generator)
+    jumps = draw_jumps(len(data), 1., 2 * steps, shift=(shift, shift), generator=generator)
     x1 = interpolate(data, noise, jumps.t1)
     return regress(speakers, x1, jumps.t1, progressive_target(x1, jumps, speakers.teacher))
 

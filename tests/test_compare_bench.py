@@ -36,6 +36,11 @@ def bench(folder, monkeypatch):
 def test_a_small_run_writes_every_method_at_every_budget(bench, folder, capsys):
     record = bench()
     assert list(record["budgets"]) == ["small", "medium", "large"] and not record["missing"]
+    tuned = record["budgets"]["small"]["main"]["tiny Flux"]
+    for name in ("Reflow raw", "progressive own stage", "consistency re-noised", "SCFM, Algorithm 2 raw", "SCFM, damped dialled"):
+        assert [int(n) for n in tuned[name]] == [int(n) for n in tuned[f"{name} accuracy"]] == list(STEPS), name
+    assert tuned["SCFM, damped dialled"]["32"] == record["free"]["tiny Flux"]["teacher euler"]["32"]      # beyond the dial: the teacher
+    assert all(0 < cost["evaluations"] <= 200 for cost in record["budgets"]["small"]["flux_methods"].values())
     for budget in record["budgets"].values():
         curves = budget["main"]["moons"]
         for name in CURVES:
@@ -44,7 +49,8 @@ def test_a_small_run_writes_every_method_at_every_budget(bench, folder, capsys):
         assert set(budget["methods"]) == set(METHODS)
     assert [int(n) for n in record["free"]["moons"]["teacher multistep"]] == list(STEPS)
     assert {"teacher euler", "teacher midpoint", "teacher heun"} <= record["free"]["moons"].keys()
-    assert "large: 700 evaluations" in capsys.readouterr().out and Image.open(folder / "compare.png").height > 500
+    assert Image.open(folder / "compare_summary.png").width > 400
+    assert "large: 700 evaluations on the plane" in capsys.readouterr().out and Image.open(folder / "compare.png").height > 500
 
 
 def test_a_lost_cell_alone_is_made_again(bench, folder):

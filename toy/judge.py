@@ -2,7 +2,7 @@
 
 Per step count: prompt accuracy (read by `toy.reader`), Frechet distance on the reader's features (not FID) to drawings
 of the same captions, distance to the teacher's own 32-step endpoints from the same noise, and seconds.
-The captions name only colour-shape pairs of which the teacher never saw a picture.
+The captions name only colour-shape pairs of which the teacher never saw a picture, unless a judge is asked for the others.
 """
 import time
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from scfm.metrics import endpoint_distance, frechet_distance
 from scfm.teacher_data import start_noise, teacher_endpoints
 from toy.pipelines import GUIDANCE
 from toy.reader import load_reader, prompt_accuracy, read
-from toy.shapes import COLOURS, PLACES, SHAPES, SIZES, draw_captions, draw_pictures, name_attributes
+from toy.shapes import COLOURS, PLACES, SHAPES, SIZES, Captions, draw_captions, draw_pictures, name_attributes
 
 STEPS = (1, 2, 3, 4, 8, 32)
 SHIFTS = (1.0, 1.5, 2.0, 3.0, 4.5)  # 3 is the scheduler's own ("stock")
@@ -30,15 +30,19 @@ class Entry(NamedTuple):
 
 
 class Judge:
-    """Holds what all entries share. `count` captions; `seed` fixes captions, noises and reference drawings."""
+    """Holds what all entries share. `count` captions, each with `noises` noises; `seed` fixes captions, noises and reference drawings.
 
-    def __init__(self, family, count, seed=1, guidance=GUIDANCE, progress=True):
+    held_out: captions of pairs that the teacher never saw; else of pairs that it was trained on.
+    """
+
+    def __init__(self, family, count, seed=1, guidance=GUIDANCE, progress=True, held_out=True, noises=1):
         generator = torch.Generator().manual_seed(seed)
         self.family, self.guidance, self.reader, self.progress = family, guidance, load_reader(), progress
-        self.captions = draw_captions(count, generator, held_out=True)
-        drawings, _ = draw_pictures(draw_captions(REFERENCE, generator, held_out=True), generator)
+        captions = draw_captions(count, generator, held_out)
+        self.captions = Captions([text for text in captions.text for _ in range(noises)], captions.named.repeat_interleave(noises, 0))
+        drawings, _ = draw_pictures(draw_captions(REFERENCE, generator, held_out), generator)
         self.reference, _ = read(self.reader, drawings)
-        self.noise = start_noise(family, range(count), seed)
+        self.noise = start_noise(family, range(count * noises), seed)
         self.goal = None
 
     def endpoints(self, field, steps, shift, rows=None):
@@ -52,14 +56,17 @@ class Judge:
         ends = self.endpoints(field, steps, shift)
         pictures = torch.cat([self.family.decode(chunk) for chunk in ends.split(256)])
         seconds = time.time() - start
+        return {"steps": steps, "shift": shift, **self.score(ends, pictures), "seconds": round(seconds, 2)}
+
+    def score(self, ends, pictures):
+        """Latents that were reached for all captions, and their pictures: a dict of plain numbers."""
         if self.goal is None:
             raise ValueError("no goal yet: call judge.set_goal(teacher) first")
         features, seen = read(self.reader, pictures)
         accuracy = prompt_accuracy(seen, self.captions.named)
-        return {"steps": steps, "shift": shift, "prompt_accuracy": round(accuracy["named"], 4),
-                "per_attribute": {k: round(v, 4) for k, v in accuracy.items()},
+        return {"prompt_accuracy": round(accuracy["named"], 4), "per_attribute": {k: round(v, 4) for k, v in accuracy.items()},
                 "frechet": round(frechet_distance(features, self.reference), 4),
-                "endpoint": round(endpoint_distance(ends, self.goal), 4), "seconds": round(seconds, 2)}
+                "endpoint": round(endpoint_distance(ends, self.goal), 4)}
 
     def set_goal(self, teacher, steps=32):
         """The teacher's own endpoints at its full number of steps and the stock shift."""

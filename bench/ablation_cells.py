@@ -1,0 +1,190 @@
+"""The cells of bench/ablations.py: one run each, looked at several times on its way, on the plane and on the tiny Flux.
+
+A measurement takes (cache, protocol, job), see `PlaneProtocol`, `FluxProtocol` and `Job` in bench/ablations.py.
+"""
+from dataclasses import asdict, fields
+from functools import lru_cache, partial
+
+import torch
+
+from plane_cells import dialling, judged, load, measured, ruler, settings, teacher
+from scfm.dial import choose, endpoint_curve
+from scfm.distill import DistillConfig, FullSpeakers, distill
+from scfm.metrics import endpoint_distance
+from toy.plane import DATA, MLP
+
+DEFAULT = {"schedule": "constant", "fast_decay": .99, "slow_decay": .999, "read_out": "student"}   # of the plane
+OURS = {"rank": 0, "restart_when_stalled": False}            # what is no field of `DistillConfig`
+LAYERS = ("layers.0", "layers.1", "layers.2", "layers.3", "out")
+READ = ("student", "slow")                                   # who is measured on the tiny Flux
+
+
+class RestartWhenStalled:
+    """Sets both EMAs to the student when the student has stopped moving away from the slow one.
+
+    Every `every` updates it looks at the distance |student - slow| of all weights together. A student that has done what its
+    speakers ask for stays where it is, the slow EMA catches up, and the distance no longer grows: after `patience` looks
+    without a new largest one nothing is to be learned from these speakers, and a restart makes new ones. restarts: when.
+    """
+
+    def __init__(self, speakers, every=20, patience=3):
+        self.student, self.fast, self.slow = (speakers.parameters(name) for name in ("student", "fast", "slow"))
+        self.every, self.patience, self.restarts = every, patience, []
+        self.largest, self.idle = 0., 0
+
+    @torch.no_grad()
+    def __call__(self, updates):
+        """To be called after each update with the number of updates done."""
+        if updates % self.every:
+            return
+        distance = torch.stack([(a - b).square().sum() for a, b in zip(self.student, self.slow)]).sum().sqrt().item()
+        self.idle = 0 if distance > self.largest else self.idle + 1
+        self.largest = max(self.largest, distance)
+        if self.idle >= self.patience:
+            torch._foreach_copy_(self.fast, self.student)
+            torch._foreach_copy_(self.slow, self.student)
+            self.restarts.append(updates)
+            self.largest, self.idle = 0., 0
+
+
+def run(speakers, batch_of, config, ours, looks, look):
+    """{"looks": {updates: look(updates)}, "restarts": when the rule restarted, "numbers": trained}: `distill`, watched."""
+    stalled, found = RestartWhenStalled(speakers), {}
+
+    def on_update(update, _):
+        if ours["restart_when_stalled"]:
+            stalled(update + 1)
+        if update + 1 in looks:
+            found[update + 1] = look(update + 1)
+    distill(speakers, batch_of, config, on_update, progress=False)
+    numbers = sum(weight.numel() for weight in speakers.parameters("student"))
+    return {"looks": found, "restarts": stalled.restarts, "numbers": numbers}
+
+
+def split(change):
+    """A change as (what `DistillConfig` or the measurement takes, ours)."""
+    return {k: v for k, v in change.items() if k not in OURS}, {k: change.get(k, v) for k, v in OURS.items()}
+
+
+# The plane
+
+
+def lora_speakers(network, rank, seed):
+    """`LoraSpeakers` on a copy of an `MLP`: an adapter on each of its linear layers."""
+    from diffusers.loaders import PeftAdapterMixin           # heavy, and most cells need none of it
+
+    from scfm.lora import LoraSpeakers
+
+    class Adaptable(MLP, PeftAdapterMixin):
+        """What diffusers' transformers have, for a small network."""
+    torch.manual_seed(seed)                                  # PEFT draws A from the global state
+    return LoraSpeakers(load(Adaptable(), network.state_dict()), lambda network, x, t, cond: network(x, t), LAYERS, rank)
+
+
+def measure_run(cache, protocol, job):
+    """What `run` gives; at each look what `judged` of plane_cells does."""
+    network, of = teacher(cache, protocol, job)
+    change, ours = split(DEFAULT | job.change)
+    told, _, reading = settings(protocol, change)
+    config = DistillConfig(**{"seed": job.seed, **told})
+
+    def make():
+        speakers = lora_speakers(network, ours["rank"], config.seed) if ours["rank"] else FullSpeakers(network)
+        measure, ways = ruler(protocol, job), dialling(protocol, job, speakers)
+        field = partial(speakers.field, reading["read_out"])
+
+        def look(_):
+            return judged(measure, ways, field, protocol.steps, protocol.scales, reading["sampling_shift"])
+        return run(speakers, lambda generator, rows: DATA[job.data](rows, generator), config, ours, protocol.looks, look)
+    more = {"looks": protocol.looks, "noises": protocol.dial_noises, "goal": protocol.goal_steps, "scales": protocol.scales,
+            "steps": protocol.steps}
+    return cache("ablation", {"teacher": of, "config": asdict(config), **ours, **reading, **measured(protocol, **more)}, make)
+
+
+# The tiny Flux
+
+
+@lru_cache(1)
+def held_out(captions):
+    """The judge of captions whose pairs no training picture shows."""
+    from few_shot_flux import family
+
+    from toy.judge import Judge
+    return Judge(family(), captions, progress=False)
+
+
+def goals(cache, protocol):
+    """Where the teacher's many steps take the judge's noises, and those on which the dial is found: two of (n, N, C)."""
+    from few_shot_flux import teacher_field, weights
+    spec = {"pipeline": weights(), "captions": protocol.captions, "dial": protocol.dial_captions, "steps": protocol.goal_steps}
+    return cache("ablation_goals", spec, lambda: tuple(
+        walk(teacher_field(), protocol.goal_steps) for walk in walks(protocol)))
+
+
+def walks(protocol):
+    """(for the judge, for the dial), each walk(field, steps) -> endpoints (n, N, C), at the stock shift and guidance scale."""
+    from few_shot_flux import PROMPTS, family
+
+    from scfm.teacher_data import read_prompts, start_noise, teacher_endpoints
+    from toy.judge import STOCK
+    from toy.pipelines import GUIDANCE
+    captions = read_prompts(PROMPTS)[:protocol.dial_captions]
+    noise = start_noise(family(), range(len(captions)), 1000)
+    return (lambda field, steps: held_out(protocol.captions).endpoints(field, steps, STOCK),
+            lambda field, steps: teacher_endpoints(family(), field, captions, noise, steps, STOCK, GUIDANCE))
+
+
+def flux_config(protocol, change):
+    """(`DistillConfig`, rank, range of the guidance scale): the carried LoRA's recipe, short and at a constant learning rate."""
+    from toy.demo import live_config
+    recipe = live_config("", protocol.updates)
+    told = {f.name: getattr(recipe, f.name) for f in fields(DistillConfig)}
+    return DistillConfig(**told | {"batch": protocol.batch, "schedule": "constant", **change}), recipe.rank, recipe.guidance
+
+
+def measure_flux(cache, protocol, job):
+    """What `run` gives; at each look who -> {"raw": {steps: endpoint distance}}, at the last also "dialled" and "scales"."""
+    from few_shot_flux import family, painted, speakers_of
+    change, ours = split(job.change)
+    config, rank, guidance = flux_config(protocol, change)
+    ours["rank"] = ours["rank"] or rank
+    (latents, captions, pictures), (goal, near) = painted(cache, protocol), goals(cache, protocol)
+
+    def make():
+        text, speakers = family().encode_text(captions), speakers_of(config.seed, ours["rank"])
+        judge, dial = walks(protocol)
+
+        def batch_of(generator, rows):
+            drawn = torch.randint(len(captions), (rows,), generator=generator)
+            scale = guidance[0] + (guidance[1] - guidance[0]) * torch.rand(rows, generator=generator)
+            return latents[drawn], {name: part[drawn] for name, part in text.items()} | {"guidance": scale}
+
+        def look(updates):
+            return {who: look_at(partial(speakers.field, who), updates == max(protocol.looks)) for who in READ}
+
+        def look_at(field, last):
+            found = {"raw": {n: endpoint_distance(judge(field(1.), n), goal) for n in protocol.steps}}
+            if last:
+                chosen = choose(endpoint_curve(lambda n, s: dial(field(s), n), near, protocol.steps, protocol.scales))
+                found["scales"] = dict(zip(*chosen[:2]))
+                found["dialled"] = {n: found["raw"][n] if s == 1 else endpoint_distance(judge(field(s), n), goal)
+                                    for n, s in found["scales"].items()}
+            return found
+        return run(speakers, batch_of, config, ours, protocol.looks, look)
+    spec = {"pictures": pictures, "guidance": guidance, "config": asdict(config), **ours, "protocol": protocol._asdict()}
+    return cache("ablation_flux", spec, make)
+
+
+def measure_flux_teacher(cache, protocol, job):
+    """{shift: {steps: endpoint distance}} of the untouched teacher. Makes all that the runs share."""
+    from few_shot_flux import painted, teacher_field
+
+    from toy.judge import SHIFTS
+    painted(cache, protocol)
+    goal, _ = goals(cache, protocol)
+
+    def make():
+        judge = held_out(protocol.captions)
+        return {shift: {n: endpoint_distance(judge.endpoints(teacher_field(), n, shift), goal) for n in protocol.steps}
+                for shift in SHIFTS}
+    return cache("ablation_flux_teacher", {"protocol": protocol._asdict()}, make)

@@ -1,0 +1,274 @@
+"""The cells of bench/compare.py on the tiny Flux of toy/: every method that can be a plain LoRA, judged by toy/judge.py.
+
+All at the guidance scale and the shift at which the pipeline is sampled. A LoRA's backward passes through frozen weights: it counts 1.
+Data are drawings with their captions, as the teacher was trained on; the judge's captions name pairs that it never saw.
+"""
+import copy
+from dataclasses import asdict
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+
+from compare_cells import STAGES
+from plane_cells import settings
+from scfm.baselines import (distillation_loss, fit, multistep, network_evaluations, progressive_loss, reflow_loss, sample_renoised,
+                            updates_for)
+from scfm.consistency import keyed_generator
+from scfm.dial import STEPS, choose, endpoint_curve
+from scfm.distill import DistillConfig, distill
+from scfm.families.flux import Flux
+from scfm.flow import EVALUATIONS, sample, time_grid
+from scfm.lora import LoraSpeakers, adapter_state, copy_adapter, load_adapter_state
+from scfm.teacher_data import on_device, start_noise, teacher_endpoints
+from toy.judge import STOCK, Judge
+from toy.pipelines import GUIDANCE, TOKENS, load_flux
+from toy.shapes import draw_captions, draw_pictures
+
+NAME = "tiny Flux"
+PAIR_STEPS, RANK, LR = 32, 16, 1e-3
+SHIFT = (2.5, 4.5)                                           # the range in training, around the scheduler's own 3
+DIAL_STEPS, SCALES = (1, 2, 3, 4, 8), (0., .25, .5, .75, 1.)        # beyond 8 steps: the teacher, untouched
+DATA, DIAL, PAIRS, RENOISE = range(20, 24)                   # streams of random numbers that nothing else uses
+
+
+class FluxProtocol(NamedTuple):
+    """drawings: that are trained on; judged: captions of a measurement."""
+    updates: int = 0                                         # of `settings`, which every job replaces
+    batch: int = 32
+    drawings: int = 2048
+    judged: int = 128
+    dial_noises: int = 16
+
+
+def dial_search(protocol):
+    """Evaluations that finding a dial costs."""
+    return protocol.dial_noises * (sum(DIAL_STEPS) * len(SCALES) + PAIR_STEPS)
+
+
+def plan(protocol, method, budget):
+    """(updates, pairs) that a budget of evaluations buys. Reflow spends half of it on pairs, SCFM a part on its dial's search."""
+    if method == "reflow":
+        pairs = budget // 2 // PAIR_STEPS
+        return updates_for(method, budget, protocol.batch, pairs=pairs, pair_steps=PAIR_STEPS, lora=True), pairs
+    return updates_for(method, budget - dial_search(protocol) * (method == "scfm"), protocol.batch, lora=True), 0
+
+
+def spent(protocol, method, budget):
+    """The evaluations that a run with this budget really takes."""
+    updates, pairs = plan(protocol, method, budget)
+    if method == "progressive":
+        updates = len(STAGES) * (updates // len(STAGES))
+    search = dial_search(protocol) * (method == "scfm")
+    return network_evaluations(method, updates * protocol.batch, pairs, PAIR_STEPS, lora=True) + search
+
+
+class Captioned:
+    """Speakers for the losses of scfm.baselines, which know no captions: the condition is that of the batch at hand, `cond`.
+
+    teacher: who speaks as such; None for the base.
+    """
+
+    def __init__(self, speakers, teacher=None):
+        self.speakers, self.cond, self.said_by = speakers, None, teacher or speakers.teacher
+        self.parameters = speakers.parameters
+
+    def student(self, x, t, step=None):
+        return self.speakers.student(x, t, self.cond)
+
+    def teacher(self, x, t, step=None):
+        return self.said_by(x, t, self.cond)
+
+    def fast(self, x, t, step=None):
+        return self.speakers.fast(x, t, self.cond)
+
+
+class World:
+    """The pipeline, its family and `count` drawings as latents, with what their captions are encoded to."""
+
+    def __init__(self, count):
+        self.family = Flux(load_flux(), 32, 32, TOKENS)
+        captions = draw_captions(count, keyed_generator(0, 0, DATA))
+        pictures, _ = draw_pictures(captions, keyed_generator(0, 1, DATA))
+        self.captions = captions.text
+        self.latents = torch.cat([self.family.encode_pictures(part) for part in pictures.split(256)])
+        parts = [self.family.encode_text(list(self.captions[i:i + 256])) for i in range(0, count, 256)]
+        self.text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def cond(self, rows):
+        return {name: part[rows] for name, part in self.text.items()} | {"guidance": torch.full((len(rows),), GUIDANCE)}
+
+    def speakers(self, seed):
+        """`LoraSpeakers` on a pipeline of their own."""
+        torch.manual_seed(seed)                              # PEFT draws A from the global state
+        return LoraSpeakers(load_flux().transformer, self.family.velocity, self.family.lora_targets, RANK)
+
+
+world = lru_cache(1)(World)
+
+
+@lru_cache(1)
+def judge(captions):
+    """The judge, its goal set: where the teacher's own 32 steps end."""
+    judge = Judge(Flux(load_flux(), 32, 32, TOKENS), captions, progress=False)
+    judge.set_goal(partial(judge.family.velocity, judge.family.pipe.transformer))
+    return judge
+
+
+def trained(cache, protocol, job):
+    """{name: LoRA}: the slow EMA of a method under "slow", or one for each stage; and the cell's spec."""
+    updates, pairs = plan(protocol, job.family, job.budget)
+    fields = settings(protocol, {"updates": updates} | job.change)[0] | {"batch": protocol.batch, "lr": LR, "shift": SHIFT}
+    config = DistillConfig(seed=job.seed, **fields)
+    spec = {"method": job.family, "pairs": pairs, "rank": RANK, "drawings": protocol.drawings, "guidance": GUIDANCE, "config": asdict(config)}
+
+    def make():
+        place, speakers = world(protocol.drawings), world(protocol.drawings).speakers(job.seed)
+        return {"progressive": in_stages, "reflow": partial(reflowed, count=pairs), "consistency": made_consistent,
+                "scfm": shortcut}[job.family](place, speakers, config)
+    return cache("flux", spec, make), spec
+
+
+def lora_of(speakers):
+    return {name: tensor.clone() for name, tensor in adapter_state(speakers.transformer, "slow").items()}
+
+
+def on_drawings(place, bound):
+    """batch_of(generator, rows) for `fit`: latents of drawings and noise; tells the speakers the captions."""
+    def batch_of(generator, rows):
+        picked = torch.randint(len(place.latents), (rows,), generator=generator)
+        bound.cond = place.cond(picked)
+        return place.latents[picked], torch.randn(rows, *place.family.latent_shape, generator=generator)
+    return batch_of
+
+
+def shortcut(place, speakers, config):
+    """SCFM, by the loop of scfm.distill."""
+    def batch_of(generator, rows):
+        picked = torch.randint(len(place.latents), (rows,), generator=generator)
+        return place.latents[picked], place.cond(picked)
+    distill(speakers, batch_of, config, progress=False)
+    return {"slow": lora_of(speakers)}
+
+
+def made_consistent(place, speakers, config):
+    bound = Captioned(speakers)
+    fit(bound, on_drawings(place, bound), config, partial(distillation_loss, shift=config.shift))
+    return {"slow": lora_of(speakers)}
+
+
+def reflowed(place, speakers, config, count):
+    """Reflow on so many pairs: a caption of the drawings and a noise each."""
+    noise = torch.randn(count, *place.family.latent_shape, generator=keyed_generator(config.seed, 0, PAIRS))
+    rows = torch.arange(count) % len(place.captions)
+    ends = teacher_endpoints(place.family, speakers.teacher, [place.captions[i] for i in rows], noise, PAIR_STEPS, STOCK, GUIDANCE)
+    bound = Captioned(speakers)
+
+    def batch_of(generator, n):
+        picked = torch.randint(count, (n,), generator=generator)
+        bound.cond = place.cond(rows[picked])
+        return ends[picked], noise[picked]
+    fit(bound, batch_of, config, reflow_loss)
+    return {"slow": lora_of(speakers)}
+
+
+def in_stages(place, speakers, config):
+    """Progressive distillation on the stock grid; one LoRA goes through all stages, a copy of it teaches the next."""
+    made, teacher = {}, speakers.teacher
+    config.updates = max(1, config.updates // len(STAGES))
+    for steps in STAGES:
+        bound = Captioned(speakers, teacher)
+        fit(bound, on_drawings(place, bound), config, partial(progressive_loss, steps=steps, shift=STOCK))
+        made[steps] = lora_of(speakers)
+        copy_adapter(speakers.transformer, "slow", "student")
+        teacher = copy.deepcopy(speakers).field("slow")
+    return made
+
+
+# Measuring
+
+
+def walked(judge, field, steps, sampler):
+    """Where a sampler takes the judge's noises (n, ...). sampler(field, noise, times) of a field without captions."""
+    ends = []
+    for rows in torch.arange(len(judge.noise)).split(64):
+        cond = on_device(judge.family.encode_text([judge.captions.text[i] for i in rows]), "cpu") | {"guidance": torch.full((len(rows),), GUIDANCE)}
+        ends.append(sampler(lambda x, t, *_: field(x, t, cond), judge.noise[rows], time_grid(steps, STOCK)))
+    return torch.cat(ends)
+
+
+def scored(judge, field_of, sampler=sample, steps=STEPS, evaluations=1):
+    """{"": {NFE: Frechet}, " accuracy": ..., " coupling": ...}. field_of(steps) -> field."""
+    found = {"": {}, " accuracy": {}, " coupling": {}}
+    for n in steps:
+        with torch.no_grad():
+            ends = walked(judge, field_of(n), n // evaluations, sampler)
+            row = judge.score(ends, torch.cat([judge.family.decode(part) for part in ends.split(256)]))
+        for kind, column in zip(found, ("frechet", "prompt_accuracy", "endpoint")):
+            found[kind][n] = row[column]
+    return found
+
+
+def named(curves):
+    """{"raw": {"": ..., " accuracy": ...}} as {"raw": ..., "raw accuracy": ...}."""
+    return {name + kind: values for name, found in curves.items() for kind, values in found.items()}
+
+
+def measure_flux(cache, protocol, job):
+    """Curves of a trained method: Frechet, and with " accuracy" and " coupling" behind the name the other two."""
+    loras, spec = trained(cache, protocol, job)
+
+    def make():
+        speakers, scorer = world(protocol.drawings).speakers(job.seed), judge(protocol.judged)
+
+        def field(name, scale=1.):
+            if name is None:
+                return speakers.teacher
+            load_adapter_state(speakers.transformer, "slow", loras[name])
+            speakers.transformer.set_adapter("student")
+            return speakers.field("slow", scale)
+        if job.family == "progressive":
+            stage = {n: min((k for k in STAGES if k >= n), default=None) for n in STEPS}
+            return named({"own stage": scored(scorer, lambda n: field(stage[n])), "last stage": scored(scorer, lambda n: field(1))})
+        curves = {"raw": scored(scorer, lambda n: field("slow"))}
+        if job.family == "consistency":
+            again = lambda field, noise, times: sample_renoised(field, noise, times, keyed_generator(job.seed, len(times), RENOISE))
+            curves["re-noised"] = scored(scorer, lambda n: field("slow"), again)
+        if job.family == "scfm":
+            dial = found_dial(world(protocol.drawings), protocol.dial_noises, speakers.teacher, lambda scale: field("slow", scale))
+            strength = {n: dial.scale(n) if n <= max(DIAL_STEPS) else 0. for n in STEPS}
+            curves["dialled"] = scored(scorer, lambda n: field("slow", strength[n]))
+            return named(curves) | {"scales": strength}
+        return named(curves)
+    return cache("flux_scores", {"of": spec, "judged": protocol.judged, "dial": [DIAL_STEPS, SCALES, protocol.dial_noises]}, make)
+
+
+def found_dial(place, count, teacher, field):
+    """The dial by the endpoints of a few noises with captions of the drawings: no picture, none of the judge's captions."""
+    captions = place.captions[:count]
+    noise = start_noise(place.family, range(len(captions)), 1000)
+    ends = lambda field, n: teacher_endpoints(place.family, field, captions, noise, n, STOCK, GUIDANCE)
+    return choose(endpoint_curve(lambda n, s: ends(field(s), n), ends(teacher, PAIR_STEPS), DIAL_STEPS, SCALES), STOCK)
+
+
+def measure_teacher(cache, protocol, job):
+    """Curves of the untouched teacher by Euler, midpoint, Heun and DPM-Solver++(2M)."""
+    def make():
+        scorer = judge(protocol.judged)
+        field = partial(scorer.family.velocity, scorer.family.pipe.transformer)
+        curves = {}
+        for solver, cost in EVALUATIONS.items():
+            steps = [n for n in STEPS if n % cost == 0]
+            curves[solver] = scored(scorer, lambda n: field, partial(sample, solver=solver), steps, cost)
+        curves["multistep"] = scored(scorer, lambda n: field, lambda f, noise, times: multistep(f, noise, times))
+        return named(curves)
+    return cache("flux_teacher", {"judged": protocol.judged, "guidance": GUIDANCE, "shift": STOCK}, make)
+
+
+def measure_floor(cache, protocol, job):
+    """Frechet of as many fresh drawings as the judge has captions."""
+    make = lambda: {"mean": judge(protocol.judged).floor(), "low": None, "high": None}
+    return cache("flux_floor", {"judged": protocol.judged}, make)
+
+
+MEASURES = {"teacher": measure_teacher, "floor": measure_floor} | dict.fromkeys(("reflow", "progressive", "consistency", "scfm"), measure_flux)

@@ -1,0 +1,125 @@
+"""The record, the tables and the figures of bench/compare.py, from the measurements that it made."""
+import math
+
+import compare_flux
+from compare_cells import plan, spent
+from plane_report import axes_of_steps, canvas, gather, table
+from scfm.dial import STEPS
+
+FLUX = compare_flux.NAME
+STYLES = {"Reflow raw": "C0o-", "progressive own stage": "C1o-", "consistency re-noised": "C2o-", "Shortcut raw": "C4o-",
+          "MeanFlow raw": "C5o-", "SCFM, Algorithm 2 raw": "C3.--", "SCFM, damped dialled": "C3o-"}
+FREE_STYLES = {"teacher euler": "ko-", "teacher midpoint": "ks--", "teacher multistep": "k^:"}
+BESIDE = ("coupling", "scales", "deviation", "accuracy")          # curves of something else than the quality
+NEEDS = {"teacher euler": "nothing", "teacher midpoint": "nothing", "teacher multistep": "nothing", "Reflow raw": "stored pairs",
+         "progressive own stage": "a network a stage", "consistency re-noised": "re-noising", "Shortcut raw": "a second input",
+         "MeanFlow raw": "a second input, a JVP", "SCFM, Algorithm 2 raw": "nothing", "SCFM, damped dialled": "a dial"}
+
+
+def gathered(done, protocol, flux_protocol, budgets):
+    """floor; free: the teacher's curves; budgets: for each its evaluations, what each method makes of them, and the curves.
+
+    budgets: {name: (evaluations on the plane, on the tiny Flux)}.
+    """
+    free = of_jobs(done, lambda job: job.budget == 0)
+    record = {"floor": free["floor"], "free": free["main"], "budgets": {}}
+    for name, (plane, flux) in budgets.items():
+        methods = sorted({job.family for job, *_ in done if job.budget == plane and job.data != FLUX})
+        tuned = sorted({job.family for job, *_ in done if 0 < job.budget == flux and job.data == FLUX})
+        main = of_jobs(done, lambda job: 0 < job.budget == (flux if job.data == FLUX else plane))["main"]
+        record["budgets"][name] = {
+            "evaluations": plane, "methods": {m: cost(plan(protocol, m, plane), spent(protocol, m, plane)) for m in methods},
+            "flux_evaluations": flux, "flux_methods": {m: cost(compare_flux.plan(flux_protocol, m, flux), compare_flux.spent(flux_protocol, m, flux))
+                                                          for m in tuned}, "main": main}
+    return record
+
+
+def of_jobs(done, wanted):
+    return gather([(job._replace(part="main"), *rest) for job, *rest in done if wanted(job)])
+
+
+def cost(planned, evaluations):
+    return {"updates": planned[0], "pairs": planned[1], "evaluations": evaluations}
+
+
+def ruler(data):
+    return "Frechet (toy reader, not FID)" if data == FLUX else "SW2 to the data"
+
+
+def plot(record, path):
+    """A row for each budget, a column for each set."""
+    sets = list(record["free"])
+    figure, axes = canvas(len(record["budgets"]), len(sets), (4.4 * len(sets), 10))
+    for row, (name, found) in zip(axes, record["budgets"].items()):
+        for ax, data in zip(row, sets):
+            draw(ax, record, found, data, f"{data}, {name} ({found['flux_evaluations' if data == FLUX else 'evaluations']:,} evaluations)") if data in found["main"] else ax.axis("off")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8)
+    figure.tight_layout(rect=(0, .06, 1, 1))
+    figure.savefig(path, dpi=80)
+
+
+def plot_summary(record, path, budget="medium"):
+    """One row: every set at one budget."""
+    sets = list(record["free"])
+    figure, axes = canvas(1, len(sets), (3.3 * len(sets), 3.6))
+    for ax, data in zip(axes[0], sets):
+        draw(ax, record, record["budgets"][budget], data, data)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8)
+    figure.tight_layout(rect=(0, .14, 1, 1))
+    figure.savefig(path, dpi=80)
+
+
+def draw(ax, record, found, data, title):
+    curves = record["free"][data] | found["main"].get(data, {})
+    for label, style in {**FREE_STYLES, **STYLES}.items():
+        curve = curves.get(label, {})
+        ax.plot(list(curve), [entry["mean"] for entry in curve.values()], style, ms=3, lw=1, label=label)
+    axes_of_steps(ax, STEPS, title)
+    ax.set_ylabel(ruler(data))
+
+
+def text(record):
+    """All curves of the quality as text, by budget."""
+    quality = lambda of: {label: curve for label, curve in of.items() if not label.endswith(BESIDE)}
+    free = {data: quality(of) for data, of in record["free"].items()}
+    floor = {data: found for data, found in record["floor"].items() if data != FLUX}
+    parts = [table({"main": free, "floor": floor, "targets": {}})]
+    for name, found in record["budgets"].items():
+        curves = {data: quality(of) for data, of in found["main"].items()}
+        parts += [f"\n{name}: {found['evaluations']:,} evaluations on the plane, {found['flux_evaluations']:,} on the tiny Flux",
+                  table({"main": curves, "floor": {}, "targets": {}})]
+    return "\n".join(parts)
+
+
+def over_sets(record, budget, label, steps):
+    """The geometric mean over the plane's sets of a curve over the best of all curves at that step count; None where it is missing."""
+    ratios = []
+    for data, of in record["free"].items():
+        if data != FLUX:
+            curves = quality_of(record, budget, data)
+            best = min((c[steps]["mean"] for c in curves.values() if steps in c), default=None)
+            if best is None or steps not in curves.get(label, {}):
+                return None
+            ratios.append(curves[label][steps]["mean"] / best)
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+
+
+def quality_of(record, budget, data):
+    """The curves that the summary shows, of one set at one budget."""
+    curves = record["free"][data] | record["budgets"][budget]["main"].get(data, {})
+    return {label: curves[label] for label in NEEDS if label in curves}
+
+
+def summary(record, budget="medium", steps=(1, 2, 3, 4, 8, 32)):
+    """One table for a screen: on the plane times the best of that column, on the tiny Flux the Frechet distance itself."""
+    found = record["budgets"][budget]
+    flux = quality_of(record, budget, FLUX) if FLUX in record["free"] else {}
+    show = lambda value, form: f"{format(value, form) if value is not None else '-':>7}"
+    lines = [f"{budget}: {found['evaluations']:,} evaluations on the plane, {found['flux_evaluations']:,} on the tiny Flux",
+             f"{'':26}{'plane: times the best there':^{7 * len(steps)}}  {'tiny Flux: Frechet':^{7 * len(steps)}}",
+             f"{'':26}" + "".join(f"{n:7}" for n in steps) + "  " + "".join(f"{n:7}" for n in steps) + "  needs"]
+    for label, needs in NEEDS.items():
+        plane = [over_sets(record, budget, label, n) for n in steps]
+        tuned = [flux.get(label, {}).get(n, {}).get("mean") for n in steps]
+        lines.append(f"{label:26}" + "".join(show(v, ".2f") for v in plane) + "  " + "".join(show(v, ".0f") for v in tuned) + f"  {needs}")
+    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""The cells of bench/few_shot.py on the tiny Flux: LoRAs of few pictures, judged on captions that they never saw.
+
+A measurement takes (cache, protocol, job), see `Job` in bench/few_shot.py, and returns {kind: {steps: {metric: number}}}.
+"""
+from dataclasses import asdict, fields
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+
+from scfm.cache import fingerprint
+from scfm.consistency import keyed_generator
+from scfm.distill import DistillConfig, distill
+from scfm.families.flux import Flux
+from scfm.lora import LoraSpeakers, adapter_state, load_adapter_state
+from scfm.teacher_data import read_prompts, start_noise, teacher_endpoints
+from toy.demo import PROMPTS, live_config
+from toy.judge import STOCK, Judge
+from toy.pipelines import FLUX, GUIDANCE, TOKENS, load_flux
+
+SUBSET = 31                                                  # a stream of random numbers that nothing else uses
+KINDS = {"seen pairs": False, "held-out pairs": True}        # of captions: their colour-shape pairs, in the teacher's training
+
+
+class FluxProtocol(NamedTuple):
+    """pictures: that there are in all; captions: judged, of each kind, each with `noises` noises; goal_steps: the teacher's."""
+    steps: tuple = (3, 4, 8, 32)
+    updates: int = 120
+    batch: int = 16
+    pictures: int = 256
+    captions: int = 32
+    noises: int = 2
+    goal_steps: int = 32
+
+
+@lru_cache(1)
+def family():
+    return Flux(load_flux(), 32, 32, TOKENS)
+
+
+@lru_cache(1)
+def judges(captions, noises):
+    """{kind: `Judge`} whose goals are not set yet."""
+    return {kind: Judge(family(), captions, progress=False, held_out=held_out, noises=noises) for kind, held_out in KINDS.items()}
+
+
+@lru_cache(1)
+def weights():
+    """What tells the carried pipeline from another."""
+    return fingerprint(FLUX, *(part.name for part in FLUX.iterdir() if part.is_dir()))
+
+
+def teacher_field():
+    return partial(family().velocity, family().pipe.transformer)
+
+
+def painted(cache, protocol):
+    """The teacher's pictures of the carried captions as latents (n, N, C), decoded and encoded again; the captions; the spec."""
+    captions = read_prompts(PROMPTS)[:protocol.pictures]
+    spec = {"pipeline": weights(), "captions": captions, "steps": protocol.goal_steps, "guidance": GUIDANCE, "shift": STOCK}
+
+    def make():
+        noise = start_noise(family(), range(len(captions)), 0)
+        reached = teacher_endpoints(family(), teacher_field(), captions, noise, protocol.goal_steps, STOCK, GUIDANCE)
+        return torch.cat([family().encode_pictures(family().decode(part)) for part in reached.split(64)])
+    return cache("few_pictures", spec, make), captions, spec
+
+
+def speakers_of(seed, rank):
+    """`LoraSpeakers` on a pipeline of their own."""
+    torch.manual_seed(seed)                                  # PEFT draws A from the global state
+    return LoraSpeakers(load_flux().transformer, family().velocity, family().lora_targets, rank)
+
+
+def rows_of(job, count):
+    """Numbers of the pictures of a subset: the first ones of its own shuffle, so that the larger sizes hold the smaller."""
+    return torch.randperm(count, generator=keyed_generator(job.subset, 0, SUBSET))[:job.size or None]
+
+
+def flux_config(protocol, job):
+    """(`DistillConfig`, rank, range of the guidance scale): the carried LoRA's recipe, shortened."""
+    recipe = live_config("", protocol.updates)
+    told = {f.name: getattr(recipe, f.name) for f in fields(DistillConfig)}
+    told |= {"batch": protocol.batch, "seed": job.subset, **job.change}
+    return DistillConfig(**told), recipe.rank, recipe.guidance
+
+
+def flux_student(cache, protocol, job):
+    """The slow EMA's LoRA after training on the pictures of a subset, as `adapter_state` gives it, and the spec of its cell."""
+    (config, rank, guidance), (latents, captions, of) = flux_config(protocol, job), painted(cache, protocol)
+    spec = {"pictures": of, "size": job.size, "subset": job.subset, "rank": rank, "guidance": guidance, "config": asdict(config)}
+
+    def make():
+        rows = rows_of(job, len(captions))
+        text = family().encode_text([captions[i] for i in rows])
+
+        def batch_of(generator, count):
+            picked = torch.randint(len(rows), (count,), generator=generator)
+            scale = guidance[0] + (guidance[1] - guidance[0]) * torch.rand(count, generator=generator)
+            return latents[rows[picked]], {name: part[picked] for name, part in text.items()} | {"guidance": scale}
+        speakers = distill(speakers_of(config.seed, rank), batch_of, config, progress=False)
+        return {name: tensor.clone() for name, tensor in adapter_state(speakers.transformer, "slow").items()}
+    return cache("few_lora", spec, make), rank, spec
+
+
+def spread(pictures, noises):
+    """Root mean square deviation of the pixels of a caption's pictures, which stand together: a number."""
+    return pictures.unflatten(0, (-1, noises)).var(1).mean().sqrt().item()
+
+
+def flux_curves(cache, protocol, field):
+    """{kind: {steps: {metric: number}}} of a field; spread: over that of the teacher's own pictures from the same noises."""
+    found = {}
+    for kind, judge in judges(protocol.captions, protocol.noises).items():
+        judge.goal = goal_pictures(cache, protocol, kind)
+        wide = spread(judge.family.decode(judge.goal), protocol.noises)
+        found[kind] = {}
+        for n in protocol.steps:
+            reached = judge.endpoints(field, n, STOCK)
+            pictures = judge.family.decode(reached)
+            marks = judge.score(reached, pictures)
+            found[kind][n] = {name: marks[name] for name in ("prompt_accuracy", "frechet", "endpoint")}
+            found[kind][n]["spread"] = spread(pictures, protocol.noises) / wide
+    return found
+
+
+def goal_pictures(cache, protocol, kind):
+    """Latents that the teacher reaches in all its steps for a judge's captions."""
+    asked = protocol.captions, protocol.noises
+    spec = {"pipeline": weights(), "kind": kind, "asked": asked, "steps": protocol.goal_steps}
+    return cache("few_flux_goal", spec, lambda: judges(*asked)[kind].endpoints(teacher_field(), protocol.goal_steps, STOCK))
+
+
+def flux_spec(protocol, of):
+    return {"of": of, "asked": (protocol.captions, protocol.noises), "steps": protocol.steps, "goal": protocol.goal_steps}
+
+
+def measure_teacher(cache, protocol, job):
+    """A curve for each kind, and "floor": {kind: {metric: what as many fresh drawings score}}. Makes all pictures first."""
+    painted(cache, protocol)
+
+    def make():
+        floors = {kind: {"frechet": judge.floor()} for kind, judge in judges(protocol.captions, protocol.noises).items()}
+        return flux_curves(cache, protocol, teacher_field()) | {"floor": floors}
+    return cache("few_flux_teacher", flux_spec(protocol, weights()), make)
+
+
+def measure_student(cache, protocol, job):
+    """A curve for each kind, of the LoRA fused into the weights, at strength 1."""
+    lora, rank, spec = flux_student(cache, protocol, job)
+
+    def make():
+        transformer = speakers_of(0, rank).transformer
+        load_adapter_state(transformer, "slow", lora)
+        transformer.set_adapter("slow")
+        transformer.fuse_lora(adapter_names=["slow"])
+        return flux_curves(cache, protocol, partial(family().velocity, transformer))
+    return cache("few_flux", flux_spec(protocol, spec), make)
+
+
+MEASURES = {"teacher": measure_teacher, "scfm": measure_student, "tuned": measure_student}

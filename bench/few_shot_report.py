@@ -1,0 +1,213 @@
+"""The record, the intervals and the figures of bench/few_shot.py, from the measurements that it made."""
+import statistics
+
+from scipy.stats import t as student_t
+
+from plane_report import canvas
+
+# metric -> (1 where a larger number is worse, -1 where a smaller one is; what it is, in one line)
+METRICS = {
+    "plane": {"sw2": (1, "sliced Wasserstein-2 of 5000 samples to fresh data"),
+              "coverage": (-1, "share of fresh data with a sample within the radius in which 95 % have other fresh data"),
+              "endpoint": (1, "rms distance to the teacher's own endpoints in 128 steps from the same noises"),
+              "spread": (0, "deviation of the samples over that of the data; 1 is right, so no verdict rests on it")},
+    "flux": {"prompt_accuracy": (-1, "share of the attributes named by the captions that a classifier of drawings sees"),
+             "frechet": (1, "Frechet distance on that classifier's features to drawings of such captions (not FID)"),
+             "endpoint": (1, "rms distance of the latents to the teacher's own in 32 steps from the same noises"),
+             "spread": (-1, "rms deviation of pixels among pictures of one caption, over the teacher's in 32 steps")}}
+SCFM, DIALLED, TUNED = "SCFM", "SCFM, dialled", "fine-tuning"
+ALL = "all"
+LEVEL = .95
+
+
+def curves(job, value):
+    """(world, method, {steps: {metric: number}}) of a measurement."""
+    method = {"scfm": SCFM, "tuned": TUNED, "teacher": "teacher"}[job.family]
+    if job.part == "flux":
+        return [(f"tiny Flux, {kind}", method, curve) for kind, curve in value.items() if kind != "floor"]
+    return [(job.data, method if way == "raw" else DIALLED, value[way]) for way in ("raw", "dialled") if way in value]
+
+
+def gather(done):
+    """{world: part, floor, teacher: {steps: {metric: number}}, methods: {method: {size: {steps: {metric: entry}}}}}; dials."""
+    worlds, dials = {}, {}
+    for job, value, _, _ in done:
+        if value is None:
+            continue
+        size = str(job.size or ALL)
+        for world, method, curve in curves(job, value):
+            kept = worlds.setdefault(world, {"part": job.part, "floor": {}, "teacher": {}, "methods": {}})
+            if method == "teacher":
+                kept["teacher"] = {str(n): rounded(marks) for n, marks in curve.items()}
+                kept["floor"] = rounded(value["floor"].get(world.removeprefix("tiny Flux, "), value["floor"]))
+                continue
+            for n, marks in curve.items():
+                found = kept["methods"].setdefault(method, {}).setdefault(size, {}).setdefault(str(n), {})
+                for metric, number in rounded(marks).items():
+                    found.setdefault(metric, {"values": {}})["values"][str(job.subset)] = number
+        if "scales" in value:
+            dials.setdefault(job.data, {}).setdefault(size, []).append(value["scales"])
+    for entry in (e for world in worlds.values() for e in entries(world["methods"])):
+        entry |= interval(list(entry["values"].values()))
+    return {"worlds": worlds, "dials": dials}
+
+
+def rounded(marks):
+    return {name: round(number, 5) for name, number in marks.items()}
+
+
+def entries(found):
+    """All entries in nested dicts."""
+    if "values" in found:
+        return [found]
+    return [entry for part in found.values() for entry in entries(part)]
+
+
+def quantile(freedom):
+    return float(student_t.ppf(.5 + LEVEL / 2, freedom))
+
+
+def interval(values):
+    """{mean, half}: the 95 % interval is mean +- half, by Student's t over the subsets; half is None for a single one."""
+    many = len(values) > 1
+    half = quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** .5 if many else None
+    return {"mean": round(statistics.mean(values), 5), "half": None if half is None else round(half, 5)}
+
+
+def worse_by(few, everything, sign):
+    """{difference, low, high}: how much worse few are than all, and its 95 % interval (none where one run of each is there).
+
+    Student's t for two samples of one variance, which shows in the runs of both: a single run of `everything` may then do."""
+    freedom = len(few) + len(everything) - 2
+    difference = sign * (statistics.mean(few) - statistics.mean(everything))
+    if freedom < 1:
+        return {"difference": round(difference, 5), "low": None, "high": None}
+    squares = sum((v - statistics.mean(part)) ** 2 for part in (few, everything) for v in part)
+    half = quantile(freedom) * (squares / freedom * (1 / len(few) + 1 / len(everything))) ** .5
+    return {"difference": round(difference, 5), "low": round(difference - half, 5), "high": round(difference + half, 5)}
+
+
+def lost(world):
+    """{method: {size: {steps: {metric: `worse_by` of that size against all pictures}}}}, metrics with a verdict alone."""
+    found = {}
+    for method, sizes in world["methods"].items():
+        for size, steps in sizes.items():
+            for n, marks in steps.items():
+                for metric, (sign, _) in METRICS[world["part"]].items():
+                    whole = sizes.get(ALL, {}).get(n, {}).get(metric)
+                    if size != ALL and sign and whole:
+                        told = worse_by(*(list(entry["values"].values()) for entry in (marks[metric], whole)), sign)
+                        found.setdefault(method, {}).setdefault(size, {}).setdefault(n, {})[metric] = told
+    return found
+
+
+def verdicts(losses):
+    """{method: {"at": {size: tests, lost: [what is lost]}, "smallest": size}}.
+
+    Lost: the whole interval lies on the worse side. smallest: the smallest size at which, as at all larger ones, nothing is lost;
+    None where that is said of no size. By chance alone 2.5 % of the tests of a size would tell of a loss."""
+    found = {}
+    for method, sizes in losses.items():
+        at = {}
+        for size, steps in sizes.items():
+            tests = [{"steps": n, "metric": metric, **told} for n, marks in steps.items() for metric, told in marks.items()
+                     if told["low"] is not None]
+            at[size] = {"tests": len(tests), "lost": [test for test in tests if test["low"] > 0]}
+        smallest = None
+        for size in sorted(at, key=int, reverse=True):
+            if at[size]["lost"] or not at[size]["tests"]:
+                break
+            smallest = size
+        found[method] = {"at": at, "smallest": smallest}
+    return found
+
+
+def ahead(world):
+    """{size: {steps: {metric: interval of how much better SCFM is than fine-tuning}}}, paired by subset."""
+    found, methods = {}, world["methods"]
+    for size in methods.get(SCFM, {}).keys() & methods.get(TUNED, {}).keys():
+        for n, marks in methods[SCFM][size].items():
+            for metric, (sign, _) in METRICS[world["part"]].items():
+                ours, other = marks[metric]["values"], methods[TUNED][size][n][metric]["values"]
+                both = ours.keys() & other.keys()
+                if sign and both:
+                    pairs = [sign * (other[subset] - ours[subset]) for subset in both]
+                    found.setdefault(size, {}).setdefault(n, {})[metric] = interval(pairs)
+    return found
+
+
+def judged(record):
+    """Adds to each world of a record what is lost, the verdicts, and how far SCFM is ahead of fine-tuning."""
+    for world in record["worlds"].values():
+        world["lost"] = lost(world)
+        world["verdicts"], world["ahead"] = verdicts(world["lost"]), ahead(world)
+    return record
+
+
+def table(record):
+    """Means and half widths, a line for each size, then the verdicts, as text."""
+    lines = []
+    for name, world in record["worlds"].items():
+        for metric in METRICS[world["part"]]:
+            steps = steps_of([world])
+            lines += ["", f"{name}: {metric}" + (f"   (fresh: {world['floor'][metric]:.4g})" if metric in world["floor"] else ""),
+                      f"{'steps':24}" + "".join(f"{n:>18}" for n in steps)]
+            if world["teacher"]:
+                lines.append(f"{'teacher':24}" + "".join(f"{world['teacher'][n][metric]:>18.4g}" for n in steps))
+            for method, sizes in world["methods"].items():
+                lines += [f"{method + ', ' + size:24}" + "".join(f"{told(curve[n][metric]):>18}" for n in steps)
+                          for size, curve in sizes.items()]
+        for method, verdict in world["verdicts"].items():
+            lines += ["", f"{name}, {method}: nothing lost from {verdict['smallest'] or 'no number'} on; lost at "
+                      + ", ".join(f"{size}: {len(at['lost'])} of {at['tests']}" for size, at in verdict["at"].items())]
+    return "\n".join(lines)
+
+
+def told(entry):
+    return f"{entry['mean']:.4g}" + (f" +-{entry['half']:.3g}" if entry["half"] is not None else "")
+
+
+STYLES = {SCFM: "C3o-", DIALLED: "C1o-", TUNED: "C0s--"}
+
+
+def plot(record, part, path):
+    """A row for each world and metric of a part, a column for each number of steps: means and 95 % intervals by size."""
+    worlds = {name: world for name, world in record["worlds"].items() if world["part"] == part and world["methods"]}
+    rows = [(name, metric) for name in worlds for metric, (sign, _) in METRICS[part].items() if sign]
+    steps, sizes = steps_of(worlds.values()), sizes_of(worlds.values())
+    figure, axes = canvas(len(rows), len(steps), (3.2 * len(steps), 2.1 * len(rows) + .6))
+    for line, (name, metric) in zip(axes, rows):
+        for ax, n in zip(line, steps):
+            panel(ax, worlds[name], sizes, n, metric)
+            ax.set_title(f"{name}, {n} steps", fontsize=8)
+        line[0].set_ylabel(metric, fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8)
+    figure.tight_layout(rect=(0, .5 / (2.1 * len(rows) + .6), 1, 1))
+    figure.savefig(path, dpi=60)
+
+
+def steps_of(worlds):
+    """The step counts that there are, in order."""
+    curves = [curve for world in worlds for sizes in world["methods"].values() for curve in sizes.values()]
+    return sorted({n for curve in (*curves, *(world["teacher"] for world in worlds)) for n in curve}, key=int)
+
+
+def sizes_of(worlds):
+    """The sizes that there are, `all` last."""
+    there = {size for world in worlds for sizes in world["methods"].values() for size in sizes}
+    return sorted(there - {ALL}, key=int) + [ALL] * (ALL in there)
+
+
+def panel(ax, world, sizes, n, metric):
+    """One metric at one number of steps against the number of pictures."""
+    for method, style in STYLES.items():
+        of = {size: curve[n][metric] for size, curve in world["methods"].get(method, {}).items() if n in curve}
+        there = [size for size in sizes if size in of]
+        ax.errorbar([sizes.index(size) for size in there], [of[size]["mean"] for size in there],
+                    [of[size]["half"] or 0 for size in there], fmt=style, ms=3, lw=1, capsize=2, label=method)
+    if n in world["teacher"]:
+        ax.axhline(world["teacher"][n][metric], color="C7", lw=.8, ls=":", label="teacher, untouched")
+    if metric in world["floor"]:
+        ax.axhline(world["floor"][metric], color="C2", lw=.8, label="fresh data")
+    ax.set_xticks(range(len(sizes)), sizes)
+    ax.tick_params(labelsize=7)
