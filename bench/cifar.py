@@ -25,7 +25,7 @@ from pathlib import Path
 
 from cifar_cells import Judge, Painter, dialled, floor, lora_painter, paint_all, sampler, score_all
 from cifar_report import report
-from cifar_training import DISTILLED, LORA, METHODS, RECIPES, Plan, folder_of, train_all
+from cifar_training import DISTILLED, LORA, METHODS, NFE, RECIPES, Plan, folder_of, train_all
 from scfm.pictures import load_pictures
 from scfm.unet import load_flow
 
@@ -66,6 +66,7 @@ def main(argv=None, keep_going=lambda: True):
     parser.add_argument("--evaluations", type=int, default=600_000, help="network evaluations of one training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--count", type=int, default=2000, help="pictures of one measurement")
+    parser.add_argument("--nfe", type=int, nargs="+", default=NFE, help="network evaluations of a picture at which to measure")
     parser.add_argument("--only", nargs="+", default=ALL, choices=[*METHODS, DISTILLED, LORA])
     parser.add_argument("--copy", default="JPEG quality 75 copy", help="what is special about this copy of CIFAR-10")
     parser.add_argument("--note", nargs="*", default=(), help="what else a reader of the record must know")
@@ -76,7 +77,7 @@ def main(argv=None, keep_going=lambda: True):
     args = parser.parse_args(argv)
     if not args.data:
         parser.error("name the folder of the parquet files, or set SCFM_CIFAR10")
-    plan = Plan(args.data, args.cells, args.size, args.evaluations, args.count, inception=args.inception)
+    plan = Plan(args.data, args.cells, args.size, args.evaluations, args.count, inception=args.inception, nfe=tuple(args.nfe))
     if args.smoke:
         plan = plan._replace(size="tiny", budget=400, count=40, previews=0)
     pictures = None if args.report else load_pictures(args.data)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from cifar_training import DISTILLED, LORA, folder_of, safe
+from cifar_training import DISTILLED, LORA, NFE, folder_of, safe
 from scfm.dial import choose, endpoint_curve
 from scfm.distill import FullSpeakers
 from scfm.flow import EVALUATIONS, sample, time_grid
@@ -16,7 +16,6 @@ from scfm.step_lora import StepLora, UseConfig, find_dial
 from scfm.unet import generate, header_of, load_flow
 from toy.features import load_features, look
 
-NFE = (1, 2, 4, 8, 16, 32, 64)
 SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2.)              # of its dial
 
 
@@ -128,11 +127,11 @@ def lora_painter(plan, seed, names, device, noises=32):
     return at(lambda n: 1.), at(dial.scale), dial
 
 
-def paint_all(plan, name, paint, painter, solvers=("euler",), nfe=NFE):
+def paint_all(plan, name, paint, painter, solvers=("euler",)):
     """The pictures of one sampler for every solver and NFE, each set kept as a file; returns {(solver, nfe): file}."""
     files, folder = {}, plan.cells / "painted"
     folder.mkdir(parents=True, exist_ok=True)
-    for solver, n in ((solver, n) for solver in solvers for n in nfe if n % EVALUATIONS[solver] == 0):
+    for solver, n in ((solver, n) for solver in solvers for n in plan.nfe if n % EVALUATIONS[solver] == 0):
         path = files[solver, n] = folder / f"{safe(name)}-{plan.count}-{solver}-{n}.safetensors"
         if not path.is_file():
             pixels, seconds = painter.pixels(paint, n // EVALUATIONS[solver], solver)

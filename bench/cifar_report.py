@@ -7,8 +7,7 @@ import matplotlib
 import torch
 from safetensors.torch import load_file
 
-from cifar_cells import NFE
-from cifar_training import DISTILLED, KEPT, LORA, RECIPES, Plan, folder_of, safe
+from cifar_training import DISTILLED, KEPT, LORA, NFE, RECIPES, Plan, folder_of, safe
 from scfm.unet import header_of
 from toy.features import recipe
 

@@ -15,6 +15,7 @@ from scfm.pretrain import SHORTCUT, PretrainConfig, pretrain
 from scfm.run import begin, end
 from scfm.unet import header_of, load_flow
 
+NFE = (1, 2, 4, 8, 16, 32, 64)
 METHODS = {"plain": {"flow_share": 1.}, "scfm 1/8": {"flow_share": .875}, "scfm 1/4": {"flow_share": .75},
            "scfm 1/2": {"flow_share": .5}, "shortcut": SHORTCUT}
 DISTILLED, LORA = "plain, distilled", "plain, LoRA"
@@ -27,7 +28,7 @@ RECIPES = {"tiny": {"batch": 8, "lr": 1e-3, "warmup": 2, "slow_decay": .9},
 
 
 class Plan(NamedTuple):
-    """What the cells of one bench share. budget: network evaluations of a training; count: pictures of a measurement."""
+    """What the cells of one bench share. budget: network evaluations of a training; count: pictures of a measurement; nfe: evaluations of one."""
     data: str
     cells: Path
     size: str = "nano"
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
     count: int = 2000
     previews: int = 2000
     inception: str = ""
+    nfe: tuple = NFE
 
 
 def safe(name):

@@ -77,8 +77,9 @@ def test_pictures_are_painted_and_judged_once(data, tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = Features().eval()
     monkeypatch.setattr(cifar_cells, "load_features", lambda: network)
+    plan = plan._replace(nfe=(1, 2))
     flow = load_flow(train_all(plan._replace(budget=60), "shortcut", 0, load_pictures(data)))
-    files = paint_all(plan, "shortcut 0", sampler(flow), Painter(plan), ("euler", "midpoint"), (1, 2))
+    files = paint_all(plan, "shortcut 0", sampler(flow), Painter(plan), ("euler", "midpoint"))
     assert list(files) == [("euler", 1), ("euler", 2), ("midpoint", 2)]
     pixels = load_file(files["euler", 2])["pixels"]
     assert pixels.shape == (6, 3, 32, 32) and pixels.dtype == torch.uint8
@@ -88,7 +89,7 @@ def test_pictures_are_painted_and_judged_once(data, tmp_path, monkeypatch):
     row = json.loads(rows[1].read_text())
     assert (row["solver"], row["nfe"]) == ("euler", 2) and row["frechet_test"] > 0 and 0 <= row["label_accuracy"] <= 1
     before = [path.stat().st_mtime_ns for path in (*files.values(), *rows)]
-    score_all(plan, paint_all(plan, "shortcut 0", None, None, ("euler", "midpoint"), (1, 2)), judge)
+    score_all(plan, paint_all(plan, "shortcut 0", None, None, ("euler", "midpoint")), judge)
     assert [path.stat().st_mtime_ns for path in (*files.values(), *rows)] == before
 
 
