@@ -1,0 +1,142 @@
+"""bench/few_shot.py: its intervals against scipy's, its subsets and trainings, and all of it at a size of seconds."""
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from scfm.consistency import keyed_generator
+from scfm.distill import DistillConfig, jumps_of
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+import few_shot
+import few_shot_flux
+import few_shot_report as report
+import plane_cells
+from few_shot_plane import PlaneProtocol
+
+sys.path.remove(str(BENCH))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("few_shot")
+
+
+@pytest.fixture
+def bench(folder, monkeypatch):
+    """Runs the script on one cache, and returns what it wrote."""
+    def run(*words):
+        monkeypatch.syspath_prepend(str(BENCH))
+        monkeypatch.setattr(sys, "argv", ["few_shot.py", "--smoke", "--cache", str(folder / "cells"),
+                                          "--out", str(folder / "few_shot"), *words])
+        runpy.run_path(str(BENCH / "few_shot.py"), run_name="__main__")
+        return json.loads((folder / "few_shot.json").read_text())
+    return run
+
+
+def test_a_small_run_writes_every_world_and_method(bench, folder, capsys):
+    record = bench()
+    assert list(record["worlds"]) == ["moons", "tiny Flux, seen pairs", "tiny Flux, held-out pairs"] and not record["missing"]
+    for name, world in record["worlds"].items():
+        methods = ["SCFM", "SCFM, dialled", "fine-tuning"] if world["part"] == "plane" else ["SCFM", "fine-tuning"]
+        assert list(world["methods"]) == methods, name
+        for sizes in world["methods"].values():
+            assert list(sizes) == ["all", "1"]
+            for size, curve in sizes.items():
+                assert curve.keys() == world["teacher"].keys()
+                for marks in curve.values():
+                    assert marks.keys() == report.METRICS[world["part"]].keys()
+                    assert all(len(entry["values"]) == (1 if size == "all" else 2) for entry in marks.values())
+        assert world["ahead"]["1"] and world["verdicts"].keys() == world["methods"].keys() and world["floor"]
+    assert record["worlds"]["tiny Flux, seen pairs"]["teacher"] != record["worlds"]["tiny Flux, held-out pairs"]["teacher"]
+    assert "nothing lost from" in capsys.readouterr().out
+    assert all(Image.open(folder / f"few_shot_{part}.png").width > 300 for part in ("plane", "flux"))
+
+
+def test_a_lost_cell_alone_is_made_again(bench, folder):
+    bench()                                  # fills the cache, where another process ran the test before
+    whole = bench()
+    assert whole["cost"]["this_run"]["cells_made"] == 0
+    lost = sorted((folder / "cells").glob("few_flux-*"))[0]
+    lost.unlink()
+    told = bench("--report")
+    assert len(told["missing"]) == 1 and told["cost"]["this_run"]["cells_made"] == 0
+    assert bench("--only", "plane")["missing"] == told["missing"]
+    again = bench()
+    assert again["cost"]["this_run"]["cells_made"] == 1 and again["worlds"] == whole["worlds"]
+
+
+def test_intervals_are_those_of_the_textbook():
+    few, many = [.31, .36, .29, .35, .33], [.30, .27, .31]
+    told, expected = report.worse_by(few, many, 1), stats.ttest_ind(few, many, equal_var=True).confidence_interval(.95)
+    assert (told["low"], told["high"]) == pytest.approx((expected.low, expected.high), abs=1e-5)
+    mean, expected = report.interval(few), stats.t.interval(.95, 4, stats.tmean(few), stats.sem(few))
+    assert (mean["mean"] - mean["half"], mean["mean"] + mean["half"]) == pytest.approx(expected, abs=2e-5)
+
+
+def test_one_run_with_all_pictures_is_compared_by_a_prediction_interval():
+    few = [.31, .36, .29, .35, .33]
+    told = report.worse_by(few, [.30], -1)
+    half = stats.t.ppf(.975, 4) * stats.tstd(few) * (1 + 1 / 5) ** .5
+    assert told["difference"] == pytest.approx(.30 - stats.tmean(few), abs=1e-5)
+    assert told["high"] - told["difference"] == pytest.approx(half, abs=2e-5)
+    assert report.worse_by([.31], [.30], 1) == {"difference": .01, "low": None, "high": None}      # too little to say
+
+
+def test_nothing_lost_means_at_this_size_and_all_larger_ones():
+    row = lambda low: {"3": {"sw2": {"difference": 0., "low": low, "high": 1.}}}
+    found = report.verdicts({"a": {"1": row(-1), "3": row(.1), "10": row(-1), "30": row(-1)}, "b": {"30": row(.1)},
+                             "c": {"1": row(None)}})
+    assert found["a"]["smallest"] == "10" and [len(at["lost"]) for at in found["a"]["at"].values()] == [0, 1, 0, 0]
+    assert found["b"]["smallest"] is None and found["c"]["smallest"] is None        # nothing was said of c at all
+
+
+def test_scfm_and_fine_tuning_are_paired_by_subset():
+    curve = lambda values: {"1": {"3": {"sw2": {"values": values}}}}
+    world = {"part": "plane", "methods": {"SCFM": curve({"0": .1, "1": .2, "2": .3}), "fine-tuning": curve({"2": .7, "0": .3})}}
+    for part in world["methods"].values():
+        for metric in ("coverage", "endpoint", "spread"):
+            part["1"]["3"][metric] = {"values": {}}
+    assert report.ahead(world)["1"]["3"]["sw2"]["mean"] == pytest.approx(.3)        # of .2 and .4
+
+
+def test_subsets_are_nested_and_differ(monkeypatch):
+    rows = lambda size, subset: few_shot_flux.rows_of(SimpleNamespace(size=size, subset=subset), 256).tolist()
+    assert rows(100, 2)[:10] == rows(10, 2) and rows(10, 2) != rows(10, 3)
+    assert sorted(rows(0, 1)) == list(range(256)) and len(set(rows(100, 0))) == 100
+
+
+def test_fine_tuning_differs_in_what_its_rows_ask_alone():
+    job = lambda change: SimpleNamespace(subset=1, change=change)
+    told = {name: few_shot_flux.flux_config(few_shot.Protocol().flux, job(change)) for name, change in few_shot.TRAININGS.items()}
+    scfm, tuned = (vars(told[name][0]) for name in ("scfm", "tuned"))
+    assert {name for name in scfm if scfm[name] != tuned[name]} == {"flow_share"} and told["scfm"][1:] == told["tuned"][1:]
+    is_flow = lambda fields: jumps_of(DistillConfig(**fields), 64, keyed_generator(0, 0)).is_flow
+    assert is_flow(tuned).all() and not is_flow(scfm).any()
+
+
+def test_every_size_and_subset_is_asked_of_both_trainings():
+    protocol = few_shot.Protocol()
+    todo = [job for job in few_shot.jobs(protocol) if job.family != "teacher"]
+    count = {part: len([job for job in todo if job.part == part]) for part in ("plane", "flux")}
+    assert count == {"plane": 2 * 3 * (5 * 5 + 3), "flux": 2 * (5 * 5 + protocol.wholes["flux"])}
+    assert {job.size for job in todo} == {0, 1, 3, 10, 30, 100}
+
+
+def test_the_spread_of_pictures_of_one_caption():
+    pictures = torch.tensor([0., 2., 5., 5.]).view(4, 1, 1, 1).expand(4, 3, 2, 2)       # two captions, two noises each
+    assert few_shot_flux.spread(pictures, 2) == pytest.approx(((2 + 0) / 2) ** .5)
+
+
+def test_a_seed_of_training_leaves_the_plane_s_old_cells_valid(tmp_path):
+    protocol, cache = PlaneProtocol(teacher_updates={"moons": 1}, updates=1, batch=2), plane_cells.Cache(tmp_path)
+    student = lambda **change: plane_cells.student(cache, protocol, SimpleNamespace(data="moons", seed=0, change=change))[1]
+    assert student() == student(seed=0) and cache.made == 2                          # the teacher and one student
+    assert student(seed=1)["config"]["seed"] == 1 and cache.made == 3
