@@ -1,6 +1,6 @@
 """CIFAR-10 in full on one GPU, for the time that it is given:  python bench/gpu_cifar.py FOLDER --minutes 300
 
-The `full` network (36 M parameters) five times, at equal network evaluations: plain flow matching, SCFM in pre-training (a quarter of self
+The `full` network (38 M parameters) five times, at equal network evaluations: plain flow matching, SCFM in pre-training (a quarter of self
 rows), a Shortcut Model, and the plain flow at four fifths of its budget distilled by SCFM, with all weights and by a LoRA, raw and dialled. It first times a few
 updates, and so finds the budget that fills the minutes; that number is kept in OUT/plan.json, and the same command goes on after a kill
 or when the time is up. Writes OUT/cifar.json, cifar.png, cifar_pictures.png and the averages in half precision, OUT/weights/*.safetensors
