@@ -12,6 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from scfm import families, prepare, step_lora
 from scfm.card import write_card
 from scfm.cli import main
+from scfm.commands.sample import whence_of
 from scfm.dial import Dial, read_dial, write_dial
 from scfm.lora import WEIGHT_NAME
 from scfm.step_lora import StepLora, UseConfig, paint
@@ -184,3 +185,11 @@ def test_the_painter_is_quantized_and_the_encoder_alone_is_not(tmp_path, monkeyp
     shutil.rmtree(tmp_path / "made" / "cache")
     assert main([str(w) for w in (*words, "--prompts", tmp_path / "prompts.txt")]) == 0       # the pictures are there: only encoders are loaded
     assert len(asked) == 1
+
+
+def test_sample_says_where_the_strength_comes_from():
+    dial = Dial((2, 4), (1., .5), 3.)
+    assert [whence_of(dial, n) for n in (1, 2, 3, 8)] == [
+        "its dial's at 2 steps, the nearest that it has", "by its dial", "between its dial's at 2 and 4 steps",
+        "its dial's at 4 steps, the nearest that it has"]
+    assert "scfm dial finds one" in whence_of(None, 2)

@@ -26,7 +26,21 @@ def main(argv):
     config = UseConfig(**args)
     config.check()
     captions = told or read_prompts(path)
-    pictures, scale = paint(StepLora(config), captions, steps, scale)
+    tuned = StepLora(config)
+    whence = "as you said" if scale is not None else whence_of(tuned.dial, steps)
+    pictures, scale = paint(tuned, captions, steps, scale)
     save_pictures(pictures, out)
-    print(f"{out}: {len(captions)} picture{'s' * (len(captions) > 1)}, {steps} step{'s' * (steps > 1)}, strength {scale:g}")
+    print(f"{out}: {len(captions)} picture{'s' * (len(captions) > 1)}, {steps} step{'s' * (steps > 1)}, strength {scale:g} ({whence})")
     return 0
+
+
+def whence_of(dial, steps):
+    """Where the strength of so many steps comes from, in words."""
+    if dial is None:
+        return "the LoRA has no dial: scfm dial finds one"
+    if steps in dial.steps:
+        return "by its dial"
+    below, above = max((n for n in dial.steps if n < steps), default=None), min((n for n in dial.steps if n > steps), default=None)
+    if below and above:
+        return f"between its dial's at {below} and {above} steps"
+    return f"its dial's at {below or above} steps, the nearest that it has"
