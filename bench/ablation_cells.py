@@ -2,7 +2,7 @@
 
 A measurement takes (cache, protocol, job), see `PlaneProtocol`, `FluxProtocol` and `Job` in bench/ablations.py.
 """
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import lru_cache, partial
 
 import torch
@@ -134,30 +134,17 @@ def walks(protocol):
             lambda field, steps: teacher_endpoints(family(), field, captions, noise, steps, STOCK, GUIDANCE))
 
 
-def flux_config(protocol, change):
-    """(`DistillConfig`, rank, range of the guidance scale): the carried LoRA's recipe, short and at a constant learning rate."""
-    from toy.demo import live_config
-    recipe = live_config("", protocol.updates)
-    told = {f.name: getattr(recipe, f.name) for f in fields(DistillConfig)}
-    return DistillConfig(**told | {"batch": protocol.batch, "schedule": "constant", **change}), recipe.rank, recipe.guidance
-
-
 def measure_flux(cache, protocol, job):
     """What `run` gives; at each look who -> {"raw": {steps: endpoint distance}}, at the last also "dialled" and "scales"."""
-    from few_shot_flux import family, painted, speakers_of
+    from few_shot_flux import batches, painted, short_recipe, speakers_of
     change, ours = split(job.change)
-    config, rank, guidance = flux_config(protocol, change)
+    config, rank, guidance = short_recipe(protocol, {"schedule": "constant", **change})
     ours["rank"] = ours["rank"] or rank
     (latents, captions, pictures), (goal, near) = painted(cache, protocol), goals(cache, protocol)
 
     def make():
-        text, speakers = family().encode_text(captions), speakers_of(config.seed, ours["rank"])
+        speakers, batch_of = speakers_of(config.seed, ours["rank"]), batches(latents, captions, guidance)
         judge, dial = walks(protocol)
-
-        def batch_of(generator, rows):
-            drawn = torch.randint(len(captions), (rows,), generator=generator)
-            scale = guidance[0] + (guidance[1] - guidance[0]) * torch.rand(rows, generator=generator)
-            return latents[drawn], {name: part[drawn] for name, part in text.items()} | {"guidance": scale}
 
         def look(updates):
             return {who: look_at(partial(speakers.field, who), updates == max(protocol.looks)) for who in READ}
@@ -177,7 +164,7 @@ def measure_flux(cache, protocol, job):
 
 def measure_flux_teacher(cache, protocol, job):
     """{shift: {steps: endpoint distance}} of the untouched teacher. Makes all that the runs share."""
-    from few_shot_flux import painted, teacher_field
+    from few_shot_flux import painted, teacher_field, weights
 
     from toy.judge import SHIFTS
     painted(cache, protocol)
@@ -187,4 +174,4 @@ def measure_flux_teacher(cache, protocol, job):
         judge = held_out(protocol.captions)
         return {shift: {n: endpoint_distance(judge.endpoints(teacher_field(), n, shift), goal) for n in protocol.steps}
                 for shift in SHIFTS}
-    return cache("ablation_flux_teacher", {"protocol": protocol._asdict()}, make)
+    return cache("ablation_flux_teacher", {"pipeline": weights(), "protocol": protocol._asdict()}, make)

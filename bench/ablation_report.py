@@ -139,10 +139,6 @@ def show_iterations(ax, values, kind, title):
                 color=f"C{i % 10}", label=label)
     ax.set(xscale="log", yscale="log")
     ax.set_xticks([int(n) for n in looks], looks, fontsize=7)
-    limits = ax.get_ylim()
-    ax.set_yticks(LEVELS, [f"{level:g}" for level in LEVELS], fontsize=7)
-    ax.set_ylim(limits)
-    ax.minorticks_off()
     ax.set_title(title, fontsize=9)
 
 
@@ -152,6 +148,11 @@ def show_family(axes, values, title):
     axes[2].sharey(axes[1])
     for ax, kind in zip(axes[1:], KINDS):
         show_iterations(ax, values, kind, f"{kind}, by updates")
+    limits = axes[1].get_ylim()                              # of both, as they share it
+    axes[1].set_yticks(LEVELS, [f"{level:g}" for level in LEVELS], fontsize=7)
+    axes[1].set_ylim(limits)
+    for ax in axes[1:]:
+        ax.minorticks_off()
     axes[2].tick_params(labelleft=False)
     axes[2].legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, .5), frameon=False)
 
@@ -182,6 +183,12 @@ def canvas(heights, columns, **words):
         "hspace": gap * len(heights) / sum(heights), "wspace": .13, **words})
 
 
+def save(figure, path, dpi):
+    from matplotlib import pyplot
+    figure.savefig(path, dpi=dpi)
+    pyplot.close(figure)
+
+
 def height(values):
     return max(.9, .19 * len(values))
 
@@ -194,7 +201,7 @@ def plot_families(record, path):
     figure, axes = canvas((height(values) for *_, values in shown), 3, width_ratios=(2, 1, 1))
     for row, (family, data, values) in zip(axes, shown):
         show_family(row, values, f"{family}, {data}: SW2 by steps (*: dialled)")
-    figure.savefig(path, dpi=60)
+    save(figure, path, 60)
 
 
 def plot_grids(record, path):
@@ -204,7 +211,7 @@ def plot_grids(record, path):
     figure, axes = canvas((1.4 for _ in grids), len(GRID_COLUMNS))
     for row, (name, rows) in zip(axes, grids.items()):
         show_grid(row, name, rows)
-    figure.savefig(path, dpi=70)
+    save(figure, path, 70)
 
 
 def show_flux(axes, values, title):
@@ -221,4 +228,4 @@ def plot_flux(record, path):
     figure, axes = canvas((height(values) for values in found.values()), 2)
     for row, (family, values) in zip(axes, found.items()):
         show_flux(row, values, f"{family}: endpoint distance (*: dialled)")
-    figure.savefig(path, dpi=70)
+    save(figure, path, 70)

@@ -70,7 +70,7 @@ class FluxProtocol(NamedTuple):
 FULL = {"plane": PlaneProtocol(), "flux": FluxProtocol()}
 TINY = {"plane": PlaneProtocol(looks=(4, 8), updates=8, teacher_updates=dict.fromkeys(DATA, 2), batch=8, samples=32, directions=4,
                                floor_pairs=2, dial_noises=4, goal_steps=4, scales=(0., 1.)),
-        "flux": FluxProtocol((1, 2), (1, 2), 2, 2, 4, 2, 2, 2, (0., 1.))}
+        "flux": FluxProtocol((1, 2), (1, 2), 2, 2, 4, 2, 2, 4, (0., 1.))}
 NOTES = ("Plane: constant learning rate 3e-4, batch 256, shift 1 to 2, decays not shortened, raw student read out, unless it says otherwise.",
          "A LoRA has the learning rate 1e-3. t_skip: at equal updates; 4 and 8 cost 1.4 and 2.2 times the default's evaluations.",
          "When stalled: both EMAs are set to the student once its distance to the slow EMA has not grown for 60 updates.",

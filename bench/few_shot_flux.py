@@ -77,12 +77,26 @@ def rows_of(job, count):
     return torch.randperm(count, generator=keyed_generator(job.subset, 0, SUBSET))[:job.size or None]
 
 
-def flux_config(protocol, job):
+def short_recipe(protocol, change):
     """(`DistillConfig`, rank, range of the guidance scale): the carried LoRA's recipe, shortened."""
     recipe = live_config("", protocol.updates)
     told = {f.name: getattr(recipe, f.name) for f in fields(DistillConfig)}
-    told |= {"batch": protocol.batch, "seed": job.subset, **job.change}
-    return DistillConfig(**told), recipe.rank, recipe.guidance
+    return DistillConfig(**told | {"batch": protocol.batch, **change}), recipe.rank, recipe.guidance
+
+
+def flux_config(protocol, job):
+    return short_recipe(protocol, {"seed": job.subset, **job.change})
+
+
+def batches(latents, captions, guidance):
+    """batch_of(generator, rows) for `distill`: latents (n, N, C) with their captions, guidance scales drawn from a range."""
+    text = family().encode_text(captions)
+
+    def batch_of(generator, count):
+        picked = torch.randint(len(captions), (count,), generator=generator)
+        scale = guidance[0] + (guidance[1] - guidance[0]) * torch.rand(count, generator=generator)
+        return latents[picked], {name: part[picked] for name, part in text.items()} | {"guidance": scale}
+    return batch_of
 
 
 def flux_student(cache, protocol, job):
@@ -92,12 +106,7 @@ def flux_student(cache, protocol, job):
 
     def make():
         rows = rows_of(job, len(captions))
-        text = family().encode_text([captions[i] for i in rows])
-
-        def batch_of(generator, count):
-            picked = torch.randint(len(rows), (count,), generator=generator)
-            scale = guidance[0] + (guidance[1] - guidance[0]) * torch.rand(count, generator=generator)
-            return latents[rows[picked]], {name: part[picked] for name, part in text.items()} | {"guidance": scale}
+        batch_of = batches(latents[rows], [captions[i] for i in rows], guidance)
         speakers = distill(speakers_of(config.seed, rank), batch_of, config, progress=False)
         return {name: tensor.clone() for name, tensor in adapter_state(speakers.transformer, "slow").items()}
     return cache("few_lora", spec, make), rank, spec

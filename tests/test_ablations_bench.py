@@ -1,0 +1,88 @@
+"""bench/ablations.py at a size of seconds: it runs, it resumes from its cells, and what it writes is complete."""
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+BENCH = Path(__file__).parents[1] / "bench"
+SETTINGS = {"k/N", "averages", "decay of one EMA", "speaker scale", "learning rate", "shift", "t_skip", "loss", "rank", "read-out", "seed"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ablations")
+
+
+@pytest.fixture
+def bench(folder, monkeypatch):
+    """Runs the script on one cache, and returns what it wrote."""
+    def run(*words):
+        monkeypatch.syspath_prepend(str(BENCH))
+        monkeypatch.setattr(sys, "argv", ["ablations.py", "--smoke", "--cache", str(folder / "cells"),
+                                          "--out", str(folder / "ablations"), *words])
+        runpy.run_path(str(BENCH / "ablations.py"), run_name="__main__")
+        return json.loads((folder / "ablations.json").read_text())
+    return run
+
+
+def test_a_small_run_writes_everything_and_a_lost_cell_alone_is_made_again(bench, folder, capsys):
+    record = bench()
+    assert record["plane"].keys() == SETTINGS and not record["missing"]
+    assert set(record["plane"]["k/N"]) == set(record["teacher"]) == set(record["floor"]) == {"checkerboard", "moons", "8 gaussians"}
+    for sets in record["plane"].values():
+        for value in sets["checkerboard"].values():
+            assert list(value["looks"]) == ["4", "8"] and value["numbers"] > 0
+            assert all(list(look[kind]) == ["1", "2", "3", "4", "8"] for look in value["looks"].values() for kind in ("raw", "dialled", "scales"))
+    decays, two = record["grids"].items()
+    assert decays[0] == "fast decay, slow decay" and sum(map(len, decays[1].values())) == 10
+    assert two[0] == ", ".join(row["family"] for row in record["sensitivity"][:2]) and sum(map(len, two[1].values())) >= 12
+    assert set(record["flux"]) == {"k/N", "rank"} and {"0", "1"} == set(record["flux"]["k/N"]) and record["flux_teacher"]["3.0"]
+    for who in ("student", "slow"):
+        first, last = (look[who] for look in record["flux"]["k/N"]["0"]["looks"].values())
+        assert set(first) == {"raw"} and set(last) == {"raw", "dialled", "scales"}
+    assert "tiny Flux, slow EMA" in capsys.readouterr().out
+    assert all(Image.open(folder / f"ablations{kind}.png").width > 700 for kind in ("", "_grids", "_flux"))
+
+    lost = sorted((folder / "cells").glob("ablation-*"))[0]
+    lost.unlink()
+    told = bench("--report")
+    assert told["missing"] and told["cost"]["this_run"]["cells_made"] == 0
+    again = bench("--only", "plane", "grids")
+    assert again["cost"]["this_run"]["cells_made"] == 1 and lost.is_file()
+    assert all(again[part] == record[part] for part in ("plane", "grids", "flux", "sensitivity"))
+
+
+def test_nothing_is_chosen_for_the_grid_before_all_is_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    from ablation_report import most_sensitive
+
+    def done(family, *values):
+        look = [{"looks": {5: {"raw": dict.fromkeys((2, 3, 4, 8), v), "dialled": dict.fromkeys((2, 3, 4, 8), v ** .5)}}} for v in values]
+        return [(SimpleNamespace(part="plane", family=family, data="moons"), value, {}, 0) for value in look]
+    results = done("a", .1, .2, .4) + done("b", .1, .3) + done("c", .1, .2)
+    ranked, pair = most_sensitive(results, {"a", "b", "c"}, "moons")
+    assert pair == ("a", "b") and [row["family"] for row in ranked] == ["a", "b", "c"]
+    assert ranked[0]["raw"] == pytest.approx(math.log(4), abs=1e-4) and ranked[0]["dialled"] == pytest.approx(math.log(2), abs=1e-4)
+    lost = [(job, None, {}, 0) if i == 4 else (job, value, {}, 0) for i, (job, value, *_) in enumerate(results)]
+    assert most_sensitive(lost, {"a", "b", "c"}, "moons")[1] == ()
+
+
+def test_the_rule_restarts_both_averages_when_the_student_has_stopped_leaving_the_slow_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    from ablation_cells import RestartWhenStalled
+    weights = {name: [torch.zeros(2), torch.zeros(1)] for name in ("student", "fast", "slow")}
+    rule = RestartWhenStalled(SimpleNamespace(parameters=weights.get), every=2, patience=3)
+    away = [1, 2, 3, 4, 5, 6, 6, 6, 6, 5, 5, 4, 9]                       # looked at after 2, 4, ...: 2 4 6 6 5 4
+    for updates, distance in enumerate(away, 1):
+        weights["student"][0].copy_(torch.tensor([float(distance), 0.]))
+        rule(updates)
+        assert rule.restarts == ([12] if updates >= 12 else [])
+        if updates == 12:
+            assert all(torch.equal(a, b) for name in ("fast", "slow") for a, b in zip(weights[name], weights["student"]))
+    assert weights["slow"][0][0] == 4 and rule.largest == 0              # and from there on it counts anew
