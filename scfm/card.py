@@ -83,7 +83,7 @@ def history(config, run, choice, begun):
     if knows("prompts", "pictures"):
         data = "the teacher's own pictures" if run["prompts"] else "a folder of pictures with captions"
         listing = Path(run["pictures"] or Path(config.lora) / "pictures") / "metadata.jsonl"
-        count = f" ({len(listing.read_text(encoding='utf-8').split(chr(10))) - 1} of them)" if listing.is_file() else ""
+        count = f" ({sum(map(bool, map(str.strip, listing.read_text(encoding='utf-8').splitlines())))} of them)" if listing.is_file() else ""
         sizes = [f"{config.height}x{config.width}", *run.get("more_sizes", ())]
         yield f"Base: {Path(config.pipeline).name}. Data: {data}{count}, {' and '.join(sizes)} pixels."
     if run.get("prompts") and knows("teacher_steps", "teacher_guidance"):

@@ -19,6 +19,7 @@ from scfm.families import load_pipeline
 from scfm.families.pixels import ClassNames, NoVAE, PixelPipeline, Pixels, pipeline_of, save_pipeline
 from scfm.lora import WEIGHT_NAME, LoraSpeakers, adapter_parameters, save_lora
 from scfm.run import Run
+from scfm.step_lora import StepLora, UseConfig
 from scfm.unet import PictureFlow, generate, guided, load_flow
 
 NAMES = ("cat", "dog", "fire engine", "engine")
@@ -81,7 +82,8 @@ def test_a_folder_comes_back_whole_and_in_parts(pipe, tmp_path):
     assert alone.vae is None and alone.text_encoder is None
     assert Pixels(load_pipeline(folder, torch.float32, parts="encoders")[0], 32, 32).tokens == 256
     half, _ = load_pipeline(folder, torch.bfloat16)
-    assert half.transformer.dtype == torch.bfloat16 and half.text_encoder.labels.dtype == torch.int64
+    assert half.transformer.dtype == torch.bfloat16 and half.text_encoder(["dog"]).dtype == torch.int64
+    assert whole.dtype == torch.float32 and half.dtype == torch.bfloat16        # what noise is cast to
     assert half(["cat"], num_inference_steps=2, output_type="pt").images.dtype == torch.bfloat16
 
 
@@ -152,7 +154,7 @@ def run(*words):
     assert main([str(word) for word in words]) == 0
 
 
-def test_pretrain_distill_kill_resume_dial_sample(data):
+def test_pretrain_distill_kill_resume_dial_sample_evaluate_export(data):
     """What a person does on one small data set, by the commands; a run that was cut in two equals an unbroken one bit by bit."""
     run("pretrain", "--data", data / "data", "--out", data / "flow", "--size", "tiny", "--updates", 2, "--batch", 4, "--warmup", 1, "--preview_every", 0)
     pipe = PixelPipeline.from_pretrained(data / "flow" / "pipeline")
@@ -171,6 +173,18 @@ def test_pretrain_distill_kill_resume_dial_sample(data):
     assert read_dial(data / "whole" / WEIGHT_NAME) is not None
     run("sample", "--lora", data / "whole", "--prompt", "a cat", "--prompt", "a dog", "--steps", 2, "--out", data / "two.png")
     assert Image.open(data / "two.png").size == (64, 32)
+    run("evaluate", "--lora", data / "whole", "--prompts", captions(data), "--count", 2, "--steps", 2, "--teacher_steps", 4, "--inception", "none", "--clip", "none",
+        "--repeats", 1)
+    rows = {(row["label"], row["steps"]): row["endpoint"] for row in json.loads((data / "whole" / "evaluation" / "report.json").read_text())["rows"]}
+    assert rows["teacher, Euler", 2] > 0.01 and rows["teacher, Euler", 2] != rows["teacher, Midpoint", 2]
+    run("export", "--lora", data / "whole", "--steps", 2, "--out", data / "fused")
+    fused, noise = PixelPipeline.from_pretrained(data / "fused"), torch.randn(2, 3, 32, 32)
+    step = StepLora(UseConfig(lora=str(data / "whole")), "cpu")
+    step.set_scale(step.dial.scale(2))
+    ours, theirs = (p(["a cat", "a dog"], num_inference_steps=2, latents=noise, output_type="pt").images for p in (step.pipe, fused))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert "from scfm.families.pixels import PixelPipeline" in (data / "fused" / "README.md").read_text()
+    assert "12 of them" in (data / "whole" / "README.md").read_text()
 
 
 def captions(data):

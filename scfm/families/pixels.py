@@ -27,10 +27,10 @@ class ClassNames(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, names=()):
         super().__init__()
-        self.register_buffer("labels", torch.arange(len(names) + 1))
+        self.register_buffer("nothing", torch.zeros(1))             # where it is; a float, for it lends the pipeline its dtype
 
     def forward(self, captions):
-        return self.labels[[self.number(caption) for caption in captions]]
+        return torch.tensor([self.number(caption) for caption in captions], device=self.nothing.device)
 
     def number(self, caption):
         """The class that a caption names as a word of its own. ValueError for none, or several."""
@@ -66,10 +66,11 @@ class PixelPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @torch.no_grad()
     def __call__(self, prompt, negative_prompt="", height=None, width=None, num_inference_steps=16, sigmas=None, guidance_scale=1.,
-                 generator=None, latents=None, output_type="pil"):
+                 generator=None, latents=None, output_type="pil", max_sequence_length=None):
         """Pictures of the classes that `prompt` (a string or a list) names, as .images; output_type pil, np or pt (in [0, 1]).
 
         sigmas: the grid before the scheduler's shift, 1 to 1 / steps when None. guidance_scale above 1 takes two evaluations a step.
+        max_sequence_length: of no meaning here, taken so that code for other pipelines runs.
         """
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
         size = height or self.transformer.config.picture, width or self.transformer.config.picture
@@ -114,6 +115,11 @@ class Pixels:
     def latent_shape(self):
         """Of one picture: (3, height, width)."""
         return 3, self.height, self.width
+
+    @property
+    def captions(self):
+        """Two captions for whoever only wants to see whether two pipelines paint the same: not any words will do here."""
+        return tuple(self.pipe.text_encoder.config.names[:2])
 
     @property
     def tokens(self):
