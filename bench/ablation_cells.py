@@ -2,12 +2,13 @@
 
 A measurement takes (cache, protocol, job), see `PlaneProtocol`, `FluxProtocol` and `Job` in bench/ablations.py.
 """
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache, partial
 
 import torch
 
-from plane_cells import dialling, judged, load, measured, ruler, settings, teacher
+from plane_cells import dialling, finite, judged, load, measured, ruler, settings, teacher
 from scfm.dial import choose, endpoint_curve
 from scfm.distill import DistillConfig, FullSpeakers, distill
 from scfm.metrics import endpoint_distance
@@ -48,17 +49,22 @@ class RestartWhenStalled:
 
 
 def run(speakers, batch_of, config, ours, looks, look):
-    """{"looks": {updates: look(updates)}, "restarts": when the rule restarted, "numbers": trained}: `distill`, watched."""
-    stalled, found = RestartWhenStalled(speakers), {}
+    """`distill`, watched: {"looks": {updates: look(updates)}, "restarts": when the rule restarted, "numbers": trained, "done":
+    updates}. A run whose gradient is no longer finite ends there; its student stands for the looks that were to come."""
+    stalled, found, done = RestartWhenStalled(speakers), {}, 0
 
     def on_update(update, _):
+        nonlocal done
+        done = update + 1
         if ours["restart_when_stalled"]:
-            stalled(update + 1)
-        if update + 1 in looks:
-            found[update + 1] = look(update + 1)
-    distill(speakers, batch_of, config, on_update, progress=False)
+            stalled(done)
+        if done in looks:
+            found[done] = look(done)
+    with suppress(FloatingPointError):
+        distill(speakers, batch_of, config, on_update, progress=False)
+    found |= {updates: look(updates) for updates in looks if updates not in found}
     numbers = sum(weight.numel() for weight in speakers.parameters("student"))
-    return {"looks": found, "restarts": stalled.restarts, "numbers": numbers}
+    return {"looks": found, "restarts": stalled.restarts, "numbers": numbers, "done": done}
 
 
 def split(change):
@@ -150,12 +156,12 @@ def measure_flux(cache, protocol, job):
             return {who: look_at(partial(speakers.field, who), updates == max(protocol.looks)) for who in READ}
 
         def look_at(field, last):
-            found = {"raw": {n: endpoint_distance(judge(field(1.), n), goal) for n in protocol.steps}}
+            away = lambda n, scale: finite(endpoint_distance(judge(field(scale), n), goal))
+            found = {"raw": {n: away(n, 1.) for n in protocol.steps}}
             if last:
-                chosen = choose(endpoint_curve(lambda n, s: dial(field(s), n), near, protocol.steps, protocol.scales))
-                found["scales"] = dict(zip(*chosen[:2]))
-                found["dialled"] = {n: found["raw"][n] if s == 1 else endpoint_distance(judge(field(s), n), goal)
-                                    for n, s in found["scales"].items()}
+                curve = endpoint_curve(lambda n, s: dial(field(s), n), near, protocol.steps, protocol.scales)
+                found["scales"] = dict(zip(*choose({pair: finite(distance) for pair, distance in curve.items()})[:2]))
+                found["dialled"] = {n: found["raw"][n] if s == 1 else away(n, s) for n, s in found["scales"].items()}
             return found
         return run(speakers, batch_of, config, ours, protocol.looks, look)
     spec = {"pictures": pictures, "guidance": guidance, "config": asdict(config), **ours, "protocol": protocol._asdict()}

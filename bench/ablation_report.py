@@ -108,13 +108,15 @@ LEVELS = (.03, .04, .05, .07, .1, .15, .2, .3, .5, .7, 1)    # marks of the axis
 
 
 def heat_map(ax, rows, columns, values, title, by_column=True):
-    """The numbers themselves, the darker the further from the best: of the column, or of all. values: {(row, column): number}."""
+    """The numbers themselves, the darker the further from the best: of the column, or of all. values: {(row, column): number}.
+
+    far: a student that has run away."""
     best = {c: min((v for (_, at), v in values.items() if at == c or not by_column), default=1.) for c in columns}
     shade = [[math.log2(values[r, c] / best[c]) if (r, c) in values else math.nan for c in columns] for r in rows]
     ax.imshow(shade, cmap="Oranges", vmin=0, vmax=3, aspect="auto")                # at 8 times the best it is darkest
     for (r, c), value in values.items():
         y, x = rows.index(r), columns.index(c)
-        ax.text(x, y, f"{value:.3f}".lstrip("0"), ha="center", va="center", fontsize=7, color="w" if shade[y][x] > 2 else "k")
+        ax.text(x, y, f"{value:.3f}".lstrip("0") if value < 10 else "far", ha="center", va="center", fontsize=7, color="w" if shade[y][x] > 2 else "k")
     ax.set_xticks(range(len(columns)), columns, fontsize=7)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
     ax.tick_params(length=0)

@@ -182,13 +182,22 @@ def measure_student(cache, protocol, job):
     return cache("student_sw2", {"of": spec, **reading, **measured(protocol, **more)}, make)
 
 
+FAR = 1e6                                                    # stands for a distance that is no finite number
+
+
+def finite(distance):
+    """The distance; FAR for one of a student that has run away, which is inf, nan or close to it."""
+    return distance if distance < FAR else FAR
+
+
 def judged(measure, dialling, field, steps, scales, shift=1.):
     """What `measure_student` gives, of a student whose field at a scale is field(scale). dialling: (noise, goal)."""
     noise, goal = dialling
-    dial = choose(endpoint_curve(lambda n, s: ends(field(s), noise, n, shift), goal, steps, scales), shift)
+    curve = endpoint_curve(lambda n, s: ends(field(s), noise, n, shift), goal, steps, scales)
+    dial = choose({pair: finite(distance) for pair, distance in curve.items()}, shift)
     raw = {n: measure(field(1.), n, shift) for n in steps}
-    dialled = {n: measure(field(s), n, shift)[0] for n, s in zip(dial.steps, dial.scales)}
-    return {"raw": {n: sw2 for n, (sw2, _) in raw.items()}, "deviation": {n: wide for n, (_, wide) in raw.items()},
+    dialled = {n: finite(measure(field(s), n, shift)[0]) for n, s in zip(dial.steps, dial.scales)}
+    return {"raw": {n: finite(sw2) for n, (sw2, _) in raw.items()}, "deviation": {n: finite(wide) for n, (_, wide) in raw.items()},
             "dialled": dialled, "scales": dict(zip(dial.steps, dial.scales))}
 
 

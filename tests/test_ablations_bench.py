@@ -86,3 +86,24 @@ def test_the_rule_restarts_both_averages_when_the_student_has_stopped_leaving_th
         if updates == 12:
             assert all(torch.equal(a, b) for name in ("fast", "slow") for a, b in zip(weights[name], weights["student"]))
     assert weights["slow"][0][0] == 4 and rule.largest == 0              # and from there on it counts anew
+
+
+def test_a_run_that_loses_its_head_is_a_result_and_no_crash(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    from ablation_cells import OURS, run
+    from plane_cells import FAR, judged
+
+    from scfm.distill import DistillConfig, FullSpeakers
+    from toy.plane import MLP, checkerboard
+    speakers = FullSpeakers(MLP(4, 1))
+
+    def batch_of(generator, rows):
+        return checkerboard(rows, generator) * (math.inf if len(looked) else 1.)
+    looked = []
+    found = run(speakers, batch_of, DistillConfig(updates=6, batch=4), OURS, (2, 6), lambda updates: looked.append(updates) or updates)
+    assert found["done"] == 2 and found["looks"] == {2: 2, 6: 6} == {n: n for n in looked}
+
+    def measure(field, steps, shift):
+        return math.nan, math.inf
+    gone = judged(measure, (torch.zeros(2, 2), torch.zeros(2, 2)), lambda scale: lambda x, t, cond=None: x * scale / 0, (1, 2), (0., 1.))
+    assert set(gone["raw"].values()) == set(gone["dialled"].values()) == set(gone["deviation"].values()) == {FAR}
