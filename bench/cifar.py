@@ -38,9 +38,10 @@ def paint(plan, name, seed, painter, names):
         raw, turned, dial = lora_painter(plan, seed, names, painter.device)
         return [(paint_all(plan, f"{LORA} {seed}", raw, painter), {}),
                 (paint_all(few(plan), f"{LORA}, dialled {seed}", turned, painter), {"dial": dial._asdict()})]
-    solvers = ("euler", "midpoint") if name in ("plain", "scfm 1/4") else ("euler",)
     network = load_flow(folder_of(plan, name, seed) / "flow.safetensors").to(painter.device)
-    sets = [(paint_all(plan, f"{name} {seed}", sampler(network), painter, solvers), {})]
+    sets = [(paint_all(plan, f"{name} {seed}", sampler(network), painter), {})]
+    if name in ("plain", "scfm 1/4"):
+        sets.append((paint_all(few(plan), f"{name} {seed}", sampler(network), painter, ("midpoint",)), {}))
     if name == DISTILLED:
         turned, dial = dialled(plan, seed, painter.device)
         sets.append((paint_all(few(plan), f"{DISTILLED}, dialled {seed}", turned, painter), {"dial": dial._asdict()}))
@@ -48,7 +49,7 @@ def paint(plan, name, seed, painter, names):
 
 
 def few(plan):
-    """The same without the large step counts: there a dial stands near 0, and the student is its teacher."""
+    """The same without the large counts: there a dial stands near 0, and midpoint has arrived."""
     return plan._replace(nfe=tuple(n for n in plan.nfe if n <= 16))
 
 
