@@ -7,9 +7,9 @@ Students of 1, 3, 10, 30, 100 and all pictures, five random subsets of each size
 
 plane   checkerboard, moons and 8 Gaussians, all weights, from the teachers of bench/plane.py (seed 0); SCFM raw (scale 1)
         and dialled; `all` is fresh data without end
-flux    the tiny Flux of toy/, a LoRA by the carried one's recipe, raw; `all` are the 256 captions of toy/weights/prompts.txt
-        as the teacher paints them; judged on other captions, of colour-shape pairs that the teacher was trained on, and of
-        pairs that it never saw
+flux    the tiny Flux of toy/, a LoRA by the carried one's recipe; SCFM raw (strength 1) and on the dial of the run with all
+        pictures; `all` are the 256 captions of toy/weights/prompts.txt as the teacher paints them; judged on captions drawn
+        on their own, of colour-shape pairs that the teacher was trained on, and of pairs that it never saw
 
 Judged at 3, 4, 8 and 32 steps; the metrics stand in few_shot_report.METRICS, each in one line. Intervals are 95 %, over
 subsets; a subset brings its own seed of training. Every cell is a file under --cache, so a killed run goes on where it was;
@@ -22,6 +22,7 @@ few_shot_flux.png.
 """
 import argparse
 import json
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,8 @@ NOTES = ("Pooled t intervals of few against all: the runs with all pictures are 
          "All are judged on the same captions, noises or data: the intervals do not cover another choice of these.",
          "Read out: the slow EMA. Times of fine-tuning: drawn evenly and shifted as in SCFM's rows.",
          "By chance 2.5 % of the comparisons of one size with all would tell of a loss.",
-         "On the tiny Flux fewer updates than the carried LoRA had, and no dial: raw, any loss by few pictures shows in full.")
+         "The plane: each student has a dial of its own. The tiny Flux: one for all sizes, that of the run with all pictures.",
+         "Both: fewer updates than bench/plane.py and the carried LoRA have.")
 
 
 class Protocol(NamedTuple):
@@ -60,7 +62,7 @@ class Protocol(NamedTuple):
 
 SMOKE = Protocol((1,), 2, {"plane": 1, "flux": 1}, ("moons",),
                  PlaneProtocol((3, 8), dict.fromkeys(DATA, 2), 2, 8, 64, 8, 8, 4, (0., 1.)),
-                 FluxProtocol((3, 4), 1, 2, 5, 2, 2, 2))
+                 FluxProtocol((3, 4), 1, 2, 5, 2, 2, 2, (.5, 1.), 2))
 
 
 class Job(NamedTuple):
@@ -118,11 +120,16 @@ def main():
     record = about_all(protocol, done, time.perf_counter() - start) | judged(gather(in_order(todo, done)))
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    out.with_suffix(".json").write_text(short(json.dumps(record, indent=1)) + "\n")
     for part in ("plane", "flux"):
         if any(world["part"] == part and world["methods"] for world in record["worlds"].values()):
             plot(record, part, f"{out}_{part}.png")
     print(table(record))
+
+
+def short(text):
+    """Indented JSON with a line for each object that holds no more than one level of others."""
+    return re.sub(r"\{(?:[^{}]|\{[^{}]*\})*\}", lambda found: " ".join(found[0].split()), text)
 
 
 def in_order(todo, done):

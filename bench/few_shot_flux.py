@@ -1,6 +1,7 @@
 """The cells of bench/few_shot.py on the tiny Flux: LoRAs of few pictures, judged on captions that they never saw.
 
-A measurement takes (cache, protocol, job), see `Job` in bench/few_shot.py, and returns {kind: {steps: {metric: number}}}.
+A measurement takes (cache, protocol, job), see `Job` in bench/few_shot.py, and returns
+{curve: {kind: {steps: {metric: number}}}}.
 """
 from dataclasses import asdict, fields
 from functools import lru_cache, partial
@@ -10,9 +11,10 @@ import torch
 
 from scfm.cache import fingerprint
 from scfm.consistency import keyed_generator
+from scfm.dial import choose, endpoint_curve
 from scfm.distill import DistillConfig, distill
 from scfm.families.flux import Flux
-from scfm.lora import LoraSpeakers, adapter_state, load_adapter_state
+from scfm.lora import LoraSpeakers, adapter_state, load_adapter_state, set_scale
 from scfm.teacher_data import read_prompts, start_noise, teacher_endpoints
 from toy.demo import PROMPTS, live_config
 from toy.judge import STOCK, Judge
@@ -23,14 +25,18 @@ KINDS = {"seen pairs": False, "held-out pairs": True}        # of captions: thei
 
 
 class FluxProtocol(NamedTuple):
-    """pictures: that there are in all; captions: judged, of each kind, each with `noises` noises; goal_steps: the teacher's."""
+    """pictures: that there are in all; captions: judged, of each kind, each with `noises` noises; goal_steps: the teacher's.
+
+    scales, dial_noises: of the search for the dial."""
     steps: tuple = (3, 4, 8, 32)
-    updates: int = 120
+    updates: int = 100
     batch: int = 16
     pictures: int = 256
     captions: int = 32
     noises: int = 2
     goal_steps: int = 32
+    scales: tuple = (.125, .25, .375, .5, .625, .75, .875, 1., 1.25)
+    dial_noises: int = 16
 
 
 @lru_cache(1)
@@ -117,15 +123,15 @@ def spread(pictures, noises):
     return pictures.unflatten(0, (-1, noises)).var(1).mean().sqrt().item()
 
 
-def flux_curves(cache, protocol, field):
-    """{kind: {steps: {metric: number}}} of a field; spread: over that of the teacher's own pictures from the same noises."""
+def flux_curves(cache, protocol, field_for):
+    """{kind: {steps: {metric: number}}} of field_for(steps); spread: over that of the teacher's pictures from the same noises."""
     found = {}
     for kind, judge in judges(protocol.captions, protocol.noises).items():
         judge.goal = goal_pictures(cache, protocol, kind)
         wide = spread(judge.family.decode(judge.goal), protocol.noises)
         found[kind] = {}
         for n in protocol.steps:
-            reached = judge.endpoints(field, n, STOCK)
+            reached = judge.endpoints(field_for(n), n, STOCK)
             pictures = judge.family.decode(reached)
             marks = judge.score(reached, pictures)
             found[kind][n] = {name: marks[name] for name in ("prompt_accuracy", "frechet", "endpoint")}
@@ -144,27 +150,60 @@ def flux_spec(protocol, of):
     return {"of": of, "asked": (protocol.captions, protocol.noises), "steps": protocol.steps, "goal": protocol.goal_steps}
 
 
+def at_strength(rank, lora):
+    """strength -> the field of a LoRA, fused into the weights: a third faster than beside them."""
+    transformer = speakers_of(0, rank).transformer
+    load_adapter_state(transformer, "slow", lora)
+    transformer.set_adapter("slow")
+    transformer.fuse_lora(adapter_names=["slow"])
+
+    def field(strength):
+        transformer.unfuse_lora()
+        set_scale(transformer, "slow", strength)             # fuse_lora's own argument would multiply, time after time
+        transformer.fuse_lora(adapter_names=["slow"])
+        return partial(family().velocity, transformer)
+    return field
+
+
+def dial_of_all(cache, protocol, job):
+    """The strengths of the student of all pictures, by the endpoints of a few noises: one dial for all sizes."""
+    lora, rank, of = flux_student(cache, protocol, job._replace(size=0, subset=0))
+    spec = {"of": of, "steps": protocol.steps, "scales": protocol.scales, "noises": protocol.dial_noises}
+
+    def make():
+        captions = read_prompts(PROMPTS)[:protocol.dial_noises]
+        noise = start_noise(family(), range(len(captions)), 2)
+
+        def ends(field, n):
+            return teacher_endpoints(family(), field, captions, noise, n, STOCK, GUIDANCE)
+        goal, field = ends(teacher_field(), protocol.goal_steps), at_strength(rank, lora)
+        curve = endpoint_curve(lambda n, s: ends(field(s), n), goal, protocol.steps, protocol.scales)
+        return dict(zip(*choose(curve, STOCK)[:2]))
+    return cache("few_dial", spec, make)
+
+
 def measure_teacher(cache, protocol, job):
-    """A curve for each kind, and "floor": {kind: {metric: what as many fresh drawings score}}. Makes all pictures first."""
+    """Curve "raw", and "floor": {kind: {metric: what as many fresh drawings score}}. Makes all pictures first."""
     painted(cache, protocol)
 
     def make():
         floors = {kind: {"frechet": judge.floor()} for kind, judge in judges(protocol.captions, protocol.noises).items()}
-        return flux_curves(cache, protocol, teacher_field()) | {"floor": floors}
+        return {"raw": flux_curves(cache, protocol, lambda n: teacher_field()), "floor": floors}
     return cache("few_flux_teacher", flux_spec(protocol, weights()), make)
 
 
 def measure_student(cache, protocol, job):
-    """A curve for each kind, of the LoRA fused into the weights, at strength 1."""
+    """Curves "raw" (strength 1) and, where it is SCFM, "dialled"; "scales": {steps: the dial's}."""
     lora, rank, spec = flux_student(cache, protocol, job)
+    scales = dial_of_all(cache, protocol, job) if job.family == "scfm" else {}
 
     def make():
-        transformer = speakers_of(0, rank).transformer
-        load_adapter_state(transformer, "slow", lora)
-        transformer.set_adapter("slow")
-        transformer.fuse_lora(adapter_names=["slow"])
-        return flux_curves(cache, protocol, partial(family().velocity, transformer))
-    return cache("few_flux", flux_spec(protocol, spec), make)
+        field = at_strength(rank, lora)
+        found = {"raw": flux_curves(cache, protocol, lambda n: field(1.))}
+        if scales:
+            found |= {"dialled": flux_curves(cache, protocol, lambda n: field(scales[n])), "scales": scales}
+        return found
+    return cache("few_flux", flux_spec(protocol, spec) | {"scales": scales}, make)
 
 
 MEASURES = {"teacher": measure_teacher, "scfm": measure_student, "tuned": measure_student}

@@ -14,39 +14,44 @@ METRICS = {
     "flux": {"prompt_accuracy": (-1, "share of the attributes named by the captions that a classifier of drawings sees"),
              "frechet": (1, "Frechet distance on that classifier's features to drawings of such captions (not FID)"),
              "endpoint": (1, "rms distance of the latents to the teacher's own in 32 steps from the same noises"),
-             "spread": (-1, "rms deviation of pixels among pictures of one caption, over the teacher's in 32 steps")}}
+             "spread": (-1, "rms deviation of pixels among pictures of one caption over the teacher's in 32 steps; more than 1 "
+                        "counts as 1")}}
 SCFM, DIALLED, TUNED = "SCFM", "SCFM, dialled", "fine-tuning"
 ALL = "all"
 LEVEL = .95
 
 
 def curves(job, value):
-    """(world, method, {steps: {metric: number}}) of a measurement."""
+    """(world, method, {steps: {metric: number}}, floor) of a measurement."""
     method = {"scfm": SCFM, "tuned": TUNED, "teacher": "teacher"}[job.family]
-    if job.part == "flux":
-        return [(f"tiny Flux, {kind}", method, curve) for kind, curve in value.items() if kind != "floor"]
-    return [(job.data, method if way == "raw" else DIALLED, value[way]) for way in ("raw", "dialled") if way in value]
+    for way, name in (("raw", method), ("dialled", DIALLED)):
+        if job.part == "flux":
+            for kind, curve in value.get(way, {}).items():
+                yield f"{job.data}, {kind}", name, curve, value.get("floor", {}).get(kind)
+        elif way in value:
+            yield job.data, name, value[way], value.get("floor")
 
 
 def gather(done):
-    """{world: part, floor, teacher: {steps: {metric: number}}, methods: {method: {size: {steps: {metric: entry}}}}}; dials."""
+    """worlds: {world: part, floor, teacher: {steps: {metric: number}}, methods: {method: {size: {steps: {metric: entry}}}}};
+    dials: {data: {size: {subset: {steps: scale}}}}."""
     worlds, dials = {}, {}
     for job, value, _, _ in done:
         if value is None:
             continue
         size = str(job.size or ALL)
-        for world, method, curve in curves(job, value):
+        for world, method, curve, floor in curves(job, value):
             kept = worlds.setdefault(world, {"part": job.part, "floor": {}, "teacher": {}, "methods": {}})
             if method == "teacher":
                 kept["teacher"] = {str(n): rounded(marks) for n, marks in curve.items()}
-                kept["floor"] = rounded(value["floor"].get(world.removeprefix("tiny Flux, "), value["floor"]))
+                kept["floor"] = rounded(floor)
                 continue
             for n, marks in curve.items():
                 found = kept["methods"].setdefault(method, {}).setdefault(size, {}).setdefault(str(n), {})
                 for metric, number in rounded(marks).items():
                     found.setdefault(metric, {"values": {}})["values"][str(job.subset)] = number
         if "scales" in value:
-            dials.setdefault(job.data, {}).setdefault(size, []).append(value["scales"])
+            dials.setdefault(job.data, {}).setdefault(size, {})[str(job.subset)] = value["scales"]
     for entry in (e for world in worlds.values() for e in entries(world["methods"])):
         entry |= interval(list(entry["values"].values()))
     return {"worlds": worlds, "dials": dials}
@@ -87,6 +92,11 @@ def worse_by(few, everything, sign):
     return {"difference": round(difference, 5), "low": round(difference - half, 5), "high": round(difference + half, 5)}
 
 
+def counted(metric, entry):
+    """{subset: what a verdict rests on}: pictures more varied than the teacher's are no gain."""
+    return {subset: min(v, 1.) if metric == "spread" else v for subset, v in entry["values"].items()}
+
+
 def lost(world):
     """{method: {size: {steps: {metric: `worse_by` of that size against all pictures}}}}, metrics with a verdict alone."""
     found = {}
@@ -96,7 +106,7 @@ def lost(world):
                 for metric, (sign, _) in METRICS[world["part"]].items():
                     whole = sizes.get(ALL, {}).get(n, {}).get(metric)
                     if size != ALL and sign and whole:
-                        told = worse_by(*(list(entry["values"].values()) for entry in (marks[metric], whole)), sign)
+                        told = worse_by(*(list(counted(metric, entry).values()) for entry in (marks[metric], whole)), sign)
                         found.setdefault(method, {}).setdefault(size, {}).setdefault(n, {})[metric] = told
     return found
 
@@ -128,7 +138,7 @@ def ahead(world):
     for size in methods.get(SCFM, {}).keys() & methods.get(TUNED, {}).keys():
         for n, marks in methods[SCFM][size].items():
             for metric, (sign, _) in METRICS[world["part"]].items():
-                ours, other = marks[metric]["values"], methods[TUNED][size][n][metric]["values"]
+                ours, other = (counted(metric, entry) for entry in (marks[metric], methods[TUNED][size][n][metric]))
                 both = ours.keys() & other.keys()
                 if sign and both:
                     pairs = [sign * (other[subset] - ours[subset]) for subset in both]
@@ -167,6 +177,7 @@ def told(entry):
     return f"{entry['mean']:.4g}" + (f" +-{entry['half']:.3g}" if entry["half"] is not None else "")
 
 
+LEVELS = (.01, .015, .02, .03, .04, .05, .07, .1, .15, .2, .3, .4, .5, .7, 1, 1.5, 2)      # marks of a logarithmic axis
 STYLES = {SCFM: "C3o-", DIALLED: "C1o-", TUNED: "C0s--"}
 
 
@@ -181,7 +192,8 @@ def plot(record, part, path):
             panel(ax, worlds[name], sizes, n, metric)
             ax.set_title(f"{name}, {n} steps", fontsize=8)
         line[0].set_ylabel(metric, fontsize=8)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8)
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="lower center", ncol=5, fontsize=8)
     figure.tight_layout(rect=(0, .5 / (2.1 * len(rows) + .6), 1, 1))
     figure.savefig(path, dpi=60)
 
@@ -211,3 +223,9 @@ def panel(ax, world, sizes, n, metric):
         ax.axhline(world["floor"][metric], color="C2", lw=.8, label="fresh data")
     ax.set_xticks(range(len(sizes)), sizes)
     ax.tick_params(labelsize=7)
+    if metric in ("sw2", "endpoint"):                        # fine-tuning lies many times above the rest
+        ax.set_yscale("log")
+        limits = ax.get_ylim()
+        ax.set_yticks(LEVELS, [f"{level:g}" for level in LEVELS])
+        ax.minorticks_off()
+        ax.set_ylim(limits)

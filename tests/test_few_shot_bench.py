@@ -45,8 +45,7 @@ def test_a_small_run_writes_every_world_and_method(bench, folder, capsys):
     record = bench()
     assert list(record["worlds"]) == ["moons", "tiny Flux, seen pairs", "tiny Flux, held-out pairs"] and not record["missing"]
     for name, world in record["worlds"].items():
-        methods = ["SCFM", "SCFM, dialled", "fine-tuning"] if world["part"] == "plane" else ["SCFM", "fine-tuning"]
-        assert list(world["methods"]) == methods, name
+        assert list(world["methods"]) == ["SCFM", "SCFM, dialled", "fine-tuning"], name
         for sizes in world["methods"].values():
             assert list(sizes) == ["all", "1"]
             for size, curve in sizes.items():
@@ -56,6 +55,7 @@ def test_a_small_run_writes_every_world_and_method(bench, folder, capsys):
                     assert all(len(entry["values"]) == (1 if size == "all" else 2) for entry in marks.values())
         assert world["ahead"]["1"] and world["verdicts"].keys() == world["methods"].keys() and world["floor"]
     assert record["worlds"]["tiny Flux, seen pairs"]["teacher"] != record["worlds"]["tiny Flux, held-out pairs"]["teacher"]
+    assert record["dials"].keys() == {"moons", "tiny Flux"} and record["dials"]["tiny Flux"]["1"].keys() == {"0", "1"}
     assert "nothing lost from" in capsys.readouterr().out
     assert all(Image.open(folder / f"few_shot_{part}.png").width > 300 for part in ("plane", "flux"))
 
@@ -96,6 +96,21 @@ def test_nothing_lost_means_at_this_size_and_all_larger_ones():
                              "c": {"1": row(None)}})
     assert found["a"]["smallest"] == "10" and [len(at["lost"]) for at in found["a"]["at"].values()] == [0, 1, 0, 0]
     assert found["b"]["smallest"] is None and found["c"]["smallest"] is None        # nothing was said of c at all
+
+
+def test_pictures_more_varied_than_the_teacher_s_are_no_gain_and_no_loss():
+    curve = lambda values: {"3": {"spread": {"values": dict(enumerate(values))}}}
+    sizes = {"all": curve([1.3]), "1": curve([1.1, 1.05]), "3": curve([.8, .81])}
+    for steps in sizes.values():
+        for metric in ("prompt_accuracy", "frechet", "endpoint"):
+            steps["3"][metric] = {"values": {0: 1.}}
+    found = report.lost({"part": "flux", "methods": {"SCFM": sizes}})["SCFM"]
+    assert found["1"]["3"]["spread"] == {"difference": 0, "low": 0, "high": 0} and found["3"]["3"]["spread"]["low"] > 0
+
+
+def test_the_record_is_written_short_and_whole():
+    record = {"a": {"b": {"0": .5, "1": [1, 2]}}, "c": [{"d": "x  y"}]}
+    assert json.loads(few_shot.short(json.dumps(record, indent=1)))["a"] == record["a"]
 
 
 def test_scfm_and_fine_tuning_are_paired_by_subset():
