@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from cifar_training import DISTILLED, KEPT, LORA, NFE, RECIPES, Plan, folder_of, safe
+from scfm.lora import WEIGHT_NAME
 from scfm.unet import header_of
 from toy.features import recipe
 
@@ -39,6 +40,10 @@ def gather(plan, seeds, copy, notes=()):
             path = folder_of(plan, name, seed) / "flow.safetensors"
             if path.is_file():
                 record["trained"].setdefault(name, {})[str(seed)] = {**json.loads(header_of(path)["notes"]), "settings": settings(path)}
+            if name == LORA and (path.parent / WEIGHT_NAME).is_file():
+                told = settings(path, "rank")
+                record["trained"].setdefault(name, {})[str(seed)] = {
+                    "updates": told["updates"], "evaluations": 4 * told["updates"] * told["batch"], "settings": told}
     record["aims"] = aims(record)
     return record
 
@@ -47,11 +52,11 @@ def device():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, 2 cores shared with other work"
 
 
-def settings(path):
+def settings(path, *more):
     """What was set for a training, without the places of things."""
     told = json.loads((path.parent / "config.json").read_text())
-    return {k: told[k] for k in ("method", "flow_share", "teacher_share", "algorithm", "batch", "lr", "warmup", "slow_decay", "fast_decay",
-                                 "shift", "self_grids", "precision", "seed")}
+    return {k: told[k] for k in (*more, "updates", "method", "flow_share", "teacher_share", "algorithm", "batch", "lr", "warmup", "slow_decay", "fast_decay",
+                                 "shift", "self_grids", "precision", "seed") if k in told}
 
 
 def curve(record, name, key="frechet_test", solver="euler"):
@@ -91,7 +96,7 @@ def table(record, key="frechet_test"):
 
 
 def plot(record, path):
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), dpi=80)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), dpi=80)
     for axis, key, what in zip(axes, ("frechet_test", "label_accuracy"), ("Frechet distance on the features of a small ResNet (not FID)",
                                                                          "share of pictures taken for what was asked")):
         for i, name in enumerate(record["samplers"]):
@@ -104,9 +109,12 @@ def plot(record, path):
         axis.set_xticks(NFE, NFE)
         axis.set_xlabel("network evaluations of a picture (NFE)")
         axis.set_title(what, fontsize=9)
-    axes[0].set_yscale("log")
-    axes[0].axhline(record["floor"]["frechet_test"], color=".6", lw=.8)
-    axes[1].legend(fontsize=6.5, frameon=False)
+    axes[0].set_yscale("log")                               # the floor is far below, and would squeeze the curves
+    axes[0].minorticks_off()
+    marks = [m for m in (.05, .1, .2, .5, 1, 2, 3, 4, 5, 7, 10, 20, 50) if axes[0].get_ylim()[0] <= m <= axes[0].get_ylim()[1]]
+    axes[0].set_yticks(marks, [f"{m:g}" for m in marks])
+    axes[0].text(.98, .95, f"real pictures: {record['floor']['frechet_test']:.3f}", ha="right", va="top", fontsize=8, transform=axes[0].transAxes)
+    axes[1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
     figure.suptitle(f"{record['about']}; {record['size']}, {record['budget']} network evaluations of training each", fontsize=9.5)
     figure.tight_layout()
     save(figure, path)
@@ -116,8 +124,12 @@ def plot_pictures(plan, record, path, nfe=(1, 2, 4, 64)):
     """A strip of ten pictures from the same ten noises: a row per sampler and NFE."""
     seed = str(record["seeds"][0])
     names = [n for n in record["samplers"] if seed in record["samplers"][n]]
-    figure, axes = plt.subplots(len(names), 1, figsize=(4.6, 2.5 * len(names)), dpi=80, squeeze=False)
-    for axis, name in zip(axes[:, 0], names):
+    across = 2
+    figure, axes = plt.subplots(-(-len(names) // across), across, figsize=(9.2, 2.3 * -(-len(names) // across)), dpi=80, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, names):
+        axis.axis("on")
         strips = []
         for n in nfe:
             found = sorted((plan.cells / "painted").glob(f"{safe(f'{name} {seed}')}-{plan.count}-euler-{n}.safetensors"))
