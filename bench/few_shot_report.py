@@ -223,7 +223,7 @@ def panel(ax, world, sizes, n, metric):
         ax.axhline(world["floor"][metric], color="C2", lw=.8, label="fresh data")
     ax.set_xticks(range(len(sizes)), sizes)
     ax.tick_params(labelsize=7)
-    if metric in ("sw2", "endpoint"):                        # fine-tuning lies many times above the rest
+    if metric in ("sw2", "endpoint") and ax.dataLim.intervaly.min() > 0:      # fine-tuning lies many times above the rest
         ax.set_yscale("log")
         limits = ax.get_ylim()
         ax.set_yticks(LEVELS, [f"{level:g}" for level in LEVELS])
