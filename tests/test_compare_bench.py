@@ -69,9 +69,14 @@ def test_reflow_s_small_budget_is_what_its_forty_thousand_pairs_cost(monkeypatch
     monkeypatch.syspath_prepend(str(BENCH))
     import compare
     import compare_cells
-    for budget in compare.BUDGETS.values():
+    import compare_flux
+    flux = compare_flux.FluxProtocol()
+    for budget, small in compare.BUDGETS.values():
         for method in METHODS:
             used = compare_cells.spent(compare.FULL, method, budget)
             assert budget - 5 * 5 * compare.FULL.batch < used <= budget, method
+        for method, _ in compare.trained_on_flux().values():
+            used = compare_flux.spent(flux, method, small)
+            assert small - 5 * 4 * flux.batch < used <= small, method
     updates, pairs = compare_cells.plan(compare.FULL, "reflow", 40_000 * 32)
     assert pairs == 20_000 and updates == 640_000 // (3 * 256)
