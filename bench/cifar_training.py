@@ -102,7 +102,7 @@ def train_lora(plan, seed, pictures, keep_going=lambda: True):
     A row costs 4: the student's forward, a backward through frozen weights, two jumps. Judging what ships is not counted.
     """
     out, recipe = folder_of(plan, LORA, seed), RECIPES[plan.size]
-    folder = folder_of(plan, "plain", seed) / "pipeline"
+    folder = folder_of(plan, "plain", seed) / "kept_pipeline"            # `pipeline` is that of the whole budget
     updates = max(1, round(plan.budget * (1 - KEPT)) // (4 * recipe["batch"]))
     if (out / WEIGHT_NAME).is_file():
         return out / WEIGHT_NAME

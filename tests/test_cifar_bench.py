@@ -17,7 +17,8 @@ import cifar_training  # noqa: E402
 from cifar_cells import Judge, Painter, lora_painter, paint_all, precision_recall, sampler, score_all  # noqa: E402
 from cifar_training import DISTILLED, LORA, METHODS, Plan, train_all, updates_for  # noqa: E402
 from scfm.pictures import load_pictures  # noqa: E402
-from scfm.unet import header_of, load_flow  # noqa: E402
+from scfm.step_lora import StepLora, UseConfig  # noqa: E402
+from scfm.unet import generate, header_of, load_flow  # noqa: E402
 from toy.features import Features, look  # noqa: E402
 from toy.train_features import augment, rate, save  # noqa: E402
 
@@ -67,9 +68,13 @@ def test_the_lora_of_the_kept_flow_is_distilled_by_the_engine_and_painted_at_two
     assert train_all(plan, LORA, 0, pictures) == path
     raw, turned, dial = lora_painter(plan, 0, pictures.names, "cpu", noises=2)
     noise, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    kept = load_flow(tmp_path / "plain-0" / "kept.safetensors")
-    assert (turned(labels, noise, 2, "euler") - sampler(kept)(labels, noise, 2, "euler")).abs().max() < 1e-5 or dial.scale(2) > 0
-    assert raw(labels, noise, 2, "euler").shape == noise.shape
+    step = StepLora(UseConfig(lora=str(path.parent)), "cpu")
+    for paint, scale in ((raw, 1.), (turned, dial.scale(2))):
+        step.set_scale(scale)
+        assert torch.equal(paint(labels, noise, 2, "euler"), generate(step.pipe.transformer, labels, noise, 2))
+    step.set_scale(0.)                                                                 # and nothing but the kept flow lies below
+    kept = sampler(load_flow(tmp_path / "plain-0" / "kept.safetensors"))
+    assert torch.allclose(generate(step.pipe.transformer, labels, noise, 2), kept(labels, noise, 2, "euler"), atol=1e-5)
 
 
 def test_pictures_are_painted_and_judged_once(data, tmp_path, monkeypatch):

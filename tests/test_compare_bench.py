@@ -65,7 +65,7 @@ def test_a_lost_cell_alone_is_made_again(bench, folder):
     assert again["cost"]["this_run"]["cells_made"] == 1 and again["budgets"] == whole["budgets"]
 
 
-def test_reflow_s_small_budget_is_what_its_forty_thousand_pairs_cost(monkeypatch):
+def test_every_method_spends_its_budget_and_no_more_and_reflow_half_of_it_on_pairs(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     import compare
     import compare_cells
