@@ -69,6 +69,7 @@ class PictureFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.unet = UNet2DModel(picture // patch, 3 * patch ** 2, 3 * patch ** 2, block_out_channels=widths, layers_per_block=layers,
                                 down_block_types=[f"{k}DownBlock2D" for k in kind], dropout=dropout,
                                 up_block_types=[f"{k}UpBlock2D" for k in reversed(kind)], norm_num_groups=16,
+                                attn_norm_num_groups=16,                    # with scale and shift diffusers leaves the middle attention without one
                                 resnet_time_scale_shift="scale_shift",      # after the norm, which would remove a plain shift in groups of a channel
                                 attention_head_dim=min(32, widths[-1]), num_class_embeds=classes + 1)
         if levels:
