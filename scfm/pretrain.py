@@ -167,7 +167,10 @@ class Pretraining:
         config = self.config
         bar = tqdm(total=config.updates, initial=self.update, desc=self.out.name, disable=not self.progress, mininterval=2)
         while self.update < config.updates:
-            report = self.one()
+            try:
+                report = self.one()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}; the last good state is {latest(self.out) or 'none'}") from None
             self.bins.add(report.losses, report.jumps.t1)
             bar.update(1)
             bar.set_postfix_str(str(self.bins), refresh=False)

@@ -13,16 +13,18 @@ import pyarrow.parquet
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_processor import Attention
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import scfm.distill
 from scfm.commands.pretrain import main
 from scfm.consistency import Jumps
 from scfm.distill import draw_update
 from scfm.flow import interpolate
 from scfm.pictures import Pictures
 from scfm.pretrain import SHORTCUT, FlowSpeakers, PretrainConfig, Pretraining, batch_of, evaluations, pretrain, with_level
-from scfm.unet import PictureFlow, drop_labels, field_of, generate, guided, header_of, load_flow, save_flow
+from scfm.unet import SIZES, PictureFlow, drop_labels, field_of, generate, guided, header_of, load_flow, save_flow
 
 QUICK = {"size": "tiny", "updates": 4, "batch": 8, "checkpoint_every": 2, "preview_every": 0, "warmup": 3, "data": "noise"}
 
@@ -68,6 +70,13 @@ def test_sampling_is_that_of_the_stock_scheduler():
         for t in scheduler.timesteps:
             x = scheduler.step(network(x, (t / 1000).expand(3), labels), t, x).prev_sample
     assert torch.allclose(generate(network, labels, noise, 5, batch=2), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_every_attention_has_its_norm(size):
+    """Without one the middle's logits run away; diffusers leaves it out with scale and shift unless it is asked for by name."""
+    found = [m for m in PictureFlow(size).modules() if isinstance(m, Attention)]
+    assert found and all(m.group_norm is not None for m in found)
 
 
 def test_guidance_asks_without_the_label_too():
@@ -246,6 +255,18 @@ def test_previews_show_every_step_count_and_say_how_far_they_are(run):
     assert Image.open(r.out / "previews" / "000004.png").size == (10 * 33 + 1, 3 * 33 + 1)
     lines = [json.loads(line) for line in (r.out / "previews" / "quality.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [2, 4] and lines[1]["distance"].keys() == {"1", "2"}
+
+
+def test_a_gradient_that_is_no_number_stops_and_names_the_last_good_state(run, monkeypatch):
+    r, real, calls = run(), scfm.distill.scfm_loss, []
+
+    def spoiled(*args, **more):
+        calls.append(1)
+        return real(*args, **more) * (float("nan") if len(calls) == 4 else 1)
+    monkeypatch.setattr(scfm.distill, "scfm_loss", spoiled)
+    with pytest.raises(FloatingPointError, match="no weight was changed.*000002"):
+        r.train()
+    assert r.update == 3 and all(w.isfinite().all() for w in weights(r).values())
 
 
 def test_the_folder_of_another_run_is_refused(run, tmp_path, pictures):
