@@ -17,19 +17,14 @@ and ablations_flux.png.
     python bench/ablations.py --report      computes nothing, writes what the cells that are there give
     python bench/ablations.py --smoke --cache /tmp/cells --out /tmp/ablations      seconds; the numbers mean nothing
 """
-import argparse
-import json
-import time
 from functools import partial
 from itertools import combinations_with_replacement, product
-from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 import plane
 from ablation_cells import measure_flux, measure_flux_teacher, measure_run
 from ablation_report import gathered, most_sensitive, plot_families, plot_flux, plot_grids, text
+from cells import about, parser_of, run_all, write
 from plane_cells import FEWER, MEASURES, do
 from scfm.dial import SCALES
 from scfm.ema import shorten
@@ -159,39 +154,18 @@ def one_of(job, folder, protocols, parts):
     return do(job, folder, protocols["plane"], parts, {job.family: measure_run} | MEASURES)
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", default="runs/plane", help="folder of the cells (default runs/plane)")
-    parser.add_argument("--out", default="bench/results/ablations", help="path of the result without its ending")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="compute these parts alone")
-    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (default 1)")
-    parser.add_argument("--smoke", action="store_true", help="a part of everything at a size of seconds, in a cache of its own")
-    parser.add_argument("--report", action="store_true", help="compute nothing, only write the result")
-    return parser.parse_args()
-
-
 def main():
-    args, start = parse(), time.perf_counter()
-    protocols, done = TINY if args.smoke else FULL, []
+    args = parser_of(__doc__, "ablations", PARTS).parse_args()
+    protocols = TINY if args.smoke else FULL
     work = partial(one_of, folder=args.cache, protocols=protocols, parts=[] if args.report else args.only)
-
-    def finish(todo):
-        with tqdm(total=len(todo), desc="measurements") as bar:
-            for result in plane.spread_out(work, todo, args.workers):
-                done.append(result)
-                bar.set_postfix_str(" ".join(map(str, result[0][:4])))
-                bar.update()
-    finish(jobs(protocols, args.smoke))
+    done = run_all(work, jobs(protocols, args.smoke), args.workers)
     ranked, pair = most_sensitive(done, COARSE, ABLATED)
-    finish(grid_of(pair))
-    told = plane.about(protocols["plane"], done, time.perf_counter() - start)
+    done += run_all(work, grid_of(pair), args.workers)
     record = {"notes": NOTES, "protocol": {part: p._asdict() for part, p in protocols.items()}, "ablated": ABLATED,
-              "sensitivity": ranked, **{key: told[key] for key in ("metric", "missing", "cost", "machine", "torch")}, **gathered(done)}
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+              "sensitivity": ranked, "metric": "sliced-Wasserstein-2; floor: data against data", **about(done), **gathered(done)}
+    write(record, args.out)
     for kind, plot in (("", plot_families), ("_grids", plot_grids), ("_flux", plot_flux)):
-        plot(record, f"{out}{kind}.png")
+        plot(record, f"{args.out}{kind}.png")
     print(text(record))
 
 

@@ -23,19 +23,14 @@ Writes bench/results/compare.json, compare.png and compare_summary.png.
     python bench/compare.py --report        computes nothing, writes what the cells that are there give
     python bench/compare.py --smoke --cache /tmp/cells --out /tmp/compare      seconds, one set; the numbers mean nothing
 """
-import argparse
-import json
-import time
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 import compare_flux
+from cells import about, parser_of, run_all, write
 from compare_cells import ALL, PAIR_STEPS, plan
 from compare_report import gathered, plot, plot_summary, summary, text
-from plane import SMOKE, Protocol, about, spread_out
+from plane import SMOKE, Protocol
 from plane_cells import do
 from scfm.dial import SCALES
 from toy.plane import DATA
@@ -52,6 +47,7 @@ SCFM = {"SCFM, Algorithm 2": {}, "SCFM, Algorithm 1": {"algorithm": "one_ema"}, 
         "SCFM, damped": {"speaker_scale": .5, "teacher_share": .2}}
 ON_FLUX = ("SCFM, Algorithm 2", "SCFM, damped")
 NEED_A_STEP = ("shortcut", "meanflow")
+METRIC = "plane: sliced-Wasserstein-2; floor: data against data; spread: standard deviation over seeds"
 NOTES = ("One learning rate and one schedule for all methods; EMA decays shortened to the updates; slow EMA read out.",
          "Chosen by trials on the checkerboard, 600,000 evaluations: three features of the step size; MeanFlow's weight.",
          "SCFM's raw curves stand at the budget that includes the search for the dial, which they do not need.",
@@ -103,41 +99,22 @@ def on_its_set(cache, protocol, job, flux):
     return ALL[job.family](cache, protocol, job)
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", default="runs/plane", help="folder of the cells (default runs/plane)")
-    parser.add_argument("--out", default="bench/results/compare", help="path of the result without its ending")
-    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (default 1)")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="compute these parts alone")
-    parser.add_argument("--quick", action="store_true", help="one seed")
-    parser.add_argument("--smoke", action="store_true", help="one set, a few updates, in a cache of its own")
-    parser.add_argument("--report", action="store_true", help="compute nothing, only write the result")
-    return parser.parse_args()
-
-
 def main():
-    args, start = parse(), time.perf_counter()
+    parser = parser_of(__doc__, "compare", list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="one seed")
+    args = parser.parse_args()
     protocol = TINY if args.smoke else FULL._replace(seeds=1) if args.quick else FULL
     budgets, sets = (SMOKE_BUDGETS, ["moons"]) if args.smoke else (BUDGETS, list(DATA))
-    todo, done = jobs(protocol, budgets, sets), []
-    measure = partial(on_its_set, flux=TINY_FLUX if args.smoke else compare_flux.FluxProtocol())
+    flux = TINY_FLUX if args.smoke else compare_flux.FluxProtocol()
     work = partial(do, folder=args.cache, protocol=protocol, parts=[] if args.report else [PARTS[name] for name in args.only],
-                   measures=dict.fromkeys((*ALL, *compare_flux.MEASURES), measure))
-    with tqdm(total=len(todo), desc="measurements") as bar:
-        for result in spread_out(work, todo, args.workers):
-            done.append(result)
-            bar.set_postfix_str(" ".join(map(str, result[0][2:5])))
-            bar.update()
-    told = about(protocol, done, time.perf_counter() - start)
-    missing = [" ".join(map(str, (*job[1:5], job.budget))) for job, value, _, _ in done if value is None]
-    record = {"notes": NOTES, "protocol": {**protocol._asdict(), "flux": measure.keywords["flux"]._asdict()}, "missing": missing,
-              **{key: told[key] for key in ("metric", "cost", "machine", "torch")}, **gathered(done, protocol, measure.keywords["flux"], budgets)}
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+                   measures=dict.fromkeys((*ALL, *compare_flux.MEASURES), partial(on_its_set, flux=flux)))
+    done = run_all(work, jobs(protocol, budgets, sets), args.workers)
+    record = {"notes": NOTES, "protocol": {**protocol._asdict(), "flux": flux._asdict()}, "metric": METRIC, **about(done),
+              **gathered(done, protocol, flux, budgets)}
+    write(record, args.out)
     if record["free"]:
-        plot(record, f"{out}.png")
-        plot_summary(record, f"{out}_summary.png")
+        plot(record, f"{args.out}.png")
+        plot_summary(record, f"{args.out}_summary.png")
     print(text(record))
     print(summary(record))
 

@@ -20,22 +20,15 @@ few_shot_flux.png.
     python bench/few_shot.py --report        computes nothing, writes what the cells that are there give
     python bench/few_shot.py --smoke --cache /tmp/cells --out /tmp/few_shot      seconds; the numbers mean nothing
 """
-import argparse
-import json
-import re
-import time
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 import few_shot_flux
 import few_shot_plane
+from cells import about, parser_of, run_all, write
 from few_shot_flux import FluxProtocol
 from few_shot_plane import PlaneProtocol
 from few_shot_report import METRICS, gather, judged, plot, table
-from plane import about, spread_out
 from plane_cells import do
 from toy.plane import DATA
 
@@ -94,58 +87,20 @@ def measure(cache, protocol, job):
     return cells.MEASURES[job.family](cache, getattr(protocol, job.part), job)
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", default="runs/plane", help="folder of the cells (default runs/plane)")
-    parser.add_argument("--out", default="bench/results/few_shot", help="path of the result without its ending")
-    parts = ["plane", "flux"]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="compute these parts alone")
-    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (default 1)")
-    parser.add_argument("--smoke", action="store_true", help="one set, a few updates, in a cache of its own")
-    parser.add_argument("--report", action="store_true", help="compute nothing, only write the result")
-    return parser.parse_args()
-
-
 def main():
-    args, start = parse(), time.perf_counter()
+    args = parser_of(__doc__, "few_shot", ["plane", "flux"]).parse_args()
     protocol = SMOKE if args.smoke else Protocol()
-    todo, done = jobs(protocol), []
     work = partial(do, folder=args.cache, protocol=protocol, parts=[] if args.report else args.only,
                    measures=dict.fromkeys(("teacher", *TRAININGS), measure))
-    with tqdm(total=len(todo), desc="measurements") as bar:
-        for result in spread_out(work, todo, args.workers):
-            done.append(result)
-            bar.set_postfix_str(" ".join(map(str, result[0][1:5])))
-            bar.update()
-    record = about_all(protocol, done, time.perf_counter() - start) | judged(gather(in_order(todo, done)))
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(short(json.dumps(record, indent=1)) + "\n")
+    done = run_all(work, jobs(protocol), args.workers)
+    parts = {part: getattr(protocol, part)._asdict() for part in ("plane", "flux")}
+    metrics = {part: {name: line for name, (_, line) in found.items()} for part, found in METRICS.items()}
+    record = {"notes": NOTES, "protocol": protocol._asdict() | parts, "metrics": metrics, **about(done), **judged(gather(done))}
+    write(record, args.out)
     for part in ("plane", "flux"):
         if any(world["part"] == part and world["methods"] for world in record["worlds"].values()):
-            plot(record, part, f"{out}_{part}.png")
+            plot(record, part, f"{args.out}_{part}.png")
     print(table(record))
-
-
-def short(text):
-    """Indented JSON with a line for each object that holds no more than one level of others."""
-    return re.sub(r"\{(?:[^{}]|\{[^{}]*\})*\}", lambda found: " ".join(found[0].split()), text)
-
-
-def in_order(todo, done):
-    """The results in the order of the jobs: several workers return them as they come, and subsets are paired by their place."""
-    by_job = {str(result[0]): result for result in done}
-    return [by_job[str(job)] for job in todo]
-
-
-def about_all(protocol, done, seconds):
-    """What a reader must know before the numbers."""
-    told = about(protocol, done, seconds)
-    missing = [" ".join(map(str, job[:5])) for job, value, _, _ in done if value is None]
-    parts = {part: getattr(protocol, part)._asdict() for part in ("plane", "flux")}
-    return {"notes": NOTES, "protocol": protocol._asdict() | parts, "missing": missing,
-            "metrics": {part: {name: line for name, (_, line) in found.items()} for part, found in METRICS.items()},
-            **{key: told[key] for key in ("cost", "machine", "torch")}}
 
 
 if __name__ == "__main__":

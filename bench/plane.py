@@ -16,19 +16,10 @@ bench/results/plane.json, plane.png and plane_ablations.png.
     python bench/plane.py --report          computes nothing, writes what the cells that are there give
     python bench/plane.py --smoke --cache /tmp/cells --out /tmp/plane     seconds; the numbers mean nothing
 """
-import argparse
-import json
-import multiprocessing
-import os
-import platform
-import time
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from tqdm import tqdm
-
+from cells import about, parser_of, run_all, write
 from plane_cells import FEWER, do
 from plane_report import gather, plot, plot_ablations, table, targets
 from scfm.dial import SCALES
@@ -108,63 +99,23 @@ def ablations(updates):
     }
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", default="runs/plane", help="folder of the cells (default runs/plane)")
-    parser.add_argument("--out", default="bench/results/plane", help="path of the result without its ending")
-    parts = ["main", "ablations"]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="compute these parts alone")
-    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (default 1)")
-    parser.add_argument("--quick", action="store_true", help="one seed, no ablations")
-    parser.add_argument("--smoke", action="store_true", help="everything at a size of seconds, in a cache of its own")
-    parser.add_argument("--report", action="store_true", help="compute nothing, only write the result")
-    return parser.parse_args()
-
-
 def main():
-    args, start = parse(), time.perf_counter()
+    parser = parser_of(__doc__, "plane", ["main", "ablations"])
+    parser.add_argument("--quick", action="store_true", help="one seed, no ablations")
+    args = parser.parse_args()
     protocol = SMOKE if args.smoke else Protocol(seeds=1) if args.quick else Protocol()
-    todo, done = jobs(protocol), []
     parts = [] if args.report else ["main"] if args.quick else args.only
-    work = partial(do, folder=args.cache, protocol=protocol, parts=parts)
-    with tqdm(total=len(todo), desc="measurements") as bar:
-        for result in spread_out(work, todo, args.workers):
-            done.append(result)
-            bar.set_postfix_str(" ".join(map(str, result[0][1:5])))
-            bar.update()
-    record = about(protocol, done, time.perf_counter() - start) | gather(done)
+    done = run_all(partial(do, folder=args.cache, protocol=protocol, parts=parts), jobs(protocol), args.workers)
+    told = {"protocol": protocol._asdict() | {"ablated": ABLATED, "ablation_steps": FEWER, "ablation_seeds": [0]},
+            "metric": "sliced-Wasserstein-2; floor: data against data; spread: standard deviation over seeds"}
+    record = {"notes": NOTES, **told, **about(done), **gather(done)}
     record["targets"] = targets(record)
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write(record, args.out)
     if record["main"]:
-        plot(record, f"{out}.png")
+        plot(record, f"{args.out}.png")
     if record["ablations"]:
-        plot_ablations(record, f"{out}_ablations.png")
+        plot_ablations(record, f"{args.out}_ablations.png")
     print(table(record))
-
-
-def spread_out(work, todo, workers):
-    """The results in some order; with several workers the teachers come first, so that no two train the same one."""
-    if workers == 1:
-        yield from map(work, todo)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for wave in (True, False):
-            yield from pool.imap(work, [job for job in todo if (job.family == "teacher") == wave])
-
-
-def about(protocol, done, seconds):
-    """What a reader must know before the numbers."""
-    cells = {name: cost for _, _, used, _ in done for name, cost in used.items()}
-    wall, cpu = (sum(cost[i] for cost in cells.values()) for i in (0, 1))
-    return {"notes": NOTES,
-            "protocol": protocol._asdict() | {"ablated": ABLATED, "ablation_steps": FEWER, "ablation_seeds": [0]},
-            "metric": "sliced-Wasserstein-2; floor: data against data; spread: standard deviation over seeds",
-            "cost": {"cells": len(cells), "seconds": wall, "cpu_seconds": cpu, "this_run": {
-                "cells_made": sum(made for *_, made in done), "seconds": seconds}},
-            "missing": [" ".join(map(str, job[1:5])) for job, value, _, _ in done if value is None],
-            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, one thread a worker", "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
+import json
 import os
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
 
@@ -15,3 +21,22 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem != "test_notebooks":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of one test file."""
+    return tmp_path_factory.mktemp("folder")
+
+
+@pytest.fixture
+def bench(request, folder, monkeypatch):
+    """Runs the test file's SCRIPT of bench/ in small, with more words, on one cache; returns the record that it wrote."""
+    script = request.module.SCRIPT
+
+    def run(*words):
+        monkeypatch.syspath_prepend(str(BENCH))
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--smoke", "--cache", str(folder / "cells"), "--out", str(folder / script), *words])
+        runpy.run_path(str(BENCH / f"{script}.py"), run_name="__main__")
+        return json.loads((folder / f"{script}.json").read_text())
+    return run

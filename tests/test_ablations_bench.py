@@ -1,8 +1,5 @@
 """bench/ablations.py at a size of seconds: it runs, it resumes from its cells, and what it writes is complete."""
-import json
 import math
-import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,25 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-BENCH = Path(__file__).parents[1] / "bench"
+SCRIPT, BENCH = "ablations", Path(__file__).parents[1] / "bench"
 SETTINGS = {"k/N", "averages", "decay of one EMA", "speaker scale", "learning rate", "shift", "t_skip", "loss", "rank", "read-out", "seed"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ablations")
-
-
-@pytest.fixture
-def bench(folder, monkeypatch):
-    """Runs the script on one cache, and returns what it wrote."""
-    def run(*words):
-        monkeypatch.syspath_prepend(str(BENCH))
-        monkeypatch.setattr(sys, "argv", ["ablations.py", "--smoke", "--cache", str(folder / "cells"),
-                                          "--out", str(folder / "ablations"), *words])
-        runpy.run_path(str(BENCH / "ablations.py"), run_name="__main__")
-        return json.loads((folder / "ablations.json").read_text())
-    return run
 
 
 def test_a_small_run_writes_everything_and_a_lost_cell_alone_is_made_again(bench, folder, capsys):

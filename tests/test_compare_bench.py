@@ -1,36 +1,15 @@
 """bench/compare.py at a size of seconds: every method, within its budget; cells are kept; the record is whole."""
-import json
-import runpy
-import sys
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from scfm.dial import STEPS
 
-BENCH = Path(__file__).parents[1] / "bench"
+SCRIPT, BENCH = "compare", Path(__file__).parents[1] / "bench"
 METHODS = ("reflow", "progressive", "consistency", "shortcut", "meanflow", "scfm")
 CURVES = {"Reflow raw", "progressive own stage", "progressive last stage", "consistency raw", "consistency re-noised",
           "Shortcut raw", "MeanFlow raw", *(f"SCFM, {name} {kind}" for kind in ("raw", "dialled")
                             for name in ("Algorithm 1", "Algorithm 2", "self grid 2", "damped"))}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("compare")
-
-
-@pytest.fixture
-def bench(folder, monkeypatch):
-    """Runs the script on one cache, and returns what it wrote."""
-    def run(*words):
-        monkeypatch.syspath_prepend(str(BENCH))
-        monkeypatch.setattr(sys, "argv", ["compare.py", "--smoke", "--cache", str(folder / "cells"),
-                                          "--out", str(folder / "compare"), *words])
-        runpy.run_path(str(BENCH / "compare.py"), run_name="__main__")
-        return json.loads((folder / "compare.json").read_text())
-    return run
 
 
 def test_a_small_run_writes_every_method_at_every_budget(bench, folder, capsys):

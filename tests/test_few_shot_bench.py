@@ -1,6 +1,5 @@
 """bench/few_shot.py: its intervals against scipy's, its subsets and trainings, and all of it at a size of seconds."""
 import json
-import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +12,9 @@ from scipy import stats
 from scfm.consistency import keyed_generator
 from scfm.distill import DistillConfig, jumps_of
 
-BENCH = Path(__file__).parents[1] / "bench"
+SCRIPT, BENCH = "few_shot", Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
+import cells
 import few_shot
 import few_shot_flux
 import few_shot_report as report
@@ -22,23 +22,6 @@ import plane_cells
 from few_shot_plane import PlaneProtocol
 
 sys.path.remove(str(BENCH))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("few_shot")
-
-
-@pytest.fixture
-def bench(folder, monkeypatch):
-    """Runs the script on one cache, and returns what it wrote."""
-    def run(*words):
-        monkeypatch.syspath_prepend(str(BENCH))
-        monkeypatch.setattr(sys, "argv", ["few_shot.py", "--smoke", "--cache", str(folder / "cells"),
-                                          "--out", str(folder / "few_shot"), *words])
-        runpy.run_path(str(BENCH / "few_shot.py"), run_name="__main__")
-        return json.loads((folder / "few_shot.json").read_text())
-    return run
 
 
 def test_a_small_run_writes_every_world_and_method(bench, folder, capsys):
@@ -110,7 +93,8 @@ def test_pictures_more_varied_than_the_teacher_s_are_no_gain_and_no_loss():
 
 def test_the_record_is_written_short_and_whole():
     record = {"a": {"b": {"0": .5, "1": [1, 2]}}, "c": [{"d": "x  y"}]}
-    assert json.loads(few_shot.short(json.dumps(record, indent=1)))["a"] == record["a"]
+    text = cells.short(json.dumps(record, indent=1))
+    assert json.loads(text) == record and len(text.splitlines()) < len(json.dumps(record, indent=1).splitlines()) / 2
 
 
 def test_scfm_and_fine_tuning_are_paired_by_subset():

@@ -1,33 +1,10 @@
 """bench/plane.py at a size of seconds: it runs, it resumes from its cells, and what it writes is complete."""
-import json
-import runpy
-import sys
-from pathlib import Path
-
-import pytest
 from PIL import Image
 
 from scfm.dial import STEPS
 from toy.plane import DATA
 
-BENCH = Path(__file__).parents[1] / "bench"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("plane")
-
-
-@pytest.fixture
-def bench(folder, monkeypatch):
-    """Runs the script on one cache, and returns what it wrote."""
-    def run(*words):
-        monkeypatch.syspath_prepend(str(BENCH))
-        monkeypatch.setattr(sys, "argv", ["plane.py", "--smoke", "--cache", str(folder / "cells"),
-                                          "--out", str(folder / "plane"), *words])
-        runpy.run_path(str(BENCH / "plane.py"), run_name="__main__")
-        return json.loads((folder / "plane.json").read_text())
-    return run
+SCRIPT = "plane"
 
 
 def test_a_small_run_writes_everything(bench, folder, capsys):
