@@ -15,12 +15,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import cifar_cells  # noqa: E402
 import cifar_training  # noqa: E402
 from cifar_cells import Judge, Painter, lora_painter, paint_all, precision_recall, sampler, score_all  # noqa: E402
+from cifar_report import aims  # noqa: E402
 from cifar_training import DISTILLED, LORA, METHODS, Plan, train_all, updates_for  # noqa: E402
 from scfm.pictures import load_pictures  # noqa: E402
 from scfm.step_lora import StepLora, UseConfig  # noqa: E402
 from scfm.unet import generate, header_of, load_flow  # noqa: E402
 from toy.features import Features, look  # noqa: E402
-from toy.train_features import augment, rate, save  # noqa: E402
+from toy.train_features import PEAK, augment, rate, save  # noqa: E402
+from toy.train_features import main as train_features  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +135,30 @@ def test_augmented_pictures_are_shifts_of_the_picture_with_a_grey_hole():
         assert torch.allclose(middle.diff().abs(), torch.full((15,), 1 / 127.5), atol=1e-6)
 
 
-def test_the_learning_rate_rises_and_falls_to_zero():
-    assert rate(0, 100) == 0 and rate(20, 100) == max(rate(i, 100) for i in range(101)) and rate(100, 100) == 0
+def test_the_learning_rate_rises_and_falls_twice_the_second_time_half_as_high():
+    rates = [rate(i / 10, (10, 5)) for i in range(151)]
+    assert rates[0] == rates[100] == rates[150] == 0 and rates[20] == max(rates) == PEAK
+    assert rates[110] == max(rates[100:]) == PEAK / 2
+
+
+def test_the_aims_are_judged_seed_by_seed():
+    row = lambda nfe, value: {"solver": "euler", "nfe": nfe, "frechet_test": value}
+    samplers = {"plain": {"0": [row(4, 2.), row(64, 1.)], "1": [row(4, 4.), row(64, 1.)]},
+                "scfm 1/4": {"1": [row(4, 1.), row(64, 1.04)]}, "shortcut": {"0": [row(4, 1.), row(64, 1.)], "1": [row(4, 3.), row(64, 2.)]}}
+    told = aims({"samplers": samplers})
+    assert told["scfm 1/4"] == {"at 4, times plain": {"1": .25}, "at most half": True, "at 64, times plain": {"1": 1.04}, "at most 1.05": True}
+    assert told["shortcut"]["at 4, times plain"] == {"0": .5, "1": .75} and not told["shortcut"]["at most half"]
+
+
+def test_a_second_cycle_is_trained_and_goes_on_from_its_checkpoint(data, tmp_path):
+    words = [str(data), "--work", str(tmp_path), "--epochs", "1", "1", "--out"]
+    assert train_features([*words, str(tmp_path / "a")]) == 0
+    (tmp_path / "features-1-1-0.pt").rename(tmp_path / "whole.pt")
+    assert train_features([str(data), "--work", str(tmp_path), "--epochs", "1", "0", "--out", str(tmp_path / "b")]) == 0
+    (tmp_path / "features-1-0-0.pt").rename(tmp_path / "features-1-1-0.pt")
+    assert train_features([*words, str(tmp_path / "c")]) == 0
+    first, once, again = (load_file(tmp_path / name) for name in "bac")
+    assert all(torch.equal(once[k], again[k]) for k in once) and any(not torch.equal(once[k], first[k]) for k in once)
 
 
 def test_the_budget_that_fills_the_minutes_is_found_once(data, tmp_path, monkeypatch):

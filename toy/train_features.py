@@ -1,8 +1,8 @@
 """Trains the feature network of `toy/features.py`: python -m toy.train_features FOLDER --work runs/features
 
-FOLDER holds CIFAR-10 as parquet files (default: the environment variable SCFM_CIFAR10). One-cycle SGD with Nesterov momentum,
-label smoothing, flips, crops and a cut-out square, in bfloat16. It stops and goes on anywhere: every epoch leaves a
-checkpoint in --work, and the same command continues from it.
+FOLDER holds CIFAR-10 as parquet files (default: the environment variable SCFM_CIFAR10). SGD with Nesterov momentum, label
+smoothing, flips and crops, in bfloat16, in two cycles of the learning rate: the first with a cut-out square, the second without
+and half as fast. It stops and goes on anywhere: every epoch leaves a checkpoint in --work, and the same command continues.
 """
 import argparse
 import json
@@ -23,33 +23,36 @@ from toy.features import WEIGHTS, Features, look
 BATCH, PEAK, WARM, WEIGHT_DECAY, SMOOTHING, PAD, HOLE = 256, .2, .2, 5e-4, .1, 4, 8
 
 
-def augment(pixels, generator):
-    """Each picture flipped or not, moved by up to 4 pixels, with a grey square of 8: (B, 3, H, W) uint8 -> float in [-1, 1]."""
+def augment(pixels, generator, hole=HOLE):
+    """Each picture flipped or not, moved by up to 4 pixels, with a grey square of `hole`: (B, 3, H, W) uint8 -> float in [-1, 1]."""
     x, place = F.pad(pixels.float() / 127.5 - 1, [PAD] * 4, mode="reflect"), torch.arange(pixels.shape[-1])
     draw = lambda n: torch.randint(n, (len(x),), generator=generator)
     flip = draw(2).bool()
     x[flip] = x[flip].flip(-1)
     top, left = (draw(2 * PAD + 1)[:, None] + place for _ in range(2))                    # (B, H), (B, W)
     x = x[torch.arange(len(x))[:, None, None], :, top[:, :, None], left[:, None]].permute(0, 3, 1, 2)
-    hole = [(place - draw(len(place))[:, None]).abs() <= HOLE // 2 for _ in range(2)]     # (B, H), (B, W)
-    return x.masked_fill((hole[0][:, :, None] & hole[1][:, None])[:, None], 0.)
+    if hole:
+        cut = [(place - draw(len(place))[:, None]).abs() <= hole // 2 for _ in range(2)]  # (B, H), (B, W)
+        x = x.masked_fill((cut[0][:, :, None] & cut[1][:, None])[:, None], 0.)
+    return x
 
 
-def rate(update, updates):
-    """The learning rate: straight up to PEAK over the first fifth, straight down to zero after it."""
-    done = update / updates
-    return PEAK * min(done / WARM, (1 - done) / (1 - WARM))
+def rate(epoch, epochs):
+    """The learning rate at a time in epochs: in each cycle straight up over its first fifth, straight down to zero after it."""
+    first = epoch < epochs[0]
+    done = epoch / epochs[0] if first else (epoch - epochs[0]) / epochs[1]
+    return (PEAK if first else PEAK / 2) * min(done / WARM, (1 - done) / (1 - WARM))
 
 
 def epoch_of(network, optimizer, data, epoch, epochs, seed):
-    """One pass over the training pictures; returns the mean loss."""
+    """One pass over the training pictures; returns the mean loss. epochs: of the two cycles."""
     order = torch.randperm(len(data.labels), generator=keyed_generator(seed, epoch, 1)).split(BATCH)
     network.train()
     total = 0.
-    for i, rows in enumerate(tqdm(order, desc=f"epoch {epoch + 1} of {epochs}", mininterval=10)):
+    for i, rows in enumerate(tqdm(order, desc=f"epoch {epoch + 1} of {sum(epochs)}", mininterval=10)):
         update = epoch * len(order) + i
-        optimizer.param_groups[0]["lr"] = rate(update, epochs * len(order))
-        x = augment(data.pixels[rows], keyed_generator(seed, update, 2)).contiguous(memory_format=torch.channels_last)
+        optimizer.param_groups[0]["lr"] = rate(epoch + i / len(order), epochs)
+        x = augment(data.pixels[rows], keyed_generator(seed, update, 2), HOLE * (epoch < epochs[0])).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             logits = network(x)
         loss = F.cross_entropy(logits.float(), data.labels[rows], label_smoothing=SMOOTHING)
@@ -80,7 +83,7 @@ def main(argv=None):
     parser.add_argument("folder", nargs="?", default=os.environ.get("SCFM_CIFAR10"), help="parquet files of CIFAR-10")
     parser.add_argument("--work", type=Path, default=Path("runs/features"), help="folder of the checkpoint")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--epochs", type=int, nargs=2, default=(16, 10), help="of the first and of the second cycle")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--copy", default="", help="what is special about this copy of the pictures; goes into the header")
     args = parser.parse_args(argv)
@@ -90,13 +93,13 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     network = Features().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=PEAK, momentum=.9, weight_decay=WEIGHT_DECAY, nesterov=True)
-    checkpoint, first, seconds = args.work / f"features-{args.epochs}-{args.seed}.pt", 0, 0.
+    checkpoint, first, seconds = args.work / f"features-{'-'.join(map(str, args.epochs))}-{args.seed}.pt", 0, 0.
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["epoch"], state["seconds"]
-    for epoch in range(first, args.epochs):
+    for epoch in range(first, sum(args.epochs)):
         began = time.time()
         loss = epoch_of(network, optimizer, train, epoch, args.epochs, args.seed)
         seconds += time.time() - began
@@ -107,7 +110,7 @@ def main(argv=None):
                     "seconds": seconds}, part)
         part.replace(checkpoint)
     recipe = {"test_accuracy": round(accuracy(network, test), 4), "data": f"CIFAR-10, {len(train.labels)} training pictures",
-              "copy": args.copy, "epochs": args.epochs, "batch": BATCH, "peak_lr": PEAK, "weight_decay": WEIGHT_DECAY,
+              "copy": args.copy, "epochs": list(args.epochs), "batch": BATCH, "peak_lr": PEAK, "weight_decay": WEIGHT_DECAY,
               "label_smoothing": SMOOTHING, "seed": args.seed, "seconds": round(seconds)}
     save(network, args.out, recipe)
     print(json.dumps(recipe))
