@@ -14,7 +14,7 @@ from scfm.metrics import frechet_distance
 from scfm.pictures import load_pictures
 from scfm.step_lora import StepLora, UseConfig, find_dial
 from scfm.unet import generate, header_of, load_flow
-from toy.features import load_features, look
+from toy.features import load_features, look, mark
 
 SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2.)              # of its dial
 
@@ -40,6 +40,7 @@ class Judge:
         self.plan, self.device, g = plan, "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(seed)
         self.labels = torch.arange(plan.count) % 10
         self.eyes = {"frechet": self.own_eye(), **({"FID": self.inception_eye()} if plan.inception else {})}
+        self.name = "-".join((*self.eyes, mark()))
         train, test = load_pictures(plan.data), load_pictures(plan.data, "test")
         order = torch.randperm(len(train.pixels), generator=g)
         half = min(10_000, len(order) // 2)
@@ -62,7 +63,7 @@ class Judge:
 
     def seen(self, name, pixels):
         """The same, kept as a file."""
-        path = self.plan.cells / f"reference-{name}-{len(pixels)}-{'-'.join(self.eyes)}.safetensors"
+        path = self.plan.cells / f"reference-{name}-{len(pixels)}-{self.name}.safetensors"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(self.see(pixels), f"{path}.part")
@@ -144,7 +145,7 @@ def paint_all(plan, name, paint, painter, solvers=("euler",)):
 def score_all(plan, files, judge, about=None):
     """One row of the record for each painted set; each is kept as a file."""
     for (solver, n), path in files.items():
-        row = plan.cells / "measured" / f"{path.stem}-{'-'.join(judge.eyes)}.json"
+        row = plan.cells / "measured" / f"{path.stem}-{judge.name}.json"
         if not row.is_file():
             row.parent.mkdir(parents=True, exist_ok=True)
             told = {"solver": solver, "nfe": n, **judge.scores(judge.see(load_file(path)["pixels"]), judge.labels),
@@ -156,7 +157,7 @@ def score_all(plan, files, judge, about=None):
 
 def floor(plan, judge):
     """What as many real training pictures score that are in neither reference; kept as a file."""
-    path = plan.cells / "measured" / f"floor-{plan.count}-{'-'.join(judge.eyes)}.json"
+    path = plan.cells / "measured" / f"floor-{plan.count}-{judge.name}.json"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".part").write_text(json.dumps(judge.scores(judge.fresh)))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from cifar_training import DISTILLED, KEPT, LORA, NFE, RECIPES, Plan, folder_of, safe
 from scfm.lora import WEIGHT_NAME
 from scfm.unet import header_of
-from toy.features import recipe
+from toy.features import mark, recipe
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -19,8 +19,8 @@ NAMES = ("plain", "scfm 1/8", "scfm 1/4", "scfm 1/2", "shortcut", DISTILLED, f"{
 
 
 def rows_of(plan, name, seed):
-    """The measured rows of one sampler, by solver and NFE."""
-    rows = [(p, json.loads(p.read_text())) for p in (plan.cells / "measured").glob(f"{safe(f'{name} {seed}')}-{plan.count}-*.json")]
+    """The measured rows of one sampler, by solver and NFE; only those that today's feature network saw."""
+    rows = [(p, json.loads(p.read_text())) for p in (plan.cells / "measured").glob(f"{safe(f'{name} {seed}')}-{plan.count}-*-{mark()}.json")]
     return [r for _, r in sorted(rows, key=lambda pair: (pair[1]["solver"], pair[1]["nfe"], str(pair[0])))]
 
 
@@ -29,7 +29,7 @@ def gather(plan, seeds, copy, notes=()):
     record = {"about": f"CIFAR-10, {copy}" if copy else "CIFAR-10", "size": plan.size, "budget": plan.budget, "pictures": plan.count,
               "features": recipe(), "recipe": RECIPES[plan.size], "seeds": list(seeds), "kept": KEPT, "device": device(),
               "torch": torch.__version__, "notes": list(notes), "samplers": {}, "trained": {}}
-    for path in sorted((plan.cells / "measured").glob(f"floor-{plan.count}-*.json")):
+    for path in sorted((plan.cells / "measured").glob(f"floor-{plan.count}-*-{mark()}.json")):
         record["floor"] = json.loads(path.read_text())
     for name in NAMES:
         for seed in seeds:

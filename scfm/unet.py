@@ -54,7 +54,7 @@ class PictureFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     cond: labels (B,) int64, where `classes` means "not told"; None tells nobody. With levels > 0 the network is told a step
     size too: cond (B, 2), label and level. size: a key of `SIZES`. `bf16`: autocast. ValueError for an unknown size.
-    A model of diffusers like any other: it is part of a pipeline, and LoRA can be added to it (chapter `21_pictures`).
+    A model of diffusers like any other: it is part of a pipeline, and LoRA can be added to it (chapter `21_pixels`).
     """
     _supports_gradient_checkpointing = True
 
