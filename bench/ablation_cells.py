@@ -3,12 +3,11 @@
 A measurement takes (cache, protocol, job), see `PlaneProtocol`, `FluxProtocol` and `Job` in bench/ablations.py.
 """
 from contextlib import suppress
-from dataclasses import asdict
 from functools import lru_cache, partial
 
 import torch
 
-from plane_cells import dialling, finite, judged, load, measured, ruler, settings, teacher
+from plane_cells import changed, dialling, finite, judged, load, measured, ruler, settings, teacher
 from scfm.dial import choose, endpoint_curve
 from scfm.distill import DistillConfig, FullSpeakers, distill
 from scfm.metrics import endpoint_distance
@@ -91,8 +90,8 @@ def measure_run(cache, protocol, job):
     """What `run` gives; at each look what `judged` of plane_cells does."""
     network, of = teacher(cache, protocol, job)
     change, ours = split(DEFAULT | job.change)
-    told, _, reading = settings(protocol, change)
-    config = DistillConfig(**{"seed": job.seed, **told})
+    asked, _, reading = settings(protocol, change)
+    config = DistillConfig(**{"seed": job.seed, **asked})
 
     def make():
         speakers = lora_speakers(network, ours["rank"], config.seed) if ours["rank"] else FullSpeakers(network)
@@ -104,7 +103,7 @@ def measure_run(cache, protocol, job):
         return run(speakers, lambda generator, rows: DATA[job.data](rows, generator), config, ours, protocol.looks, look)
     more = {"looks": protocol.looks, "noises": protocol.dial_noises, "goal": protocol.goal_steps, "scales": protocol.scales,
             "steps": protocol.steps}
-    return cache("ablation", {"teacher": of, "config": asdict(config), **ours, **reading, **measured(protocol, **more)}, make)
+    return cache("ablation", {"teacher": of, "config": changed(config), **ours, **reading, **measured(protocol, **more)}, make)
 
 
 # The tiny Flux
@@ -164,7 +163,7 @@ def measure_flux(cache, protocol, job):
                 found["dialled"] = {n: found["raw"][n] if s == 1 else away(n, s) for n, s in found["scales"].items()}
             return found
         return run(speakers, batch_of, config, ours, protocol.looks, look)
-    spec = {"pictures": pictures, "guidance": guidance, "config": asdict(config), **ours, "protocol": protocol._asdict()}
+    spec = {"pictures": pictures, "guidance": guidance, "config": changed(config), **ours, "protocol": protocol._asdict()}
     return cache("ablation_flux", spec, make)
 
 

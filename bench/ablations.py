@@ -117,7 +117,7 @@ COARSE = {"k/N": {f"{k:g}": {"teacher_share": k} for k in (.1, .2, .4, .8)},
 def flux_families(updates):
     one = {"algorithm": "one_ema"}
     return {"k/N": {f"{k:g}": {"teacher_share": k} for k in (0., .2, .4, .6, .8, 1.)},
-            "averages": {"dual": {}, f"dual, restart {updates // 4}": {"restart_every": max(1, updates // 4)}, "one EMA": one,
+            "averages": {"dual": {}, f"dual, restart {3 * updates // 10}": {"restart_every": max(1, 3 * updates // 10)}, "one EMA": one,
                          "dual, not shortened": {"fast_decay": .99, "slow_decay": .999}},
             "rank": {f"{r}": {"rank": r} for r in (4, 16, 48)},
             "learning rate": {f"{lr:g}": {"lr": lr} for lr in (3e-4, 1e-3, 3e-3)},

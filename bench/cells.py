@@ -4,6 +4,7 @@ A measurement is a job (a tuple with `part` and `family`); `work(job)` returns (
 """
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -66,7 +67,10 @@ def short(text):
 
 
 def write(record, out):
-    """The record as JSON."""
+    """The record as JSON. SystemExit where a fuller one would be lost, as by --report when the cells are gone."""
     path = Path(out).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = len(json.loads(path.read_text())["missing"]) if path.is_file() else math.inf
+    if len(record["missing"]) > before:
+        raise SystemExit(f"{len(record['missing'])} measurements are missing, {before} in {path}: it stays as it is; name another --out")
     path.write_text(short(json.dumps(record, indent=1)) + "\n")

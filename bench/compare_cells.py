@@ -1,11 +1,11 @@
 """The cells of bench/compare.py: each few-step method from the teachers of bench/plane.py, judged by its ruler."""
-from dataclasses import asdict
 from functools import partial
 
 import torch
 
-from plane_cells import MEASURES, dialling, ends, load, measure_student, measured, ruler, settings, student, teacher
-from scfm.baselines import (distillation_loss, fit, make_pairs, meanflow_loss, multistep, network_evaluations, progressive,
+from plane_cells import (COUPLED, MEASURES, changed, ends, goal_of, load, measure_student, measured, references, ruler, settings,
+                         student, teacher)
+from scfm.baselines import (SHORTCUT_GRIDS, distillation_loss, fit, make_pairs, meanflow_loss, multistep, network_evaluations, progressive,
                             reflow_loss, sample_renoised, sample_told, shortcut_loss, updates_for)
 from scfm.consistency import keyed_generator
 from scfm.dial import STEPS
@@ -50,7 +50,8 @@ def baseline(cache, protocol, job):
     updates, pairs = plan(protocol, job.family, job.budget)
     stages = job.family == "progressive"
     config = DistillConfig(seed=job.seed, **settings(protocol, {"updates": updates // len(STAGES) if stages else updates})[0])
-    spec = {"teacher": of, "method": job.family, "pairs": pairs, "config": asdict(config)}
+    spec = {"teacher": of, "method": job.family, "pairs": pairs, "config": changed(config), **({"stages": STAGES} if stages else {}),
+            **({"grids": SHORTCUT_GRIDS} if job.family == "shortcut" else {})}
     start = with_step(network) if job.family in TOLD else network
     draw = DATA[job.data]
 
@@ -88,7 +89,8 @@ def walks(method, networks, base, seed):
         return {"own stage": lambda noise, n: ends(fields[stage[n]], noise, n),
                 "last stage": lambda noise, n: ends(fields[1], noise, n)}
     if method in TOLD:
-        return {"raw": lambda noise, n: sample_told(fields["slow"], noise, time_grid(n))}
+        finest = 1 / max(SHORTCUT_GRIDS) if method == "shortcut" else 0.
+        return {"raw": lambda noise, n: sample_told(fields["slow"], noise, time_grid(n), finest)}
     euler = {"raw": lambda noise, n: ends(fields["slow"], noise, n)}
     if method == "consistency":
         fresh = partial(keyed_generator, seed, stream=RENOISE)
@@ -98,30 +100,29 @@ def walks(method, networks, base, seed):
 
 def measure_baseline(cache, protocol, job):
     """curve: {steps: SW2}; `curve coupling`: {steps: distance to the teacher's own endpoints from the same noises}."""
-    networks, base, spec = baseline(cache, protocol, job)
+    (networks, base, spec), goal = baseline(cache, protocol, job), goal_of(cache, protocol, job)
 
     def make():
-        measure, (noise, goal) = ruler(protocol, job), dialling(protocol, job, FullSpeakers(base))
-        found = {}
+        measure, noise, found = ruler(protocol, job), references(protocol, job)[1][:COUPLED], {}
         for curve, walk in walks(job.family, networks, base, job.seed).items():
             found[curve] = {n: measure(None, n, walk=lambda _, noise, n, *__: walk(noise, n))[0] for n in STEPS}
             found[f"{curve} coupling"] = {n: endpoint_distance(walk(noise, n), goal) for n in STEPS}
         return found
-    more = {"noises": protocol.dial_noises, "goal": protocol.goal_steps}
-    return cache("few_step_sw2", {"of": spec, **measured(protocol, **more)}, make)
+    return cache("few_step_sw2", {"of": spec, **measured(protocol, steps=STEPS, coupled=COUPLED, goal=protocol.goal_steps)}, make)
 
 
 def measure_scfm(cache, protocol, job):
-    """What `measure_student` of the plane gives, and the coupling beside it."""
+    """What `measure_student` of the plane gives, and the coupling beside it, on noises that did not choose the dial."""
     value = measure_student(cache, protocol, job)
-    speakers, spec = student(cache, protocol, job)
+    (speakers, spec), goal = student(cache, protocol, job), goal_of(cache, protocol, job)
 
     def make():
-        noise, goal = dialling(protocol, job, speakers)
+        noise = references(protocol, job)[1][:COUPLED]
+
         def coupling(scales):
             return {n: endpoint_distance(ends(speakers.field("slow", scales[n]), noise, n), goal) for n in STEPS}
         return {"raw coupling": coupling(dict.fromkeys(STEPS, 1.)), "dialled coupling": coupling(value["scales"])}
-    more = {"noises": protocol.dial_noises, "goal": protocol.goal_steps, "scales": value["scales"]}
+    more = measured(protocol, coupled=COUPLED, goal=protocol.goal_steps, scales=value["scales"])
     return value | cache("coupling", {"of": spec, **more}, make)
 
 
@@ -134,7 +135,7 @@ def measure_multistep(cache, protocol, job):
         def walk(field, noise, n, *_):
             return multistep(field, noise, time_grid(n))
         return {"multistep": {n: measure(field, n, walk=walk)[0] for n in STEPS}}
-    return cache("multistep_sw2", {"of": spec, **measured(protocol)}, make)
+    return cache("multistep_sw2", {"of": spec, **measured(protocol, steps=STEPS)}, make)
 
 
 ALL = MEASURES | {"multistep": measure_multistep, "scfm": measure_scfm} | dict.fromkeys(

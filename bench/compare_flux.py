@@ -4,14 +4,15 @@ All at the guidance scale and the shift at which the pipeline is sampled. A LoRA
 Data are drawings with their captions, as the teacher was trained on; the judge's captions name pairs that it never saw.
 """
 import copy
-from dataclasses import asdict
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 
 from compare_cells import STAGES
-from plane_cells import settings
+from few_shot_flux import weights
+from plane_cells import changed, finite, settings
 from scfm.baselines import (distillation_loss, fit, multistep, network_evaluations, progressive_loss, reflow_loss, sample_renoised,
                             updates_for)
 from scfm.consistency import keyed_generator
@@ -37,7 +38,7 @@ class FluxProtocol(NamedTuple):
     updates: int = 0                                         # of `settings`, which every job replaces
     batch: int = 32
     drawings: int = 2048
-    judged: int = 128
+    judged: int = 256
     dial_noises: int = 16
 
 
@@ -118,9 +119,11 @@ def judge(captions):
 def trained(cache, protocol, job):
     """{name: LoRA}: the slow EMA of a method under "slow", or one for each stage; and the cell's spec."""
     updates, pairs = plan(protocol, job.family, job.budget)
+    updates = updates // len(STAGES) if job.family == "progressive" else updates
     fields = settings(protocol, {"updates": updates} | job.change)[0] | {"batch": protocol.batch, "lr": LR, "shift": SHIFT}
     config = DistillConfig(seed=job.seed, **fields)
-    spec = {"method": job.family, "pairs": pairs, "rank": RANK, "drawings": protocol.drawings, "guidance": GUIDANCE, "config": asdict(config)}
+    spec = {"pipeline": weights(), "method": job.family, "pairs": pairs, "rank": RANK, "drawings": protocol.drawings, "guidance": GUIDANCE, "shift": STOCK,
+            "config": changed(config), **({"stages": STAGES} if job.family == "progressive" else {})}
 
     def make():
         place, speakers = world(protocol.drawings), world(protocol.drawings).speakers(job.seed)
@@ -173,12 +176,11 @@ def reflowed(place, speakers, config, count):
 
 
 def in_stages(place, speakers, config):
-    """Progressive distillation on the stock grid; one LoRA goes through all stages, a copy of it teaches the next."""
+    """Progressive distillation on the stock grid; one LoRA goes through all stages, a copy of it teaches the next. config.updates: of each."""
     made, teacher = {}, speakers.teacher
-    config.updates = max(1, config.updates // len(STAGES))
-    for steps in STAGES:
+    for stage, steps in enumerate(STAGES):
         bound = Captioned(speakers, teacher)
-        fit(bound, on_drawings(place, bound), config, partial(progressive_loss, steps=steps, shift=STOCK))
+        fit(bound, on_drawings(place, bound), replace(config, seed=len(STAGES) * config.seed + stage), partial(progressive_loss, steps=steps, shift=STOCK))
         made[steps] = lora_of(speakers)
         copy_adapter(speakers.transformer, "slow", "student")
         teacher = copy.deepcopy(speakers).field("slow")
@@ -197,12 +199,12 @@ def walked(judge, field, steps, sampler):
     return torch.cat(ends)
 
 
-def scored(judge, field_of, sampler=sample, steps=STEPS, evaluations=1):
-    """{"": {NFE: Frechet}, " accuracy": ..., " coupling": ...}. field_of(steps) -> field."""
+def scored(judge, field_of, sampler_of=lambda n: sample, steps=STEPS, evaluations=1):
+    """{"": {NFE: Frechet}, " accuracy": ..., " coupling": ...}. field_of(NFE) -> field; sampler_of(NFE) -> what `walked` takes."""
     found = {"": {}, " accuracy": {}, " coupling": {}}
     for n in steps:
         with torch.no_grad():
-            ends = walked(judge, field_of(n), n // evaluations, sampler)
+            ends = walked(judge, field_of(n), n // evaluations, sampler_of(n))
             row = judge.score(ends, torch.cat([judge.family.decode(part) for part in ends.split(256)]))
         for kind, column in zip(found, ("frechet", "prompt_accuracy", "endpoint")):
             found[kind][n] = row[column]
@@ -232,7 +234,7 @@ def measure_flux(cache, protocol, job):
             return named({"own stage": scored(scorer, lambda n: field(stage[n])), "last stage": scored(scorer, lambda n: field(1))})
         curves = {"raw": scored(scorer, lambda n: field("slow"))}
         if job.family == "consistency":
-            again = lambda field, noise, times: sample_renoised(field, noise, times, keyed_generator(job.seed, len(times), RENOISE))
+            again = lambda n: partial(sample_renoised, generator=keyed_generator(job.seed, n, RENOISE))      # one for all parts of a walk
             curves["re-noised"] = scored(scorer, lambda n: field("slow"), again)
         if job.family == "scfm":
             dial = found_dial(world(protocol.drawings), protocol.dial_noises, speakers.teacher, lambda scale: field("slow", scale))
@@ -240,7 +242,7 @@ def measure_flux(cache, protocol, job):
             curves["dialled"] = scored(scorer, lambda n: field("slow", strength[n]))
             return named(curves) | {"scales": strength}
         return named(curves)
-    return cache("flux_scores", {"of": spec, "judged": protocol.judged, "dial": [DIAL_STEPS, SCALES, protocol.dial_noises]}, make)
+    return cache("flux_scores", {"of": spec, "judged": protocol.judged, "steps": STEPS, "dial": [DIAL_STEPS, SCALES, protocol.dial_noises]}, make)
 
 
 def found_dial(place, count, teacher, field):
@@ -248,7 +250,8 @@ def found_dial(place, count, teacher, field):
     captions = place.captions[:count]
     noise = start_noise(place.family, range(len(captions)), 1000)
     ends = lambda field, n: teacher_endpoints(place.family, field, captions, noise, n, STOCK, GUIDANCE)
-    return choose(endpoint_curve(lambda n, s: ends(field(s), n), ends(teacher, PAIR_STEPS), DIAL_STEPS, SCALES), STOCK)
+    curve = endpoint_curve(lambda n, s: ends(field(s), n), ends(teacher, PAIR_STEPS), DIAL_STEPS, SCALES)
+    return choose({pair: finite(distance) for pair, distance in curve.items()}, STOCK)
 
 
 def measure_teacher(cache, protocol, job):
@@ -259,16 +262,16 @@ def measure_teacher(cache, protocol, job):
         curves = {}
         for solver, cost in EVALUATIONS.items():
             steps = [n for n in STEPS if n % cost == 0]
-            curves[solver] = scored(scorer, lambda n: field, partial(sample, solver=solver), steps, cost)
-        curves["multistep"] = scored(scorer, lambda n: field, lambda f, noise, times: multistep(f, noise, times))
+            curves[solver] = scored(scorer, lambda n: field, lambda n: partial(sample, solver=solver), steps, cost)
+        curves["multistep"] = scored(scorer, lambda n: field, lambda n: multistep)
         return named(curves)
-    return cache("flux_teacher", {"judged": protocol.judged, "guidance": GUIDANCE, "shift": STOCK}, make)
+    return cache("flux_teacher", {"pipeline": weights(), "judged": protocol.judged, "steps": STEPS, "guidance": GUIDANCE, "shift": STOCK}, make)
 
 
 def measure_floor(cache, protocol, job):
     """Frechet of as many fresh drawings as the judge has captions."""
     make = lambda: {"mean": judge(protocol.judged).floor(), "low": None, "high": None}
-    return cache("flux_floor", {"judged": protocol.judged}, make)
+    return cache("flux_floor", {"pipeline": weights(), "judged": protocol.judged}, make)
 
 
 MEASURES = {"teacher": measure_teacher, "floor": measure_floor} | dict.fromkeys(("reflow", "progressive", "consistency", "scfm"), measure_flux)

@@ -3,12 +3,13 @@ import math
 
 import compare_flux
 from compare_cells import plan, spent
-from plane_report import axes_of_steps, canvas, gather, table
+from plane_report import LEVELS, axes_of_steps, canvas, gather, table
 from scfm.dial import STEPS
 
 FLUX = compare_flux.NAME
 STYLES = {"Reflow raw": "C0o-", "progressive own stage": "C1o-", "consistency re-noised": "C2o-", "Shortcut raw": "C4o-",
           "MeanFlow raw": "C5o-", "SCFM, Algorithm 2 raw": "C3.--", "SCFM, damped dialled": "C3o-"}
+FLUX_LEVELS = (30, 50, 70, 100, 150, 200, 300, 500, 1000)
 FREE_STYLES = {"teacher euler": "ko-", "teacher midpoint": "ks--", "teacher multistep": "k^:"}
 BESIDE = ("coupling", "scales", "deviation", "accuracy")          # curves of something else than the quality
 NEEDS = {"teacher euler": "nothing", "teacher midpoint": "nothing", "teacher multistep": "nothing", "Reflow raw": "stored pairs",
@@ -52,7 +53,8 @@ def plot(record, path):
     figure, axes = canvas(len(record["budgets"]), len(sets), (4.4 * len(sets), 10))
     for row, (name, found) in zip(axes, record["budgets"].items()):
         for ax, data in zip(row, sets):
-            draw(ax, record, found, data, f"{data}, {name} ({found['flux_evaluations' if data == FLUX else 'evaluations']:,} evaluations)") if data in found["main"] else ax.axis("off")
+            spent_there = found["flux_evaluations" if data == FLUX else "evaluations"]
+            draw(ax, record, found, data, f"{data}, {name} ({spent_there:,} evaluations)") if data in found["main"] else ax.axis("off")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8)
     figure.tight_layout(rect=(0, .06, 1, 1))
     figure.savefig(path, dpi=80)
@@ -73,8 +75,13 @@ def draw(ax, record, found, data, title):
     curves = record["free"][data] | found["main"].get(data, {})
     for label, style in {**FREE_STYLES, **STYLES}.items():
         curve = curves.get(label, {})
-        ax.plot(list(curve), [entry["mean"] for entry in curve.values()], style, ms=3, lw=1, label=label)
-    axes_of_steps(ax, STEPS, title)
+        ax.errorbar(list(curve), [e["mean"] for e in curve.values()], [e["spread"] or 0 for e in curve.values()], fmt=style, ms=3, lw=1,
+                    elinewidth=.6, label=label)
+    floor = record["floor"].get(data)
+    if floor:                                                # one number on the tiny Flux, a band of 95 % on the plane
+        ax.axhspan(floor["low"] or .99 * floor["mean"], floor["high"] or 1.01 * floor["mean"], color="C2", alpha=.25, lw=0,
+                   label="data against data")
+    axes_of_steps(ax, STEPS, title, FLUX_LEVELS if data == FLUX else LEVELS)
     ax.set_ylabel(ruler(data))
 
 
@@ -83,7 +90,7 @@ def text(record):
     quality = lambda of: {label: curve for label, curve in of.items() if not label.endswith(BESIDE)}
     free = {data: quality(of) for data, of in record["free"].items()}
     floor = {data: found for data, found in record["floor"].items() if data != FLUX}
-    parts = [table({"main": free, "floor": floor, "targets": {}})]
+    parts = [table({"main": free, "floor": floor, "targets": {}}), floor_of_flux(record)]
     for name, found in record["budgets"].items():
         curves = {data: quality(of) for data, of in found["main"].items()}
         parts += [f"\n{name}: {found['evaluations']:,} evaluations on the plane, {found['flux_evaluations']:,} on the tiny Flux",
@@ -92,8 +99,9 @@ def text(record):
 
 
 def over_sets(record, budget, label, steps):
-    """The geometric mean over the plane's sets of a curve over the best of all curves at that step count; None where it is missing."""
-    ratios = []
+    """Of a curve at a step count: the geometric mean over the plane's sets of its value over the best of all curves, and whether it lies
+    on every set within what data score against data. None where it is missing."""
+    ratios, in_noise = [], True
     for data, of in record["free"].items():
         if data != FLUX:
             curves = quality_of(record, budget, data)
@@ -101,7 +109,16 @@ def over_sets(record, budget, label, steps):
             if best is None or steps not in curves.get(label, {}):
                 return None
             ratios.append(curves[label][steps]["mean"] / best)
-    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+            in_noise &= data in record["floor"] and curves[label][steps]["mean"] <= record["floor"][data]["high"]
+    return (math.exp(sum(map(math.log, ratios)) / len(ratios)), in_noise) if ratios else None
+
+
+def floor_of_flux(record):
+    """What the Frechet distance on the tiny Flux cannot get below, as a sentence; empty where it was not measured."""
+    if FLUX not in record["floor"]:
+        return ""
+    count, floor = record["protocol"]["flux"]["judged"], record["floor"][FLUX]["mean"]
+    return f"tiny Flux: {count} pictures, of which fresh drawings score {floor:.0f}; one seed"
 
 
 def quality_of(record, budget, data):
@@ -114,12 +131,14 @@ def summary(record, budget="medium", steps=(1, 2, 3, 4, 8, 32)):
     """One table for a screen: on the plane times the best of that column, on the tiny Flux the Frechet distance itself."""
     found = record["budgets"][budget]
     flux = quality_of(record, budget, FLUX) if FLUX in record["free"] else {}
-    show = lambda value, form: f"{format(value, form) if value is not None else '-':>7}"
+    show = lambda value: f"{format(value, '.0f') if value is not None else '-':>7}"
+    times = lambda pair: f"{pair[0]:6.2f}{'=' if pair[1] else ' '}" if pair else f"{'-':>6} "
     lines = [f"{budget}: {found['evaluations']:,} evaluations on the plane, {found['flux_evaluations']:,} on the tiny Flux",
              f"{'':26}{'plane: times the best there':^{7 * len(steps)}}  {'tiny Flux: Frechet':^{7 * len(steps)}}",
              f"{'':26}" + "".join(f"{n:7}" for n in steps) + "  " + "".join(f"{n:7}" for n in steps) + "  needs"]
     for label, needs in NEEDS.items():
         plane = [over_sets(record, budget, label, n) for n in steps]
         tuned = [flux.get(label, {}).get(n, {}).get("mean") for n in steps]
-        lines.append(f"{label:26}" + "".join(show(v, ".2f") for v in plane) + "  " + "".join(show(v, ".0f") for v in tuned) + f"  {needs}")
+        lines.append(f"{label:26}" + "".join(map(times, plane)) + "  " + "".join(map(show, tuned)) + f"  {needs}")
+    lines += ["= on every set within what data score against data; means of the seeds", floor_of_flux(record)]
     return "\n".join(lines)

@@ -3,12 +3,13 @@
 A measurement takes (cache, protocol, job), see `Job` in bench/few_shot.py, and returns
 {curve: {kind: {steps: {metric: number}}}}.
 """
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 
+from plane_cells import changed, finite
 from scfm.cache import fingerprint
 from scfm.consistency import keyed_generator
 from scfm.dial import choose, endpoint_curve
@@ -46,8 +47,9 @@ def family():
 
 @lru_cache(1)
 def judges(captions, noises):
-    """{kind: `Judge`} whose goals are not set yet."""
-    return {kind: Judge(family(), captions, progress=False, held_out=held_out, noises=noises) for kind, held_out in KINDS.items()}
+    """{kind: `Judge`} whose goals are not set yet. Their captions are none of those that the students are trained on."""
+    return {kind: Judge(family(), captions, progress=False, held_out=held_out, noises=noises, known=frozenset(read_prompts(PROMPTS)))
+            for kind, held_out in KINDS.items()}
 
 
 @lru_cache(1)
@@ -86,8 +88,8 @@ def rows_of(job, count):
 def short_recipe(protocol, change):
     """(`DistillConfig`, rank, range of the guidance scale): the carried LoRA's recipe, shortened."""
     recipe = live_config("", protocol.updates)
-    told = {f.name: getattr(recipe, f.name) for f in fields(DistillConfig)}
-    return DistillConfig(**told | {"batch": protocol.batch, **change}), recipe.rank, recipe.guidance
+    method = {f.name: getattr(recipe, f.name) for f in fields(DistillConfig)}
+    return DistillConfig(**method | {"batch": protocol.batch, **change}), recipe.rank, recipe.guidance
 
 
 def flux_config(protocol, job):
@@ -108,7 +110,7 @@ def batches(latents, captions, guidance):
 def flux_student(cache, protocol, job):
     """The slow EMA's LoRA after training on the pictures of a subset, as `adapter_state` gives it, and the spec of its cell."""
     (config, rank, guidance), (latents, captions, of) = flux_config(protocol, job), painted(cache, protocol)
-    spec = {"pictures": of, "size": job.size, "subset": job.subset, "rank": rank, "guidance": guidance, "config": asdict(config)}
+    spec = {"pictures": of, "size": job.size, "subset": job.subset, "rank": rank, "guidance": guidance, "config": changed(config)}
 
     def make():
         rows = rows_of(job, len(captions))
@@ -142,12 +144,12 @@ def flux_curves(cache, protocol, field_for):
 def goal_pictures(cache, protocol, kind):
     """Latents that the teacher reaches in all its steps for a judge's captions."""
     asked = protocol.captions, protocol.noises
-    spec = {"pipeline": weights(), "kind": kind, "asked": asked, "steps": protocol.goal_steps}
+    spec = {"pipeline": weights(), "kind": kind, "asked": asked, "known": "left out", "steps": protocol.goal_steps}
     return cache("few_flux_goal", spec, lambda: judges(*asked)[kind].endpoints(teacher_field(), protocol.goal_steps, STOCK))
 
 
 def flux_spec(protocol, of):
-    return {"of": of, "asked": (protocol.captions, protocol.noises), "steps": protocol.steps, "goal": protocol.goal_steps}
+    return {"of": of, "asked": (protocol.captions, protocol.noises), "known": "left out", "steps": protocol.steps, "goal": protocol.goal_steps}
 
 
 def at_strength(rank, lora):
@@ -178,7 +180,7 @@ def dial_of_all(cache, protocol, job):
             return teacher_endpoints(family(), field, captions, noise, n, STOCK, GUIDANCE)
         goal, field = ends(teacher_field(), protocol.goal_steps), at_strength(rank, lora)
         curve = endpoint_curve(lambda n, s: ends(field(s), n), goal, protocol.steps, protocol.scales)
-        return dict(zip(*choose(curve, STOCK)[:2]))
+        return dict(zip(*choose({pair: finite(distance) for pair, distance in curve.items()}, STOCK)[:2]))
     return cache("few_dial", spec, make)
 
 

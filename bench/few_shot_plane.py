@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from plane import Protocol
-from plane_cells import dialling, ends, measured, references, student, teacher
+from plane_cells import COUPLED, dialling, ends, finite, goal_of, measured, references, student, teacher
 from scfm.consistency import keyed_generator
 from scfm.dial import SCALES, choose, endpoint_curve
 from scfm.distill import FullSpeakers
@@ -16,7 +16,7 @@ from scfm.metrics import endpoint_distance, sliced_wasserstein
 from toy.plane import DATA
 
 OTHERS = 30                                                  # a stream of random numbers that nothing else uses
-QUERIES, COUPLED = 2000, 512                                 # points: for the coverage, for the endpoint distance
+QUERIES = 2000                                               # points for the coverage
 COVERED = .95                                                # what other fresh data cover, by the choice of the radius
 
 
@@ -36,16 +36,6 @@ class PlaneProtocol(NamedTuple):
 def nearest(points, others):
     """Distance from each of the points (n, 2) to the nearest of the others (m, 2): (n,)."""
     return torch.cat([torch.cdist(part, others).amin(1) for part in points.split(500)])
-
-
-def goal_of(cache, protocol, job):
-    """Where the teacher's many steps take the first noises: (COUPLED, 2)."""
-    network, spec = teacher(cache, protocol, job)
-
-    def make():
-        _, noise = references(protocol, job)
-        return ends(FullSpeakers(network).field("teacher"), noise[:COUPLED], protocol.goal_steps)
-    return cache("few_goal", {"of": spec, **measured(protocol, goal=protocol.goal_steps, coupled=COUPLED)}, make)
 
 
 def plane_ruler(protocol, job, goal):
@@ -94,7 +84,7 @@ def measure_student(cache, protocol, job):
         if job.family == "scfm":
             few, far = dialling(protocol, job, speakers)
             curve = endpoint_curve(lambda n, s: ends(field(s), few, n), far, protocol.steps, protocol.scales)
-            found["scales"] = dict(zip(*choose(curve)[:2]))
+            found["scales"] = dict(zip(*choose({pair: finite(distance) for pair, distance in curve.items()})[:2]))
             found["dialled"] = {n: look(ends(field(s), noise, n)) for n, s in found["scales"].items()}
         return found
     return cache("few_sw2", plane_spec(protocol, spec), make)

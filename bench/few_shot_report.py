@@ -12,7 +12,8 @@ METRICS = {
               "endpoint": (1, "rms distance to the teacher's own endpoints in 128 steps from the same noises"),
               "spread": (0, "deviation of the samples over that of the data; 1 is right, so no verdict rests on it")},
     "flux": {"prompt_accuracy": (-1, "share of the attributes named by the captions that a classifier of drawings sees"),
-             "frechet": (1, "Frechet distance on that classifier's features to drawings of such captions (not FID)"),
+             "frechet": (0, "Frechet distance on that classifier's features to drawings of such captions (not FID); of so few pictures it is "
+                           "mostly its floor, so no verdict rests on it"),
              "endpoint": (1, "rms distance of the latents to the teacher's own in 32 steps from the same noises"),
              "spread": (-1, "rms deviation of pixels among pictures of one caption over the teacher's in 32 steps; more than 1 "
                         "counts as 1")}}

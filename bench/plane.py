@@ -86,7 +86,7 @@ def ablations(updates):
         "k/N": {f"{k:g}": {"teacher_share": k} for k in (0., .2, .4, .6, .8, 1.)},
         "self grids": {", ".join(map(str, g)): {"self_grids": g} for g in ((2,), (2, 4), (2, 4, 8, 16))},
         "EMA": {"one EMA": {"algorithm": "one_ema"}, "dual": {},
-                "dual + restart": {"restart_every": max(1, updates // 4)},
+                "dual + restart": {"restart_every": max(1, 3 * updates // 10)},        # none falls on the end, where the EMA is read
                 "one EMA, damped": damped | {"algorithm": "one_ema"}},
         "loss": {"velocity": {}, "sample space": {"sample_space": True}},
         "read-out": {name: {"read_out": name} for name in ("student", "fast", "slow")},

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,14 @@ from scfm.metrics import endpoint_distance, sliced_wasserstein
 from toy.plane import DATA, MLP, train_flow
 
 REFERENCE, NOISE, DIAL_NOISE, FEW, FLOOR = range(10, 15)     # streams of random numbers that nothing else uses
+COUPLED = 512                                                # noises on which a distance to the teacher's endpoints is measured
 FEWER = (1, 2, 3, 4, 8)                                      # step counts of the ablations
+
+
+def changed(config):
+    """The fields of a config that are not at their defaults: what it is known by in a cell's name, so that a field that is added
+    later, with a default that changes nothing, leaves the cells valid."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
 
 
 class Missing(LookupError):
@@ -70,20 +77,20 @@ def teacher(cache, protocol, job):
 def settings(protocol, change):
     """What a change asks for: (fields of DistillConfig, what the training needs besides, what the measurement needs)."""
     updates = change.get("updates", protocol.updates)
-    fields = {"updates": updates, "batch": protocol.batch, "lr": 3e-4, "schedule": "cosine", "shift": (1., 2.),
+    asked = {"updates": updates, "batch": protocol.batch, "lr": 3e-4, "schedule": "cosine", "shift": (1., 2.),
               "fast_decay": shorten(.99, updates), "slow_decay": shorten(.999, updates)}
     training, reading = {"few": 0, "sample_space": False}, {"read_out": "slow", "sampling_shift": 1.}
     for name, value in change.items():
-        next((part for part in (training, reading) if name in part), fields)[name] = value
-    return fields, training, reading
+        next((part for part in (training, reading) if name in part), asked)[name] = value
+    return asked, training, reading
 
 
 def student(cache, protocol, job):
     """`FullSpeakers` after distillation, and the spec of their cell."""
     network, spec = teacher(cache, protocol, job)
-    fields, training, _ = settings(protocol, job.change)
-    config = DistillConfig(**{"seed": job.seed, **fields})
-    spec = {"teacher": spec, "config": asdict(config), **training}
+    asked, training, _ = settings(protocol, job.change)
+    config = DistillConfig(**{"seed": job.seed, **asked})
+    spec = {"teacher": spec, "config": changed(config), **training}
     speakers, draw = FullSpeakers(network), DATA[job.data]
     points = draw(training["few"], keyed_generator(config.seed, 0, FEW))
 
@@ -142,6 +149,16 @@ def dialling(protocol, job, speakers):
     """Noises that the ruler never sees (n, 2), and where the teacher takes them in many steps (n, 2)."""
     noise = torch.randn(protocol.dial_noises, 2, generator=keyed_generator(job.seed, 0, DIAL_NOISE))
     return noise, ends(speakers.field("teacher"), noise, protocol.goal_steps)
+
+
+def goal_of(cache, protocol, job):
+    """Where the teacher's many steps take the first of the ruler's noises: (COUPLED, 2). No dial was chosen on these."""
+    network, spec = teacher(cache, protocol, job)
+
+    def make():
+        _, noise = references(protocol, job)
+        return ends(FullSpeakers(network).field("teacher"), noise[:COUPLED], protocol.goal_steps)
+    return cache("goal", {"of": spec, **measured(protocol, goal=protocol.goal_steps, coupled=COUPLED)}, make)
 
 
 def measured(protocol, **more):
@@ -250,11 +267,12 @@ MEASURES = {"teacher": measure_teacher, "recipe": measure_student, "floor": meas
 def do(job, folder, protocol, parts, measures=MEASURES):
     """(job, its value or None, {cell: (seconds, CPU seconds)} of what it rests on, number of cells made).
 
-    measures: by the family of a job; the others are students of SCFM. Jobs of other parts than `parts` compute nothing: None where one of their cells is missing."""
+    measures: by the family of a job; the others are students of SCFM. Jobs of other parts than `parts` compute nothing: None where one of their cells is missing,
+    and where a training ran away or its samples are no numbers."""
     torch.set_num_threads(1)                                 # the networks are small: processes, not threads
     cache = Cache(folder, frozen=job.part not in parts)
     try:
         value = measures.get(job.family, measure_student)(cache, protocol, job)
-    except Missing:
+    except (Missing, FloatingPointError, torch.linalg.LinAlgError):
         value = None
     return job, value, cache.used, cache.made

@@ -104,11 +104,11 @@ def canvas(rows, columns, size):
     return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
 
 
-def axes_of_steps(ax, steps, title):
+def axes_of_steps(ax, steps, title, levels=LEVELS):
     ax.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="SW2 to the data")
     ax.set_xticks(steps, steps)
     limits = ax.get_ylim()
-    ax.set_yticks(LEVELS, [f"{level:g}" for level in LEVELS])
+    ax.set_yticks(levels, [f"{level:g}" for level in levels])
     ax.minorticks_off()
     ax.set_ylim(limits)
     ax.set_title(title, fontsize=9)
@@ -126,7 +126,7 @@ def plot(record, path):
             floor = record["floor"][data]
             ax.axhspan(floor["low"], floor["high"], color="C2", alpha=.25, lw=0, label="data against data, 95 %")
         axes_of_steps(ax, STEPS, data)
-    against = record["targets"][RECOMMENDED]["against_teacher"]
+    against = record["targets"].get(RECOMMENDED, {}).get("against_teacher", [])
     figure.suptitle(f"From 3 evaluations on the dialled student ({RECOMMENDED}) is within {MARGIN} times its teacher's "
                     f"best, or in the noise, in {sum(t['met'] for t in against)} cases of {len(against)}", fontsize=10)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)

@@ -31,12 +31,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def bench(request, folder, monkeypatch):
-    """Runs the test file's SCRIPT of bench/ in small, with more words, on one cache; returns the record that it wrote."""
+    """Runs the test file's SCRIPT of bench/ in small, with more words, on one cache; returns the record that it wrote as `out`."""
     script = request.module.SCRIPT
 
-    def run(*words):
+    def run(*words, out=script):
         monkeypatch.syspath_prepend(str(BENCH))
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--smoke", "--cache", str(folder / "cells"), "--out", str(folder / script), *words])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--smoke", "--cache", str(folder / "cells"), "--out", str(folder / out), *words])
         runpy.run_path(str(BENCH / f"{script}.py"), run_name="__main__")
-        return json.loads((folder / f"{script}.json").read_text())
+        return json.loads((folder / f"{out}.json").read_text())
     return run

@@ -31,7 +31,7 @@ def test_a_small_run_writes_everything_and_a_lost_cell_alone_is_made_again(bench
 
     lost = sorted((folder / "cells").glob("ablation-*"))[0]
     lost.unlink()
-    told = bench("--report")
+    told = bench("--report", out="less")
     assert told["missing"] and told["cost"]["this_run"]["cells_made"] == 0
     again = bench("--only", "plane", "grids")
     assert again["cost"]["this_run"]["cells_made"] == 1 and lost.is_file()

@@ -8,7 +8,7 @@ from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.baselines import (COSTS, MeanFlowRows, denoise, distillation_loss, distillation_target, fit, make_pairs, meanflow_loss,
+from scfm.baselines import (COSTS, SHORTCUT_GRIDS, MeanFlowRows, denoise, distillation_loss, distillation_target, fit, make_pairs, meanflow_loss,
                             meanflow_target, multistep, neighbours, network_evaluations, progressive, progressive_loss,
                             progressive_target, reflow_loss, regress, sample_renoised, sample_told, shortcut_loss,
                             shortcut_target, step_of, updates_for)
@@ -105,6 +105,16 @@ def test_a_progressive_student_that_obeys_walks_its_teacher_s_grid():
         times = torch.stack([t, t - .125, t - .25], 1)
         return progressive_target(x, Jumps(times, torch.ones(len(x), dtype=torch.bool), torch.full((len(x),), 8)), teacher)
     assert torch.allclose(sample(student, noise, time_grid(4)), sample(teacher, noise, time_grid(8)), atol=1e-6)
+
+
+def test_every_stage_of_progressive_sees_rows_of_its_own():
+    seen = []
+    def flat(generator, rows):
+        noise = torch.randn(rows, 2, generator=generator)
+        seen.append(noise)
+        return torch.zeros(rows, 2), noise
+    progressive(MLP(8, 1), flat, DistillConfig(updates=2, batch=4, lr=1e-3), stages=(4, 2, 1))
+    assert len(seen) == 6 and len({tuple(noise.flatten().tolist()) for noise in seen}) == 6
 
 
 def test_progressive_asks_on_its_own_grid_only_and_leaves_the_teacher_alone():
@@ -220,6 +230,21 @@ def test_shortcut_s_halves_of_a_linear_field():
     target = shortcut_target(x, jumps, linear(9.)[0], average)
     assert torch.allclose(target, x * (1 - (1 - .3) ** 2), rtol=1e-3, atol=1e-3)
     assert len(asked) == 2 and all(torch.allclose(d, torch.tensor(.5), atol=1e-4) for d in asked)
+
+
+def test_shortcut_s_smallest_halves_are_asked_as_no_step_at_all():
+    asked = []
+    def average(x, t, d):
+        asked.append(d)
+        return x
+    jumps = draw_jumps(64, 0., self_grids=SHORTCUT_GRIDS, shift=(1., 1.), generator=seeded())
+    shortcut_target(points(64), jumps, linear(1.)[0], average, 1 / 32)
+    told = {round(v, 4) for v in asked[0].tolist()}
+    assert told == {0., *(round(1 / n, 4) for n in (2, 4, 8, 16))} and torch.equal(asked[0] == 0, jumps.steps == 32)
+    for steps, wanted in ((32, 0.), (16, 1 / 16)):
+        heard = []
+        sample_told(lambda x, t, d: heard.append(d) or x, points(2), time_grid(steps), 1 / 32)
+        assert len(heard) == steps and torch.allclose(torch.stack(heard), torch.tensor(wanted), atol=1e-6)
 
 
 # MeanFlow

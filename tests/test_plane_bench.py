@@ -1,4 +1,5 @@
 """bench/plane.py at a size of seconds: it runs, it resumes from its cells, and what it writes is complete."""
+import pytest
 from PIL import Image
 
 from scfm.dial import STEPS
@@ -33,7 +34,9 @@ def test_a_second_run_takes_the_cells_and_a_lost_one_alone_is_made_again(bench, 
     assert whole["cost"]["this_run"]["cells_made"] == 0
     lost = sorted((folder / "cells").glob("student_sw2-*"))[0]
     lost.unlink()
-    told = bench("--report")
+    with pytest.raises(SystemExit, match="it stays as it is; name another --out"):
+        bench("--report")                    # would write less over more
+    told = bench("--report", out="less")
     assert told["missing"] and told["cost"]["this_run"]["cells_made"] == 0
     again = bench()
     assert again["cost"]["this_run"]["cells_made"] == 1 and lost.is_file()
@@ -44,6 +47,6 @@ def test_a_part_alone_keeps_what_is_there_of_the_other(bench, folder):
     whole = bench()
     for path in (folder / "cells").glob("floor-*"):
         path.unlink()
-    record = bench("--only", "ablations")
+    record = bench("--only", "ablations", out="part")
     assert record["ablations"] == whole["ablations"] and record["main"] == whole["main"]
     assert not record["floor"] and len(record["missing"]) == len(DATA)

@@ -32,13 +32,13 @@ class Entry(NamedTuple):
 class Judge:
     """Holds what all entries share. `count` captions, each with `noises` noises; `seed` fixes captions, noises and reference drawings.
 
-    held_out: captions of pairs that the teacher never saw; else of pairs that it was trained on.
+    held_out: captions of pairs that the teacher never saw; else of pairs that it was trained on. known: captions not to be asked.
     """
 
-    def __init__(self, family, count, seed=1, guidance=GUIDANCE, progress=True, held_out=True, noises=1):
+    def __init__(self, family, count, seed=1, guidance=GUIDANCE, progress=True, held_out=True, noises=1, known=()):
         generator = torch.Generator().manual_seed(seed)
         self.family, self.guidance, self.reader, self.progress = family, guidance, load_reader(), progress
-        captions = draw_captions(count, generator, held_out)
+        captions = draw_unknown(count, generator, held_out, known)
         self.captions = Captions([text for text in captions.text for _ in range(noises)], captions.named.repeat_interleave(noises, 0))
         drawings, _ = draw_pictures(draw_captions(REFERENCE, generator, held_out), generator)
         self.reference, _ = read(self.reader, drawings)
@@ -86,6 +86,15 @@ class Judge:
         for entry, n, shift in tqdm(jobs, desc="judging", disable=not self.progress):
             record[entry.name].append(self.measure(entry.field_for(n), n, shift))
         return record
+
+
+def draw_unknown(count, generator, held_out, known):
+    """`Captions` of which none is among the `known`. ValueError when there are not enough."""
+    drawn = draw_captions(count * (4 if known else 1), generator, held_out)
+    kept = [i for i, text in enumerate(drawn.text) if text not in known][:count]
+    if len(kept) < count:
+        raise ValueError(f"{len(kept)} of {len(drawn.text)} captions are unknown, {count} are asked for: ask for fewer")
+    return Captions([drawn.text[i] for i in kept], drawn.named[kept])
 
 
 def at_stock(rows, steps):
