@@ -2,12 +2,13 @@
 # A night with SD3.5-Large on one 80 GB card, guidance kept at run time.
 #   scripts/sd35_a100.sh stabilityai/stable-diffusion-3.5-large captions.txt runs/sd35 [held_out.txt [--updates 4000 ...]]
 # held_out.txt: captions for the report that the run never saw (without it the report is on captions of the run); what follows it goes to `scfm distill`.
-# Every stage can be killed: the same call goes on where it was. NOT YET TRIED on the real weights.
+# Can be killed and called again: pictures, updates and the report go on where they were, the choice and the dial begin anew.
+# With more --updates on the same folder: rename OUT/report first. NOT YET TRIED on the real weights.
 set -euo pipefail
 pipeline=${1:?say: $0 PIPELINE CAPTIONS OUT} captions=${2:?captions, one a line} out=${3:?a folder for the results} held_out=${4:-$2}
 scfm=(python -m scfm.cli)
 
-"${scfm[@]}" plan --config sd35-large-a100
+"${scfm[@]}" plan --config sd35-large-a100 "${@:5}"
 "${scfm[@]}" data --pipeline "$pipeline" --prompts "$captions" --out "$out/pictures" --sizes 512x512 --steps 32 --guidance 4.5 \
     --max_tokens 256 --precision bf16
 "${scfm[@]}" distill --config sd35-large-a100 --pipeline "$pipeline" --pictures "$out/pictures" --out "$out/run" "${@:5}"
