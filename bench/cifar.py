@@ -1,6 +1,6 @@
 """CIFAR-10 from scratch and shortcut afterwards, at equal network evaluations:  python bench/cifar.py FOLDER
 
-FOLDER holds the parquet files (default: the environment variable SCFM_CIFAR10). Six ways to spend one budget:
+FOLDER holds the parquet files (default: the environment variable SCFM_CIFAR10). Ways to spend one budget:
 
     plain            plain flow matching
     scfm 1/8 1/4 1/2 flow matching and that share of self rows (the method inside pre-training)
