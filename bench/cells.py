@@ -73,4 +73,6 @@ def write(record, out):
     before = len(json.loads(path.read_text())["missing"]) if path.is_file() else math.inf
     if len(record["missing"]) > before:
         raise SystemExit(f"{len(record['missing'])} measurements are missing, {before} in {path}: it stays as it is; name another --out")
-    path.write_text(short(json.dumps(record, indent=1)) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(short(json.dumps(record, indent=1)) + "\n")
+    part.replace(path)

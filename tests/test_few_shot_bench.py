@@ -11,6 +11,7 @@ from scipy import stats
 
 from scfm.consistency import keyed_generator
 from scfm.distill import DistillConfig, jumps_of
+from toy.judge import draw_unknown, named_in
 
 SCRIPT, BENCH = "few_shot", Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -104,6 +105,17 @@ def test_scfm_and_fine_tuning_are_paired_by_subset():
         for metric in ("coverage", "endpoint", "spread"):
             part["1"]["3"][metric] = {"values": {}}
     assert report.ahead(world)["1"]["3"]["sw2"]["mean"] == pytest.approx(.3)        # of .2 and .4
+
+
+def test_a_judge_s_captions_are_none_of_those_known():
+    drawn = lambda known, count=32: draw_unknown(count, torch.Generator().manual_seed(1), False, known)
+    free, known = drawn(()), frozenset(few_shot_flux.read_prompts(few_shot_flux.PROMPTS))
+    assert known & set(free.text)                                       # it happens, unless they are left out
+    asked = drawn(known)
+    assert not known & set(asked.text) and len(asked.text) == len(asked.named) == 32
+    assert asked.named[0].tolist() == named_in(asked.text[0])
+    with pytest.raises(ValueError, match="ask for fewer"):
+        drawn(frozenset(drawn((), 128).text))
 
 
 def test_subsets_are_nested_and_differ(monkeypatch):
