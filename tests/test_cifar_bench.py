@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import carry_flows  # noqa: E402
 import cifar_cells  # noqa: E402
 import cifar_training  # noqa: E402
 from cifar_cells import Judge, Painter, lora_painter, paint_all, precision_recall, sampler, score_all  # noqa: E402
@@ -57,6 +58,21 @@ def test_training_keeps_the_teacher_and_computes_nothing_twice(data, tmp_path, m
     assert json.loads(header_of(distilled)["notes"]) == {"updates": 1, "evaluations": 40}
     monkeypatch.setattr(cifar_training, "pretrain", None)                                 # would fail if it were called again
     assert train_all(plan, "plain", 0, pictures) == flow and train_all(plan, DISTILLED, 0, pictures) == distilled
+
+
+def test_flows_are_carried_in_half_precision_with_their_notes_or_not_at_all(data, tmp_path, capsys):
+    plan, pictures = Plan(data, tmp_path / "cells", "tiny", 240, 6, 0), load_pictures(data)
+    flow = train_all(plan, "plain", 0, pictures)
+    words = ["--cells", str(plan.cells), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        carry_flows.main(words)
+    assert "scfm-1_4-0" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    for name in ("scfm 1/4", "shortcut"):
+        train_all(plan, name, 0, pictures)
+    carry_flows.main(words)
+    carried = tmp_path / "out" / "plain.safetensors"
+    assert header_of(carried)["notes"] == header_of(flow)["notes"]
+    assert all(torch.equal(half, load_file(flow)[name].half()) for name, half in load_file(carried).items())
 
 
 def test_the_lora_of_the_kept_flow_is_distilled_by_the_engine_and_painted_at_two_strengths(data, tmp_path, monkeypatch):
