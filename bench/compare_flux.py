@@ -29,7 +29,7 @@ from toy.shapes import draw_captions, draw_pictures
 NAME = "tiny Flux"
 PAIR_STEPS, RANK, LR = 32, 16, 1e-3
 SHIFT = (2.5, 4.5)                                           # the range in training, around the scheduler's own 3
-DIAL_STEPS, SCALES = (1, 2, 3, 4, 8), (0., .25, .5, .75, 1.)        # beyond 8 steps: the teacher, untouched
+DIAL_STEPS, SCALES = (1, 2, 3, 4, 8), (0., .25, .5, .75, 1., 1.25, 1.5, 2.)        # beyond 8 steps: the teacher, untouched
 DATA, DIAL, PAIRS, RENOISE = range(20, 24)                   # streams of random numbers that nothing else uses
 
 
@@ -117,11 +117,11 @@ def judge(captions):
 
 
 def trained(cache, protocol, job):
-    """{name: LoRA}: the slow EMA of a method under "slow", or one for each stage; and the cell's spec."""
+    """{name: LoRA}: the slow EMA of a method under "slow" (SCFM's student and fast EMA beside it), or one for each stage; and the cell's spec."""
     updates, pairs = plan(protocol, job.family, job.budget)
     updates = updates // len(STAGES) if job.family == "progressive" else updates
-    fields = settings(protocol, {"updates": updates} | job.change)[0] | {"batch": protocol.batch, "lr": LR, "shift": SHIFT}
-    config = DistillConfig(seed=job.seed, **fields)
+    usual = {"updates": updates, "batch": protocol.batch, "lr": LR, "shift": SHIFT}
+    config = DistillConfig(seed=job.seed, **settings(protocol, usual | job.change)[0])
     spec = {"pipeline": weights(), "method": job.family, "pairs": pairs, "rank": RANK, "drawings": protocol.drawings, "guidance": GUIDANCE, "shift": STOCK,
             "config": changed(config), **({"stages": STAGES} if job.family == "progressive" else {})}
 
@@ -132,8 +132,8 @@ def trained(cache, protocol, job):
     return cache("flux", spec, make), spec
 
 
-def lora_of(speakers):
-    return {name: tensor.clone() for name, tensor in adapter_state(speakers.transformer, "slow").items()}
+def lora_of(speakers, adapter="slow"):
+    return {name: tensor.clone() for name, tensor in adapter_state(speakers.transformer, adapter).items()}
 
 
 def on_drawings(place, bound):
@@ -146,12 +146,12 @@ def on_drawings(place, bound):
 
 
 def shortcut(place, speakers, config):
-    """SCFM, by the loop of scfm.distill."""
+    """SCFM, by the loop of scfm.distill; all three adapters."""
     def batch_of(generator, rows):
         picked = torch.randint(len(place.latents), (rows,), generator=generator)
         return place.latents[picked], place.cond(picked)
     distill(speakers, batch_of, config, progress=False)
-    return {"slow": lora_of(speakers)}
+    return {name: lora_of(speakers, name) for name in ("student", "fast", "slow")}
 
 
 def made_consistent(place, speakers, config):
@@ -247,11 +247,17 @@ def measure_flux(cache, protocol, job):
 
 def found_dial(place, count, teacher, field):
     """The dial by the endpoints of a few noises with captions of the drawings: no picture, none of the judge's captions."""
+    ends, goal = dialling(place, count, teacher)
+    curve = endpoint_curve(lambda n, s: ends(field(s), n), goal, DIAL_STEPS, SCALES)
+    return choose({pair: finite(distance) for pair, distance in curve.items()}, STOCK)
+
+
+def dialling(place, count, teacher):
+    """(ends, goal): ends(field, steps) walks `count` noises with captions of the drawings; goal is where the teacher's pair steps end."""
     captions = place.captions[:count]
     noise = start_noise(place.family, range(len(captions)), 1000)
     ends = lambda field, n: teacher_endpoints(place.family, field, captions, noise, n, STOCK, GUIDANCE)
-    curve = endpoint_curve(lambda n, s: ends(field(s), n), ends(teacher, PAIR_STEPS), DIAL_STEPS, SCALES)
-    return choose({pair: finite(distance) for pair, distance in curve.items()}, STOCK)
+    return ends, ends(teacher, PAIR_STEPS)
 
 
 def measure_teacher(cache, protocol, job):
