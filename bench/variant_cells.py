@@ -1,13 +1,14 @@
 """The cells of bench/variants.py: a student of bench/compare.py's trainings, on a dial that is chosen in one of three ways."""
 from itertools import product
 
-from compare_flux import SCALES, dialling as dialling_on_flux, judge, scored, trained, world
+from compare_flux import dialling as dialling_on_flux, judge, scored, trained, world
 from plane_cells import COUPLED, dialling, ends, finite, goal_of, measured, references, ruler, settings, student
 from scfm.dial import choose
 from scfm.lora import load_adapter_state
 from scfm.metrics import endpoint_distance
 
 JUDGED = (2, 3, 4, 8)
+SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2., 2.5, 3.)      # beyond the ends of bench/compare.py's: weak students want more
 
 
 def switching(first, rest):
@@ -30,6 +31,11 @@ def asked(protocol, job):
     return job._replace(change=change), job.change.get("dial", "dial"), settings(protocol, change)[2]["read_out"]
 
 
+def told(pairs):
+    """What the record keeps of the chosen scales, and whether one is the largest that was tried."""
+    return {"scales": pairs, "at_the_end": any(max(SCALES) in pair for pair in pairs.values())}
+
+
 def measure_on_plane(cache, protocol, job):
     """quality (SW2) and endpoints (distance to the teacher's), by step count; scales: the pairs that were chosen."""
     job, rule, read_out = asked(protocol, job)
@@ -38,11 +44,11 @@ def measure_on_plane(cache, protocol, job):
     def make():
         (noise, far), measure = dialling(protocol, job, speakers), ruler(protocol, job)
         field = lambda pair: switching(*(speakers.field(read_out, scale) for scale in pair))
-        pairs = chosen(rule, lambda n, pair: finite(endpoint_distance(ends(field(pair), noise, n), far)), protocol.scales)
+        pairs = chosen(rule, lambda n, pair: finite(endpoint_distance(ends(field(pair), noise, n), far)), SCALES)
         mine = references(protocol, job)[1][:COUPLED]        # no dial was chosen on these
         return {"quality": {n: finite(measure(field(pair), n)[0]) for n, pair in pairs.items()},
-                "endpoints": {n: finite(endpoint_distance(ends(field(pair), mine, n), goal)) for n, pair in pairs.items()}, "scales": pairs}
-    more = measured(protocol, scales=protocol.scales, noises=protocol.dial_noises, goal=protocol.goal_steps, coupled=COUPLED)
+                "endpoints": {n: finite(endpoint_distance(ends(field(pair), mine, n), goal)) for n, pair in pairs.items()}, **told(pairs)}
+    more = measured(protocol, scales=SCALES, noises=protocol.dial_noises, goal=protocol.goal_steps, coupled=COUPLED)
     return cache("variant", {"of": spec, "rule": rule, "read_out": read_out, "steps": JUDGED, **more}, make)
 
 
@@ -60,6 +66,6 @@ def measure_on_flux(cache, protocol, job):
         walk, far = dialling_on_flux(place, protocol.dial_noises, speakers.teacher)
         pairs = chosen(rule, lambda n, pair: finite(endpoint_distance(walk(field(pair), n), far)), SCALES)
         found = scored(scorer, lambda n: field(pairs[n]), steps=JUDGED)
-        return {"quality": found[""], "accuracy": found[" accuracy"], "endpoints": found[" coupling"], "scales": pairs}
+        return {"quality": found[""], "accuracy": found[" accuracy"], "endpoints": found[" coupling"], **told(pairs)}
     return cache("flux_variant", {"of": spec, "rule": rule, "read_out": read_out, "steps": JUDGED, "scales": SCALES, "judged": protocol.judged,
                                   "noises": protocol.dial_noises}, make)

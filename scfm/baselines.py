@@ -240,7 +240,8 @@ def meanflow_target(student, x, t, step, v):
 def meanflow_loss(speakers, data, noise, generator, equal_share=.5):
     """`meanflow_target`'s squared error, each row over its own size (section 4.3 of the paper): (B,).
 
-    t and r are the larger and the smaller of two uniform numbers; a share of the rows has r = t, so d = 0."""
+    t and r are the larger and the smaller of two numbers; a share of the rows has r = t, so d = 0. Ours: a half of the rows, and uniform
+    numbers; the paper tries several shares, and prefers log-normal times."""
     two = torch.rand(2, len(data), generator=generator)
     t, apart = two.amax(0), torch.rand(len(data), generator=generator) >= equal_share
     x = interpolate(data, noise, t)

@@ -24,7 +24,7 @@ def test_a_small_run_measures_both_worlds_and_keeps_what_it_made(bench, folder, 
     record = bench()
     assert not record["missing"] and set(record["worlds"]) == {"plane", "tiny Flux"}
     for world in record["worlds"].values():
-        assert set(world) == {"base", "jumps of 4", "free"}
+        assert set(world) == {"base", "base, seed 1", "jumps of 4", "free"}
         for of_set in world.values():
             for found in of_set.values():
                 assert set(found["quality"]) == set(found["endpoints"]) == {"2", "3", "4", "8"}
@@ -53,12 +53,25 @@ def test_each_rule_chooses_the_smallest_distance_that_it_may(parts):
     assert all(a == b for a, b in dial.values()) and scales == sorted(scales, reverse=True)
 
 
-def test_a_variant_wins_only_when_it_gains_in_both_worlds_and_loses_no_quality(parts):
-    value = lambda endpoints, quality: {"endpoints": dict.fromkeys((2, 4), endpoints), "quality": dict.fromkeys((2, 4), quality)}
-    told = {"base": (1., 1.), "better": (.8, 1.), "worse pictures": (.8, 1.2), "level": (.95, .9)}
-    done = [(Job(part, label, part), value(*numbers), {}, 0) for part in ("plane", "tiny Flux") for label, numbers in told.items()]
-    done += [(Job("plane", "plane alone", "plane"), value(.5, .5), {}, 0), (Job("tiny Flux", "plane alone", "tiny Flux"), None, {}, 0)]
+def value(endpoints, quality=1., accuracy=None, at_the_end=False):
+    many = lambda number: dict.fromkeys((2, 4), number)
+    return {"endpoints": many(endpoints), "quality": many(quality), "at_the_end": at_the_end} | ({} if accuracy is None else {"accuracy": many(accuracy)})
+
+
+def test_a_variant_wins_only_where_it_gains_more_than_chance_in_both_worlds_and_the_quality_holds(parts):
+    plane = {"base": (1.,), "base, seed 1": (.85,), "better": (.8, 1.), "worse cloud": (.8, 1.2), "worse reading": (.8, 1.), "chance": (.86, 1.), "level": (.95, .9)}
+    flux = {"base": (1., 1., .99), "base, seed 1": (1.1, 1., .99), "better": (.8, 9., .985), "worse cloud": (.8, 1., .99), "worse reading": (.8, 1., .97),
+            "chance": (.8, 1., .99), "level": (.8, 1., .99)}
+    done = [(Job(part, label, part), value(*numbers), {}, 0) for part, told in (("plane", plane), ("tiny Flux", flux)) for label, numbers in told.items()]
+    done += [(Job("plane", "plane alone", "plane"), value(.5), {}, 0), (Job("tiny Flux", "plane alone", "tiny Flux"), None, {}, 0)]
     record = parts[1].gathered(done)
-    assert record["wins"] == ["better"]
-    assert record["ratios"]["worse pictures"]["plane"] == pytest.approx({"endpoints": .8, "quality": 1.2})
+    assert record["wins"] == ["better"] and record["chance"] == pytest.approx({"plane": .85, "tiny Flux": 1.})
+    assert record["ratios"]["worse reading"]["tiny Flux"] == pytest.approx({"endpoints": .8, "quality": 1., "accuracy_lost": .02, "end_of_table": False})
     assert set(record["ratios"]["plane alone"]) == {"plane"}
+
+
+def test_the_end_of_the_table_is_marked(parts):
+    scales = parts[0].SCALES
+    assert parts[0].told({2: (1., max(scales))})["at_the_end"] and not parts[0].told({2: (1., 1.)})["at_the_end"]
+    done = [(Job("plane", label, "plane"), value(.5, at_the_end=label != "base"), {}, 0) for label in ("base", "weak")]
+    assert "1.000>" in parts[1].text(parts[1].gathered(done))
