@@ -167,9 +167,9 @@ def at_strength(rank, lora):
     return field
 
 
-def dial_of_all(cache, protocol, job):
-    """The strengths of the student of all pictures, by the endpoints of a few noises: one dial for all sizes."""
-    lora, rank, of = flux_student(cache, protocol, job._replace(size=0, subset=0))
+def dial_of(cache, protocol, job):
+    """{steps: strength} of a student, by the endpoints of a few noises: no picture is looked at, and no caption of a judge."""
+    lora, rank, of = flux_student(cache, protocol, job)
     spec = {"of": of, "steps": protocol.steps, "scales": protocol.scales, "noises": protocol.dial_noises}
 
     def make():
@@ -197,7 +197,7 @@ def measure_teacher(cache, protocol, job):
 def measure_student(cache, protocol, job):
     """Curves "raw" (strength 1) and, where it is SCFM, "dialled"; "scales": {steps: the dial's}."""
     lora, rank, spec = flux_student(cache, protocol, job)
-    scales = dial_of_all(cache, protocol, job) if job.family == "scfm" else {}
+    scales = dial_of(cache, protocol, job) if job.family == "scfm" else {}
 
     def make():
         field = at_strength(rank, lora)

@@ -20,6 +20,9 @@ METRICS = {
 SCFM, DIALLED, TUNED = "SCFM", "SCFM, dialled", "fine-tuning"
 ALL = "all"
 LEVEL = .95
+# metric -> (how much worse may still be called as good, whether that is a share of what all pictures give); fixed before the runs
+MARGINS = {"sw2": (.05, True), "endpoint": (.05, True), "coverage": (.05, False), "spread": (.05, False), "prompt_accuracy": (.01, False)}
+AS_GOOD, LOST, OPEN = "as good", "lost", "cannot tell"
 
 
 def curves(job, value):
@@ -80,17 +83,20 @@ def interval(values):
     return {"mean": round(statistics.mean(values), 5), "half": None if half is None else round(half, 5)}
 
 
-def worse_by(few, everything, sign):
-    """{difference, low, high}: how much worse few are than all, and its 95 % interval (none where one run of each is there).
+def worse_by(few, everything, sign, margin=(0., False)):
+    """{difference, low, high, p, margin}: how much worse few are than all, its 95 % interval, the chance of so much or more if they
+    were alike (one-sided), and how much may be called as good. No interval where one run of each is there.
 
     Student's t for two samples of one variance, which shows in the runs of both: a single run of `everything` may then do."""
-    freedom = len(few) + len(everything) - 2
-    difference = sign * (statistics.mean(few) - statistics.mean(everything))
+    freedom, whole = len(few) + len(everything) - 2, statistics.mean(everything)
+    difference, allowed = sign * (statistics.mean(few) - whole), margin[0] * (abs(whole) if margin[1] else 1)
     if freedom < 1:
-        return {"difference": round(difference, 5), "low": None, "high": None}
+        return {"difference": round(difference, 5), "low": None, "high": None, "p": None, "margin": round(allowed, 5)}
     squares = sum((v - statistics.mean(part)) ** 2 for part in (few, everything) for v in part)
-    half = quantile(freedom) * (squares / freedom * (1 / len(few) + 1 / len(everything))) ** .5
-    return {"difference": round(difference, 5), "low": round(difference - half, 5), "high": round(difference + half, 5)}
+    error = (squares / freedom * (1 / len(few) + 1 / len(everything))) ** .5
+    chance = float(student_t.sf(difference / error, freedom)) if error else float(difference <= 0)
+    low, high = (round(difference + side * quantile(freedom) * error, 5) for side in (-1, 1))
+    return {"difference": round(difference, 5), "low": low, "high": high, "p": chance, "margin": round(allowed, 5)}
 
 
 def counted(metric, entry):
@@ -107,26 +113,36 @@ def lost(world):
                 for metric, (sign, _) in METRICS[world["part"]].items():
                     whole = sizes.get(ALL, {}).get(n, {}).get(metric)
                     if size != ALL and sign and whole:
-                        told = worse_by(*(list(counted(metric, entry).values()) for entry in (marks[metric], whole)), sign)
+                        told = worse_by(*(list(counted(metric, entry).values()) for entry in (marks[metric], whole)), sign, MARGINS[metric])
                         found.setdefault(method, {}).setdefault(size, {}).setdefault(n, {})[metric] = told
     return found
 
 
-def verdicts(losses):
-    """{method: {"at": {size: tests, lost: [what is lost]}, "smallest": size}}.
+def worded(tests):
+    """The tests of one size, each with its word. As good: the whole interval lies below the margin. Lost: Holm's procedure over the size's tests
+    tells of a loss, at 2.5 % for all of them together. Otherwise these runs cannot tell."""
+    found, still = [], True
+    for place, test in enumerate(sorted(tests, key=lambda test: test["p"])):
+        still = still and test["p"] <= (1 - LEVEL) / 2 / (len(tests) - place)
+        found.append(test | {"word": AS_GOOD if test["high"] <= test["margin"] else LOST if still else OPEN})
+    return found
 
-    Lost: the whole interval lies on the worse side. smallest: the smallest size at which, as at all larger ones, nothing is lost;
-    None where that is said of no size. By chance alone 2.5 % of the tests of a size would tell of a loss."""
+
+def verdicts(losses):
+    """{method: {"at": {size: {tests, "as good", "cannot tell": numbers, "lost": [what is lost]}}, "smallest": size}}.
+
+    smallest: the smallest size at which, as at all larger ones, nothing is lost; None where that is said of no size."""
     found = {}
     for method, sizes in losses.items():
         at = {}
         for size, steps in sizes.items():
-            tests = [{"steps": n, "metric": metric, **told} for n, marks in steps.items() for metric, told in marks.items()
-                     if told["low"] is not None]
-            at[size] = {"tests": len(tests), "lost": [test for test in tests if test["low"] > 0]}
+            tests = worded([{"steps": n, "metric": metric, **told} for n, marks in steps.items() for metric, told in marks.items()
+                            if told["low"] is not None])
+            count = lambda word: sum(test["word"] == word for test in tests)
+            at[size] = {"tests": len(tests), AS_GOOD: count(AS_GOOD), OPEN: count(OPEN), LOST: [test for test in tests if test["word"] == LOST]}
         smallest = None
         for size in sorted(at, key=int, reverse=True):
-            if at[size]["lost"] or not at[size]["tests"]:
+            if at[size][LOST] or not at[size]["tests"]:
                 break
             smallest = size
         found[method] = {"at": at, "smallest": smallest}
@@ -169,8 +185,8 @@ def table(record):
                 lines += [f"{method + ', ' + size:24}" + "".join(f"{told(curve[n][metric]):>18}" for n in steps)
                           for size, curve in sizes.items()]
         for method, verdict in world["verdicts"].items():
-            lines += ["", f"{name}, {method}: nothing lost from {verdict['smallest'] or 'no number'} on; lost at "
-                      + ", ".join(f"{size}: {len(at['lost'])} of {at['tests']}" for size, at in verdict["at"].items())]
+            lines += ["", f"{name}, {method}: nothing lost from {verdict['smallest'] or 'no number'} on; as good / cannot tell / lost at "
+                      + ", ".join(f"{size}: {at[AS_GOOD]} / {at[OPEN]} / {len(at[LOST])}" for size, at in verdict["at"].items())]
     return "\n".join(lines)
 
 

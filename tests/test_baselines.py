@@ -357,6 +357,33 @@ def test_the_cost_is_what_is_counted(method):
     assert network_evaluations(method, rows, lora=True) == network_evaluations(method, rows) - rows
 
 
+@pytest.mark.parametrize("method, asked", [("reflow", {}), ("progressive", {"teacher": 128}), ("consistency", {"teacher": 64, "fast": 64}),
+                                           ("shortcut", {"teacher": 48, "fast": 32}), ("meanflow", {"teacher": 64})])
+def test_each_target_is_said_by_its_own_speakers(method, asked):
+    speakers = Counted()
+    LOSSES[method](speakers, *flat(seeded(), 64), seeded())
+    assert speakers.rows == {"student": 64, "teacher": 0, "fast": 0, "slow": 0} | asked
+
+
+def test_meanflows_loss_is_each_rows_error_over_its_own_size_and_half_of_its_rows_have_no_length():
+    asked = []
+
+    def student(x, t, step):
+        asked.append((x, t, step))
+        return x * per_row(t, x) * (1 + per_row(step, x))
+
+    def teacher(x, t, step=None):
+        return torch.cos(x)
+    data, noise = flat(seeded(), 2000)
+    losses = meanflow_loss(Speakers(student, teacher, None, None), data, noise, seeded())
+    x, t, d = (part.detach() for part in asked[0])
+    assert .46 < (d == 0).float().mean() < .54 and (d <= t).all() and torch.allclose(x, interpolate(data, noise, t))
+    v = teacher(x, t)                                                          # u = x t (1 + d): along the road v t (1 + d) + x (1 + d) + x t
+    change = v * per_row(t * (1 + d), x) + x * per_row(1 + d + t, x)
+    error = (student(x, t, d) - (v - per_row(d, x) * change)).square().sum(1)
+    assert torch.allclose(losses, error / (error + 1e-3), atol=1e-5)
+
+
 def test_pairs_are_paid_and_the_budget_is_spent():
     assert network_evaluations("reflow", 100, pairs=7, pair_steps=32) == 300 + 224
     for method in COSTS:

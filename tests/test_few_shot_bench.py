@@ -61,6 +61,7 @@ def test_intervals_are_those_of_the_textbook():
     few, many = [.31, .36, .29, .35, .33], [.30, .27, .31]
     told, expected = report.worse_by(few, many, 1), stats.ttest_ind(few, many, equal_var=True).confidence_interval(.95)
     assert (told["low"], told["high"]) == pytest.approx((expected.low, expected.high), abs=1e-5)
+    assert told["p"] == pytest.approx(stats.ttest_ind(few, many, alternative="greater").pvalue)
     mean, expected = report.interval(few), stats.t.interval(.95, 4, stats.tmean(few), stats.sem(few))
     assert (mean["mean"] - mean["half"], mean["mean"] + mean["half"]) == pytest.approx(expected, abs=2e-5)
 
@@ -71,15 +72,25 @@ def test_one_run_with_all_pictures_is_compared_by_a_prediction_interval():
     half = stats.t.ppf(.975, 4) * stats.tstd(few) * (1 + 1 / 5) ** .5
     assert told["difference"] == pytest.approx(.30 - stats.tmean(few), abs=1e-5)
     assert told["high"] - told["difference"] == pytest.approx(half, abs=2e-5)
-    assert report.worse_by([.31], [.30], 1) == {"difference": .01, "low": None, "high": None}      # too little to say
+    assert report.worse_by([.31], [.30], 1) == {"difference": .01, "low": None, "high": None, "p": None, "margin": 0}      # too little to say
 
 
 def test_nothing_lost_means_at_this_size_and_all_larger_ones():
-    row = lambda low: {"3": {"sw2": {"difference": 0., "low": low, "high": 1.}}}
-    found = report.verdicts({"a": {"1": row(-1), "3": row(.1), "10": row(-1), "30": row(-1)}, "b": {"30": row(.1)},
-                             "c": {"1": row(None)}})
+    row = lambda low, p: {"3": {"sw2": {"difference": 0., "low": low, "high": 1., "p": p, "margin": .1}}}
+    found = report.verdicts({"a": {"1": row(-1, .5), "3": row(.1, .001), "10": row(-1, .5), "30": row(-1, .9)}, "b": {"30": row(.1, .02)},
+                             "c": {"1": row(None, None)}})
     assert found["a"]["smallest"] == "10" and [len(at["lost"]) for at in found["a"]["at"].values()] == [0, 1, 0, 0]
     assert found["b"]["smallest"] is None and found["c"]["smallest"] is None        # nothing was said of c at all
+
+
+def test_the_words_of_a_size_are_holm_s_and_a_margin_s():
+    test = lambda p, high=1.: {"p": p, "high": high, "margin": .1}
+    words = lambda *tests: [told["word"] for told in report.worded(tests)]               # in the order of p
+    assert words(test(.02)) == ["lost"] and words(test(.02), test(.5)) == ["cannot tell"] * 2       # .02 > .025 / 2
+    assert words(test(.012), test(.024)) == ["lost", "lost"] and words(test(.013), test(.013)) == ["cannot tell"] * 2
+    assert words(test(0., .05), test(.5, .1)) == ["as good", "as good"]                  # a sure loss within the margin is as good
+    assert report.worse_by([.99] * 5, [1.], -1, (.01, False)) | {"p": 0.} == {"difference": .01, "low": .01, "high": .01, "p": 0., "margin": .01}
+    assert report.worse_by([.2, .3], [.5], 1, (.05, True))["margin"] == .025
 
 
 def test_pictures_more_varied_than_the_teacher_s_are_no_gain_and_no_loss():
@@ -89,7 +100,7 @@ def test_pictures_more_varied_than_the_teacher_s_are_no_gain_and_no_loss():
         for metric in ("prompt_accuracy", "frechet", "endpoint"):
             steps["3"][metric] = {"values": {0: 1.}}
     found = report.lost({"part": "flux", "methods": {"SCFM": sizes}})["SCFM"]
-    assert found["1"]["3"]["spread"] == {"difference": 0, "low": 0, "high": 0} and found["3"]["3"]["spread"]["low"] > 0
+    assert found["1"]["3"]["spread"] == {"difference": 0, "low": 0, "high": 0, "p": 1., "margin": .05} and found["3"]["3"]["spread"]["low"] > 0
 
 
 def test_the_record_is_written_short_and_whole():
