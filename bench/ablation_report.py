@@ -47,22 +47,24 @@ def score(curve):
     return math.exp(statistics.mean(math.log(curve[str(n)]) for n in SCORED))
 
 
-def most_sensitive(done, candidates, data):
-    """([{"family", "raw", "dialled"}, ...] from the largest dialled span down, the names of the first two or ()).
+def most_sensitive(done, candidates, data, small=False):
+    """([{"family", "raw", "dialled", "beyond_chance"}, ...] from the largest dialled span down, the names of the first two or ()).
 
-    The span of a family is the mean over `SCORED` of log(worst / best) over its values after the last update. A family that is
-    not whole is left out, and then nothing is chosen."""
+    candidates: family -> the labels that count. The span of a family is the mean over `SCORED` of log(worst / best) over these after the
+    last update; beyond chance: twice that of the family `seed` or more. A family that is not whole is left out, and then nothing is
+    chosen. small: fewer labels will do, as in a smoke run."""
     found = {}
     for job, value, _, _ in done:
-        if job.part == "plane" and job.family in candidates and job.data == data:
-            found.setdefault(job.family, []).append(value and last(rounded(value)))
-    whole = {family: looks for family, looks in found.items() if all(looks)}
+        if job.part == "plane" and job.data == data and job.label in {**candidates, "seed": (job.label,)}.get(job.family, ()):
+            found.setdefault(job.family, {})[job.label] = value and last(rounded(value))
+    whole = {family: looks for family, looks in found.items() if all(looks.values()) and (small or len(looks) >= len(candidates.get(family, looks)))}
 
     def span(looks, kind):
-        columns = [[look[kind][str(n)] for look in looks] for n in SCORED]
+        columns = [[look[kind][str(n)] for look in looks.values()] for n in SCORED]
         return round(statistics.mean(math.log(max(column) / min(column)) for column in columns), 4)
+    chance = span(whole.pop("seed"), "dialled") if "seed" in whole else 0.
     ranked = [{"family": family, **{kind: span(looks, kind) for kind in KINDS}} for family, looks in whole.items()]
-    ranked.sort(key=lambda row: -row["dialled"])
+    ranked = [row | {"beyond_chance": row["dialled"] >= 2 * chance} for row in sorted(ranked, key=lambda row: -row["dialled"])]
     return ranked, tuple(row["family"] for row in ranked[:2]) if set(whole) == set(candidates) else ()
 
 
@@ -82,7 +84,7 @@ def text(record):
     for family, values in record["flux"].items():
         lines += ["", f"{family}, tiny Flux, slow EMA", *table({label: of("slow", value) for label, value in values.items()})]
     lines += ["", "span of log SW2 over the values tried", *(f"  {row['family']:20} raw {row['raw']:.2f}, dialled {row['dialled']:.2f}"
-                                                             for row in record["sensitivity"])]
+                                                             + ("" if row["beyond_chance"] else "   (not told from three seeds)") for row in record["sensitivity"])]
     return "\n".join(lines)
 
 

@@ -44,13 +44,15 @@ def test_nothing_is_chosen_for_the_grid_before_all_is_measured(monkeypatch):
 
     def done(family, *values):
         look = [{"looks": {5: {"raw": dict.fromkeys((2, 3, 4, 8), v), "dialled": dict.fromkeys((2, 3, 4, 8), v ** .5)}}} for v in values]
-        return [(SimpleNamespace(part="plane", family=family, data="moons"), value, {}, 0) for value in look]
-    results = done("a", .1, .2, .4) + done("b", .1, .3) + done("c", .1, .2)
-    ranked, pair = most_sensitive(results, {"a", "b", "c"}, "moons")
+        return [(SimpleNamespace(part="plane", family=family, data="moons", label=str(i)), value, {}, 0) for i, value in enumerate(look)]
+    results = done("a", .1, .2, .4) + done("b", .1, .3, 9.) + done("c", .1, .2) + done("seed", .1, .15)
+    asked = {"a": ("0", "1", "2"), "b": ("0", "1"), "c": ("0", "1")}                      # b's third value stands on no axis of a grid
+    ranked, pair = most_sensitive(results, asked, "moons")
     assert pair == ("a", "b") and [row["family"] for row in ranked] == ["a", "b", "c"]
+    assert [row["beyond_chance"] for row in ranked] == [True, True, False]                # log 2 of c, twice log 1.5 by seeds
     assert ranked[0]["raw"] == pytest.approx(math.log(4), abs=1e-4) and ranked[0]["dialled"] == pytest.approx(math.log(2), abs=1e-4)
     lost = [(job, None, {}, 0) if i == 4 else (job, value, {}, 0) for i, (job, value, *_) in enumerate(results)]
-    assert most_sensitive(lost, {"a", "b", "c"}, "moons")[1] == ()
+    assert most_sensitive(lost, asked, "moons")[1] == () and most_sensitive(results[1:], asked, "moons")[1] == ()
 
 
 def test_the_rule_restarts_both_averages_when_the_student_has_stopped_leaving_the_slow_one(monkeypatch):
