@@ -52,6 +52,7 @@ NOTES = ("One learning rate and one schedule for all methods; EMA decays shorten
          "Chosen by trials on the checkerboard, 600,000 evaluations: three features of the step size; MeanFlow's weight.",
          "In SCFM's favour: its damped recipe (speakers .5, k/N .2) was chosen by ablations on the checkerboard, seed 0, with the same samples "
          "that judge here; the learning rates are those of our SCFM runs (plane 3e-4, tiny Flux 1e-3), and the rivals' were not searched.",
+         "SCFM alone is read on a dial, a strength for each step count, whose criterion is the coupling itself, on other noises.",
          "Tiny Flux: Frechet distances of few pictures are mostly their floor; one seed; accuracy and coupling stand in the record beside them.",
          "SCFM's raw curves stand at the budget that includes the search for the dial, which they do not need.",
          "Progressive: `own stage` walks n steps with the network of the smallest stage with at least n; the teacher beyond 16.")
