@@ -16,7 +16,7 @@ from safetensors import safe_open
 import scfm
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["flow", "consistency", "ema", "distill", "metrics", "dial", "baselines", "pictures", "unet", "lora", "families", "teacher_data", "cache", "config", "plan", "checkpoint", "choice", "pretrain", "prepare", "run", "step_lora",
+ORDER = ["flow", "consistency", "ema", "distill", "metrics", "dial", "schedule", "baselines", "pictures", "unet", "lora", "families", "teacher_data", "cache", "config", "plan", "checkpoint", "choice", "pretrain", "prepare", "run", "step_lora",
          "card", "peers", "eyes", "gallery", "evaluate", "report", "export", "commands", "cli"]
 FIRST_CHAPTERS = ORDER[:ORDER.index("metrics") + 1]  # torch alone (and tqdm)
 HEAVY = ["diffusers", "transformers", "peft", "accelerate", "torchvision", "matplotlib"]
