@@ -3,26 +3,35 @@ from functools import partial
 
 import torch
 
-from plane_cells import (COUPLED, MEASURES, changed, ends, goal_of, load, measure_student, measured, references, ruler, settings,
+from plane_cells import (COUPLED, MEASURES, changed, dialling, ends, finite, goal_of, load, measure_student, measured, references, ruler, settings,
                          student, teacher)
 from scfm.baselines import (SHORTCUT_GRIDS, distillation_loss, fit, make_pairs, meanflow_loss, multistep, network_evaluations, progressive,
                             reflow_loss, sample_renoised, sample_told, shortcut_loss, updates_for)
 from scfm.consistency import keyed_generator
-from scfm.dial import STEPS
+from scfm.dial import STEPS, choose
 from scfm.distill import DistillConfig, FullSpeakers
 from scfm.flow import time_grid
 from scfm.metrics import endpoint_distance
+from scfm.schedule import by_step, in_turn
 from toy.plane import DATA, MLP, with_step
 
 PAIRS, RENOISE = range(15, 17)                               # streams of random numbers that nothing else uses
 STAGES, PAIR_STEPS = (16, 8, 4, 2, 1), 32
 LOSSES = {"consistency": distillation_loss, "shortcut": shortcut_loss, "meanflow": meanflow_loss}
+COARSE, BY_STEP = 5, (1, 2, 3, 4, 8)                         # scales of the table that `by_step` starts from; the step counts that it serves
 TOLD = ("shortcut", "meanflow")                              # whose networks have the step size as second input
 
 
 def dial_search(protocol):
     """Evaluations that finding a dial costs."""
     return protocol.dial_noises * (sum(STEPS) * len(protocol.scales) + protocol.goal_steps)
+
+
+def step_search(protocol):
+    """(noises, scales, evaluations) of finding a scale for each step, which may cost what the dial's search does: a coarser table, fewer noises."""
+    noises, scales = protocol.dial_noises * 3 // 4, tuple(torch.linspace(min(protocol.scales), max(protocol.scales), COARSE).tolist())
+    walks = {n: 1 + 3 * (1 + 2 * min(n, 4)) if n > 1 else 4 for n in BY_STEP}            # at most, by scfm.schedule.by_step
+    return noises, scales, noises * (sum(STEPS) * COARSE + sum(n * w for n, w in walks.items()) + protocol.goal_steps)
 
 
 def plan(protocol, method, budget):
@@ -123,7 +132,24 @@ def measure_scfm(cache, protocol, job):
             return {n: endpoint_distance(ends(speakers.field("slow", scales[n]), noise, n), goal) for n in STEPS}
         return {"raw coupling": coupling(dict.fromkeys(STEPS, 1.)), "dialled coupling": coupling(value["scales"])}
     more = measured(protocol, coupled=COUPLED, goal=protocol.goal_steps, scales=value["scales"])
-    return value | cache("coupling", {"of": spec, **more}, make)
+    return value | cache("coupling", {"of": spec, **more}, make) | measure_by_step(cache, protocol, job, speakers, spec)
+
+
+def measure_by_step(cache, protocol, job, speakers, spec):
+    """{"stepwise": {steps: SW2}, "stepwise coupling": ...}: a scale for each step of a walk; beyond 8 steps those of the coarse table."""
+    goal, (count, scales, _) = goal_of(cache, protocol, job), step_search(protocol)
+
+    def make():
+        noise, far = (rows[:count] for rows in dialling(protocol, job, speakers))
+        field = lambda scales: in_turn(partial(speakers.field, "slow"), time_grid(len(scales)), scales)
+        distance = lambda scales: finite(endpoint_distance(ends(field(scales), noise, len(scales)), far))
+        dial = choose({(n, s): distance((s,) * n) for n in STEPS for s in scales})
+        found = {n: by_step(distance, n, s).scales if n in BY_STEP else (s,) * n for n, s in zip(dial.steps, dial.scales)}
+        measure, mine = ruler(protocol, job), references(protocol, job)[1][:COUPLED]
+        return {"stepwise": {n: finite(measure(field(scales), n)[0]) for n, scales in found.items()},
+                "stepwise coupling": {n: endpoint_distance(ends(field(scales), mine, n), goal) for n, scales in found.items()}}
+    more = measured(protocol, steps=STEPS, coupled=COUPLED, goal=protocol.goal_steps, noises=count, scales=scales, served=BY_STEP)
+    return cache("stepwise", {"of": spec, **more}, make)
 
 
 def measure_multistep(cache, protocol, job):

@@ -1,20 +1,21 @@
-"""Where SCFM on its dial stands in bench/compare.py: the Pareto front of training cost, evaluations and quality, and what a win is worth.
+"""Who stands on the front in bench/compare.py, where training cost, network evaluations and quality are weighed; and what a win is worth.
 
-The rules were written when only seed 0 was measured. A rival is any other method of the page, the free solvers included. It counts
-where it cost at most the same budget and asks for at most as many network evaluations. Two means differ when they are further apart
-than their deviations over the seeds together; where there is one seed, by more than 5 %.
+A rival is a method of the summary of another name (all of SCFM's curves are one), the free solvers included. It counts where its training
+cost no more and its sampling asks for no more evaluations. Two means are level when they lie no further apart than their deviations over
+the seeds together (5 % of each where there is one seed), or when both lie within what data score against data.
 """
 from typing import NamedTuple
 
-from compare_report import BESIDE, FLUX, NEEDS
+from compare_report import FLUX, NEEDS
 from scfm.dial import STEPS
 
-OURS, FAMILY, ONE_SEED = "SCFM, damped dialled", "SCFM", .05
-FIRST, LEVEL, BEHIND = "first", "level", "behind"
+OURS, OURS_ON_FLUX, ONE_SEED = "SCFM, damped stepwise", "SCFM, damped dialled", .05
+FIRST, LEVEL, BEHIND = WORDS = "first", "level", "behind"
+COUNTED = tuple(n for n in STEPS if n >= 3)
 
 
 class Stand(NamedTuple):
-    """Our curve at one set, budget and step count, beside the best rival. ratio: ours over the rival's."""
+    """A curve at one set, budget and step count, beside its best rival. ratio: its mean over the rival's."""
     data: str
     budget: str
     steps: int
@@ -25,88 +26,110 @@ class Stand(NamedTuple):
     rival_steps: int
 
 
-def width(entry):
-    return ONE_SEED * entry["mean"] if entry["spread"] is None else entry["spread"]
+class Point(NamedTuple):
+    """A place on somebody's curve; entry: {"mean", "spread", ...}."""
+    entry: dict
+    name: str
+    budget: str
+    steps: int
 
 
-def apart(one, other):
-    """Do two entries ({"mean", "spread", ...}) differ?"""
-    return abs(one["mean"] - other["mean"]) > width(one) + width(other)
+def family(name):
+    return name.split()[0].rstrip(",") if not name.startswith("teacher") else name
 
 
-def curves_within(record, data, budget):
-    """(budget, name, curve) of every curve of the quality that cost at most `budget`, the free ones first."""
+def same(one, other, floor):
+    """Are two entries level? floor: {"high": ...} of the set, or None."""
+    width = sum(ONE_SEED * e["mean"] if e["spread"] is None else e["spread"] for e in (one, other))
+    in_noise = floor and floor["high"] is not None and max(one["mean"], other["mean"]) <= floor["high"]
+    return bool(in_noise) or abs(one["mean"] - other["mean"]) <= width
+
+
+def points_within(record, data, budget):
+    """Every `Point` whose training cost at most `budget`."""
     names = list(record["budgets"])
-    found = [("free", name, curve) for name, curve in record["free"][data].items()]
-    for name in names[:names.index(budget) + 1]:
-        found += [(name, label, curve) for label, curve in record["budgets"][name]["main"].get(data, {}).items()]
-    return [(b, label, curve) for b, label, curve in found if not label.endswith(BESIDE)]
+    worlds = [("free", record["free"][data])] + [(b, record["budgets"][b]["main"].get(data, {})) for b in names[:names.index(budget) + 1]]
+    return [Point(entry, label, b, n) for b, curves in worlds for label, curve in curves.items() if label in NEEDS for n, entry in curve.items()]
 
 
-def stands(record, ours=OURS, steps=tuple(n for n in STEPS if n >= 3)):
-    """[Stand]: every set, budget and step count at which our curve was measured."""
-    found = []
-    for data in record["free"]:
-        for budget, of in record["budgets"].items():
-            curve = of["main"].get(data, {}).get(ours, {})
-            rivals = [c for c in curves_within(record, data, budget) if not c[1].startswith(FAMILY)]
-            found += [stand_of(data, budget, n, curve[n], rivals) for n in steps if n in curve]
-    return found
+def stands(record, mine, sets):
+    """[Stand] of the curve `mine` at every set, budget and step count from 3 at which it was measured."""
+    return [stand_of(record, data, budget, mine, n) for data in sets for budget in record["budgets"] for n in COUNTED
+            if n in own_curve(record, data, budget, mine) and rivals_of(record, data, budget, mine, n)]
 
 
-def stand_of(data, budget, n, entry, rivals):
-    best, rival_budget, name, m = min(((value["mean"], b, label, m) for b, label, curve in rivals for m, value in curve.items() if m <= n),
-                                      key=lambda found: found[0])
-    value = next(curve[m] for b, label, curve in rivals if (b, label) == (rival_budget, name))
-    ahead = entry["mean"] < best
-    word = LEVEL if not apart(entry, value) else FIRST if ahead else BEHIND
-    return Stand(data, budget, n, word, entry["mean"] / best, name, rival_budget, m)
+def own_curve(record, data, budget, mine):
+    return record["free"][data].get(mine) or record["budgets"][budget]["main"].get(data, {}).get(mine, {})
 
 
-def front_text(found):
-    """The stands as a table: a row for each set and budget; behind: by how much, and whom."""
-    steps = sorted({s.steps for s in found})
-    lines = ["SCFM, damped, on its dial, against the best of all others at the same or a smaller cost and with as many evaluations or fewer",
-             f"{'':24}" + "".join(f"{n:>26}" for n in steps)]
+def rivals_of(record, data, budget, mine, n):
+    return [p for p in points_within(record, data, budget) if family(p.name) != family(mine) and p.steps <= n]
+
+
+def stand_of(record, data, budget, mine, n):
+    entry = own_curve(record, data, budget, mine)[n]
+    best = min(rivals_of(record, data, budget, mine, n), key=lambda point: point.entry["mean"])
+    ahead = entry["mean"] < best.entry["mean"]
+    word = LEVEL if same(entry, best.entry, record["floor"].get(data)) else FIRST if ahead else BEHIND
+    return Stand(data, budget, n, word, entry["mean"] / best.entry["mean"], best.name, best.budget, best.steps)
+
+
+def standings(record, sets):
+    """{method: {word: how often}} for every method of the summary that was trained."""
+    found = {}
+    for label in NEEDS:
+        words = [s.word for s in stands(record, label, sets)] if not label.startswith("teacher") else []
+        found[label] = {word: words.count(word) for word in WORDS}
+    return {label: counts for label, counts in found.items() if any(counts.values())}
+
+
+def front_text(found, mine):
+    """The stands as a table: a row for each set and budget."""
+    lines = [f"{mine}, over the best of all others whose training cost no more and that ask for no more evaluations", f"{'':24}" + "".join(f"{n:>31}" for n in COUNTED)]
     for data, budget in dict.fromkeys((s.data, s.budget) for s in found):
         at = {s.steps: s for s in found if (s.data, s.budget) == (data, budget)}
-        lines.append(f"{f'{data}, {budget}':24}" + "".join(f"{told(at[n]) if n in at else '-':>26}" for n in steps))
-    counts = ", ".join(f"{word} {sum(s.word == word for s in found)}" for word in (FIRST, LEVEL, BEHIND))
-    return "\n".join([*lines, f"of {len(found)}: {counts}"])
+        lines.append(f"{f'{data}, {budget}':24}" + "".join(f"{told(at[n]) if n in at else '-':>31}" for n in COUNTED))
+    return "\n".join(lines)
 
 
 def told(stand):
-    return f"{stand.word} {stand.ratio:.2f}" + (f" {stand.rival.split()[0]}" if stand.word == FIRST else f" {stand.rival.removesuffix(' raw')}")[:19]
+    return f"{stand.word} {stand.ratio:.2f} {stand.rival.removesuffix(' raw')}"
 
 
-def worth(record, steps=(3, 4, 8), ours=OURS):
-    """{data: {rival: {steps: the smallest budget at which it is not clearly behind ours at the smallest, or None}}}; trained rivals alone."""
-    smallest, found = next(iter(record["budgets"])), {}
-    for data in record["free"]:
-        curve = record["budgets"][smallest]["main"].get(data, {}).get(ours, {})
-        rivals = [label for label in NEEDS if not label.startswith((FAMILY, "teacher"))]
-        found[data] = {rival: {n: reached(record, data, rival, n, curve[n]) for n in steps if n in curve} for rival in rivals}
-    return {data: of for data, of in found.items() if any(of.values())}
+def standings_text(found):
+    lines = [f"{'on sets, budgets and steps from 3':34}" + "".join(f"{word:>8}" for word in WORDS)]
+    return "\n".join(lines + [f"{label:34}" + "".join(f"{counts[word]:8}" for word in WORDS) for label, counts in found.items()])
+
+
+def worth(record, sets, mine, steps=(3, 4, 8)):
+    """{data: {rival: {steps: the smallest budget at which it is ahead of `mine` at the smallest budget, or level with it; None: at none}}}"""
+    smallest = next(iter(record["budgets"]))
+    rivals = [label for label in NEEDS if family(label) != family(mine) and not label.startswith("teacher")]
+    found = {data: {rival: {n: reached(record, data, rival, n, own_curve(record, data, smallest, mine)[n]) for n in steps} for rival in rivals
+                    if rival in record["budgets"][smallest]["main"].get(data, {})}
+             for data in sets if set(steps) <= own_curve(record, data, smallest, mine).keys()}
+    return {data: of for data, of in found.items() if of}
 
 
 def reached(record, data, rival, n, entry):
-    for budget, of in record["budgets"].items():
-        value = of["main"].get(data, {}).get(rival, {}).get(n)
-        if value and (value["mean"] <= entry["mean"] or not apart(value, entry)):
+    for budget in record["budgets"]:
+        value = own_curve(record, data, budget, rival).get(n)
+        if value and (value["mean"] < entry["mean"] or same(value, entry, record["floor"].get(data))):
             return budget
     return None
 
 
-def worth_text(found, steps=(3, 4, 8)):
-    lines = ["the smallest budget at which a method is not clearly behind what SCFM has at the smallest; '-': at none of them",
-             f"{'':24}" + "".join(f"{data:^{10 * len(steps)}}" for data in found),
-             f"{'evaluations':24}" + "".join(f"{n:>9} " for _ in found for n in steps)]
+def worth_text(found, mine, steps=(3, 4, 8)):
+    lines = [f"the smallest budget at which a method is level with {mine} at the smallest, or ahead of it; -: at none of them",
+             f"{'':24}" + "".join(f"{data:^{8 * len(steps)}}" for data in found), f"{'evaluations':24}" + "".join(f"{n:8}" for _ in found for n in steps)]
     for rival in next(iter(found.values()), {}):
-        lines.append(f"{rival.removesuffix(' raw'):24}" + "".join(f"{(of[rival].get(n) or '-') if of[rival] else '':>9} " for of in found.values() for n in steps))
+        lines.append(f"{rival.removesuffix(' raw'):24}" + "".join(f"{of[rival][n] or '-':>8}" for of in found.values() for n in steps))
     return "\n".join(lines)
 
 
-def of_record(record):
-    """What the JSON keeps of it, and what the bench prints."""
-    found = stands(record)
-    return {"stands": [s._asdict() for s in found], "worth": worth(record)}, "\n\n".join((front_text(found), worth_text(worth(record))))
+def weighed(record):
+    """{"stands", "stands_on_flux", "standings", "worth"} for the JSON, and all of it as text."""
+    plane, tiny = [data for data in record["free"] if data != FLUX], [data for data in record["free"] if data == FLUX]
+    mine, on_flux, counts, price = stands(record, OURS, plane), stands(record, OURS_ON_FLUX, tiny), standings(record, plane), worth(record, plane, OURS)
+    text = [front_text(mine, OURS), front_text(on_flux, OURS_ON_FLUX), standings_text(counts), worth_text(price, OURS)]
+    return {"stands": [s._asdict() for s in mine], "stands_on_flux": [s._asdict() for s in on_flux], "standings": counts, "worth": price}, "\n\n".join(text)

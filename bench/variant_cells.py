@@ -1,28 +1,31 @@
-"""The cells of bench/variants.py: a student of bench/compare.py's trainings, on a dial that is chosen in one of three ways."""
-from itertools import product
+"""The cells of bench/variants.py: a student of bench/compare.py's trainings, at strengths that are chosen in one of four ways."""
+from functools import partial
 
 from compare_flux import dialling as dialling_on_flux, judge, scored, trained, world
 from plane_cells import COUPLED, dialling, ends, finite, goal_of, measured, references, ruler, settings, student
 from scfm.dial import choose
+from scfm.flow import time_grid
 from scfm.lora import load_adapter_state
 from scfm.metrics import endpoint_distance
+from scfm.schedule import by_step, in_turn
+from toy.judge import STOCK
 
 JUDGED = (2, 3, 4, 8)
 SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2., 2.5, 3.)      # beyond the ends of bench/compare.py's: weak students want more
 
 
-def switching(first, rest):
-    """The field `first` at t = 1, where every walk begins, and `rest` elsewhere."""
-    return lambda x, t, *cond: (first if t[0] == 1 else rest)(x, t, *cond)
+ROUNDS = {"smooth": 0, "each step": 2}                       # of `by_step`, behind the dial
 
 
 def chosen(rule, distance, scales):
-    """{steps: (scale of the first step, scale of the others)} with small distances. distance(steps, pair); rule: `dial`, `free` or `two scales`."""
-    if rule == "dial":                                       # one scale a step count, never rising
-        found = choose({(n, s): distance(n, (s, s)) for n in JUDGED for s in scales})
-        return {n: (s, s) for n, s in zip(found.steps, found.scales)}
-    pairs = list(product(scales, repeat=2)) if rule == "two scales" else [(s, s) for s in scales]
-    return {n: min(pairs, key=lambda pair: distance(n, pair)) for n in JUDGED}
+    """{steps: a scale for each step} with small distances. distance(scales of the steps); rule: `dial`, `free` or one of ROUNDS."""
+    curve = {(n, s): distance((s,) * n) for n in JUDGED for s in scales}
+    if rule == "free":                                       # each step count alone
+        return {n: (min(scales, key=lambda s: curve[n, s]),) * n for n in JUDGED}
+    dial = choose(curve)                                     # never rising with the step counts
+    if rule == "dial":
+        return {n: (s,) * n for n, s in zip(dial.steps, dial.scales)}
+    return {n: by_step(distance, n, s, rounds=ROUNDS[rule]).scales for n, s in zip(dial.steps, dial.scales)}
 
 
 def asked(protocol, job):
@@ -31,23 +34,23 @@ def asked(protocol, job):
     return job._replace(change=change), job.change.get("dial", "dial"), settings(protocol, change)[2]["read_out"]
 
 
-def told(pairs):
-    """What the record keeps of the chosen scales, and whether one is the largest that was tried."""
-    return {"scales": pairs, "at_the_end": any(max(SCALES) in pair for pair in pairs.values())}
+def told(found):
+    """What the record keeps of the chosen scales, and whether one reaches the end of the dial's table."""
+    return {"scales": found, "at_the_end": any(max(scales) >= max(SCALES) for scales in found.values())}
 
 
 def measure_on_plane(cache, protocol, job):
-    """quality (SW2) and endpoints (distance to the teacher's), by step count; scales: the pairs that were chosen."""
+    """quality (SW2) and endpoints (distance to the teacher's), by step count; scales: those that were chosen."""
     job, rule, read_out = asked(protocol, job)
     (speakers, spec), goal = student(cache, protocol, job), goal_of(cache, protocol, job)
 
     def make():
         (noise, far), measure = dialling(protocol, job, speakers), ruler(protocol, job)
-        field = lambda pair: switching(*(speakers.field(read_out, scale) for scale in pair))
-        pairs = chosen(rule, lambda n, pair: finite(endpoint_distance(ends(field(pair), noise, n), far)), SCALES)
-        mine = references(protocol, job)[1][:COUPLED]        # no dial was chosen on these
-        return {"quality": {n: finite(measure(field(pair), n)[0]) for n, pair in pairs.items()},
-                "endpoints": {n: finite(endpoint_distance(ends(field(pair), mine, n), goal)) for n, pair in pairs.items()}, **told(pairs)}
+        field = lambda scales: in_turn(partial(speakers.field, read_out), time_grid(len(scales)), scales)
+        found = chosen(rule, lambda scales: finite(endpoint_distance(ends(field(scales), noise, len(scales)), far)), SCALES)
+        mine = references(protocol, job)[1][:COUPLED]        # no scale was chosen on these
+        return {"quality": {n: finite(measure(field(scales), n)[0]) for n, scales in found.items()},
+                "endpoints": {n: finite(endpoint_distance(ends(field(scales), mine, n), goal)) for n, scales in found.items()}, **told(found)}
     more = measured(protocol, scales=SCALES, noises=protocol.dial_noises, goal=protocol.goal_steps, coupled=COUPLED)
     return cache("variant", {"of": spec, "rule": rule, "read_out": read_out, "steps": JUDGED, **more}, make)
 
@@ -62,10 +65,10 @@ def measure_on_flux(cache, protocol, job):
         speakers = place.speakers(job.seed)
         load_adapter_state(speakers.transformer, "slow", loras[read_out])
         speakers.transformer.set_adapter("student")
-        field = lambda pair: switching(*(speakers.field("slow", scale) for scale in pair))
+        field = lambda scales: in_turn(partial(speakers.field, "slow"), time_grid(len(scales), STOCK), scales)
         walk, far = dialling_on_flux(place, protocol.dial_noises, speakers.teacher)
-        pairs = chosen(rule, lambda n, pair: finite(endpoint_distance(walk(field(pair), n), far)), SCALES)
-        found = scored(scorer, lambda n: field(pairs[n]), steps=JUDGED)
-        return {"quality": found[""], "accuracy": found[" accuracy"], "endpoints": found[" coupling"], **told(pairs)}
+        found = chosen(rule, lambda scales: finite(endpoint_distance(walk(field(scales), len(scales)), far)), SCALES)
+        scores = scored(scorer, lambda n: field(found[n]), steps=JUDGED)
+        return {"quality": scores[""], "accuracy": scores[" accuracy"], "endpoints": scores[" coupling"], **told(found)}
     return cache("flux_variant", {"of": spec, "rule": rule, "read_out": read_out, "steps": JUDGED, "scales": SCALES, "judged": protocol.judged,
                                   "noises": protocol.dial_noises}, make)

@@ -3,10 +3,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-
-from scfm.flow import sample, time_grid
 
 SCRIPT, BENCH = "variants", Path(__file__).parents[1] / "bench"
 Job = namedtuple("Job", "part label data")
@@ -24,7 +21,7 @@ def test_a_small_run_measures_both_worlds_and_keeps_what_it_made(bench, folder, 
     record = bench()
     assert not record["missing"] and set(record["worlds"]) == {"plane", "tiny Flux"}
     for world in record["worlds"].values():
-        assert set(world) == {"base", "base, seed 1", "jumps of 4", "free"}
+        assert set(world) == {"base", "base, seed 1", "jumps of 4", "each step"}
         for of_set in world.values():
             for found in of_set.values():
                 assert set(found["quality"]) == set(found["endpoints"]) == {"2", "3", "4", "8"}
@@ -34,23 +31,17 @@ def test_a_small_run_measures_both_worlds_and_keeps_what_it_made(bench, folder, 
     assert again["cost"]["this_run"]["cells_made"] == 0 and again["ratios"] == record["ratios"]
 
 
-def test_the_first_scale_rules_the_first_step_alone(parts):
-    first, rest = (lambda x, t, cond=None: torch.full_like(x, 1.)), (lambda x, t, cond=None: torch.full_like(x, 10.))
-    for steps, shift in ((2, 1.), (4, 1.), (4, 3.)):
-        grid = time_grid(steps, shift)
-        moved = -sample(parts[0].switching(first, rest), torch.zeros(5, 2), grid)
-        assert torch.allclose(moved, torch.full((5, 2), (1 - grid[1] + 10 * grid[1]).item()))
-
-
 def test_each_rule_chooses_the_smallest_distance_that_it_may(parts):
-    best = {2: (.5, 1.), 3: (1., .5), 4: (1., 0.), 8: (0., 0.)}
-    distance = lambda n, pair: .1 + sum((a - b) ** 2 for a, b in zip(pair, best[n]))
-    assert parts[0].chosen("two scales", distance, (0., .5, 1.)) == best
-    alone = parts[0].chosen("free", lambda n, pair: distance(n, pair) + (n == 2) * pair[0], (0., .5, 1.))
-    assert alone[2] == (.5, .5) and alone[3] == (.5, .5)                    # free: the scale may rise again after 2 steps
-    dial = parts[0].chosen("dial", distance, (0., .5, 1.))
-    scales = [dial[n][0] for n in (2, 3, 4, 8)]
-    assert all(a == b for a, b in dial.values()) and scales == sorted(scales, reverse=True)
+    best = {2: (.6, .9), 3: (1.1, .5, .3), 4: (1., .2, .2, .4), 8: (.3,) * 8}
+    distance = lambda scales: (.1 + sum((a - b) ** 2 for a, b in zip(scales, best[len(scales)]))) ** .5
+    made = {rule: parts[0].chosen(rule, lambda scales: distance(scales) + 3 * (len(scales) == 2) * scales[0], (0., .5, 1.)) for rule in ("dial", "free")}
+    assert made["free"][2] == (0., 0.) and made["free"][3] == (.5,) * 3     # the scale may rise again after 2 steps
+    assert made["dial"][2][0] >= made["dial"][3][0] >= made["dial"][4][0] >= made["dial"][8][0]
+    rules = {rule: parts[0].chosen(rule, distance, (0., .5, 1.)) for rule in ("dial", "smooth", "each step")}
+    for n in (2, 3, 4, 8):
+        assert distance(rules["dial"][n]) >= distance(rules["smooth"][n]) >= distance(rules["each step"][n])
+        assert len(set(rules["dial"][n])) == len(set(rules["smooth"][n])) == 1
+        assert rules["each step"][n] == pytest.approx(best[n], abs=.02)
 
 
 def value(endpoints, quality=1., accuracy=None, at_the_end=False):
