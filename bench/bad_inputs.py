@@ -47,7 +47,7 @@ CASES = [
     ("distill", DISTILL, {"out": "another_run"}), ("distill", DISTILL, {"tracker": "mlflow"}),
     ("data", DATA, {"sizes": "512"}), ("data", DATA, {"sizes": "32x30"}), ("data", DATA, {"steps": 0}), ("data", DATA, {"out": None}),
     ("plan", {}, {"shape": "flux3"}), ("plan", {"shape": "flux-dev"}, {"gpu": "tpu"}), ("plan", {"shape": "flux-dev"}, {"change": "layers=3"}),
-    ("dial", {}, {"lora": "nowhere"}), ("dial", {"lora": "LORA"}, {"steps": "0,3"}),
+    ("dial", {}, {"lora": "nowhere"}), ("dial", {"lora": "LORA"}, {"steps": "0,3"}), ("dial", {"lora": "LORA"}, {"each": "5"}),
     ("sample", {"lora": "LORA"}, {}), ("sample", {"lora": "LORA", "prompt": "a star"}, {"steps": 0}),
     ("evaluate", {}, {"lora": "nowhere"}), ("evaluate", {"lora": "LORA", "prompts": "captions.txt"}, {"count": 0}),
     ("export", {"lora": "LORA"}, {"out": "another_run"}), ("export", {}, {"lora": "nowhere", "out": "exported"}),

@@ -85,15 +85,15 @@ def standings(record, sets):
 
 def front_text(found, mine):
     """The stands as a table: a row for each set and budget."""
-    lines = [f"{mine}, over the best of all others whose training cost no more and that ask for no more evaluations", f"{'':24}" + "".join(f"{n:>31}" for n in COUNTED)]
+    lines = [f"{mine}, over the best of all others whose training cost no more and that ask for no more evaluations", f"{'':24}" + "".join(f"{n:>24}" for n in COUNTED)]
     for data, budget in dict.fromkeys((s.data, s.budget) for s in found):
         at = {s.steps: s for s in found if (s.data, s.budget) == (data, budget)}
-        lines.append(f"{f'{data}, {budget}':24}" + "".join(f"{told(at[n]) if n in at else '-':>31}" for n in COUNTED))
+        lines.append(f"{f'{data}, {budget}':24}" + "".join(f"{told(at[n]) if n in at else '-':>24}" for n in COUNTED))
     return "\n".join(lines)
 
 
 def told(stand):
-    return f"{stand.word} {stand.ratio:.2f} {stand.rival.removesuffix(' raw')}"
+    return f"{stand.word} {stand.ratio:.2f} {stand.rival.removeprefix('teacher ').split()[0]}"
 
 
 def standings_text(found):

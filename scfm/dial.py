@@ -34,11 +34,13 @@ def endpoint_curve(ends, goal, steps=STEPS, scales=SCALES):
 class Dial(NamedTuple):
     """At which scale the student speaks, by the number of steps: teacher + scale (student - teacher).
 
-    steps: increasing whole numbers; scales: one for each, never increasing; shift: the sampling shift it was found for.
+    steps: increasing whole numbers; scales: one for each, never increasing; shift: the sampling shift it was found for;
+    schedules: for some numbers of steps n, a tuple of n scales, one for each step of the walk (chapter 05_schedule).
     """
     steps: tuple
     scales: tuple
     shift: float = 1.
+    schedules: tuple = ()
 
     def scale(self, steps):
         """The scale for `steps` steps: linear in log2(steps) between the table's entries, constant outside."""
@@ -50,6 +52,10 @@ class Dial(NamedTuple):
             if steps == b:                               # to the last digit
                 return high
         return self.scales[-1]
+
+    def strengths(self, steps):
+        """A tuple of scales, one for each of `steps` steps: the schedule of that length, else `scale(steps)` for all of them."""
+        return next((told for told in self.schedules if len(told) == steps), (self.scale(steps),) * steps)
 
 # %% ../nbs/05_dial.ipynb #c05
 def choose(curve, shift=1.):
@@ -98,4 +104,4 @@ def read_dial(path):
     if text is None:
         return None
     told = json.loads(text)
-    return Dial(tuple(told["steps"]), tuple(told["scales"]), told["shift"])
+    return Dial(tuple(told["steps"]), tuple(told["scales"]), told["shift"], tuple(map(tuple, told.get("schedules", ()))))

@@ -19,7 +19,7 @@ from .config import DTYPES
 from .families import index_of, local_folder, no_loading_bars
 from .flow import EVALUATIONS, sample, time_grid
 from .lora import WEIGHT_NAME
-from .step_lora import fixed_shift, load_adapter
+from .step_lora import fixed_shift, in_words, load_adapter
 from .teacher_data import on_device
 
 # %% ../nbs/24_peers.ipynb #c07
@@ -115,12 +115,13 @@ def own_samplers(tuned, steps, teacher_steps):
             lambda c, x: stock_latents(family, c, x, n, guided["guidance"], fixed)))
 
     def student(n):
-        scale = tuned.dial.scale(n) if tuned.dial else 1.
+        scales = tuned.dial.strengths(n) if tuned.dial else (1.,) * n
         def go(captions, noise):
-            tuned.set_scale(scale)
-            return stock_latents(family, captions, noise, n, config.guidance_scale, fixed)
+            with tuned.turned(scales):
+                return stock_latents(family, captions, noise, n, config.guidance_scale, fixed)
+        scale = scales[0] if len(set(scales)) == 1 else list(scales)
         told = {"shift": config.shift, "guidance": config.guidance_scale, "scale": scale, "weights": weights_of(tuned.path)}
-        return sampler("student", "student", f"student, strength {scale:.3g}", n, told, go)
+        return sampler("student", "student", f"student, strength {in_words(scales)}", n, told, go)
 
     def second(solver, n):
         return sampler(f"teacher-{solver}", "solver", f"teacher, {solver.capitalize()}", n, {**guided, "solver": solver}, teacher(

@@ -101,6 +101,12 @@ def test_between_its_entries_the_scale_falls_and_stays_between(dial):
     assert all(dial.scales[-1] - 1e-12 <= s <= dial.scales[0] + 1e-12 for s in scales)
 
 
+def test_a_schedule_speaks_for_its_own_number_of_steps():
+    dial = Dial((2, 8), (1.5, .5), 1., ((1., 2.), (.1, .2, .3)))
+    assert dial.strengths(2) == (1., 2.) and dial.strengths(3) == (.1, .2, .3)
+    assert dial.strengths(4) == (dial.scale(4),) * 4 and dial.scale(2) == 1.5
+
+
 def test_it_is_linear_in_the_logarithm_of_the_steps():
     dial = Dial((2, 32), (2., 0.))
     assert [dial.scale(n) for n in (2, 4, 8, 16, 32)] == pytest.approx([2., 1.5, 1., .5, 0.])
@@ -129,7 +135,7 @@ def same_tensors(path):
 def test_the_header_gives_the_dial_back_and_keeps_everything_else(tmp_path_factory, dial, shift, others):
     path = tmp_path_factory.mktemp("dial") / "lora.safetensors"
     save_file(TENSORS, path, metadata=others)
-    dial = dial._replace(shift=shift)
+    dial = dial._replace(shift=shift, schedules=(dial.scales, (.5, .25)))
     write_dial(path, dial)
     assert read_dial(path) == dial and same_tensors(path)
     assert {k: v for k, v in header(path).items() if k != KEY} == others
@@ -144,6 +150,12 @@ def test_a_second_dial_replaces_the_first(tmp_path):
     write_dial(str(path), Dial((3,), (.75,), 3.))
     assert read_dial(str(path)) == Dial((3,), (.75,), 3.) and same_tensors(path)
     assert json.loads(header(path)[KEY])["scales"] == [.75]
+
+
+def test_a_dial_from_before_there_were_schedules_is_read(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_file(TENSORS, path, metadata={KEY: json.dumps({"steps": [2, 4], "scales": [1., .5], "shift": 3.})})
+    assert read_dial(path) == Dial((2, 4), (1., .5), 3., ())
 
 
 def test_a_file_that_is_not_there_is_an_error_and_is_not_made(tmp_path):

@@ -58,6 +58,12 @@ def test_the_pipeline_paints_what_generate_paints(pipe, scale):
     assert torch.allclose(ours, theirs, atol=1e-5) and ours.std() > .05
 
 
+def test_the_pipeline_calls_back_after_each_step(pipe):
+    told = []
+    pipe(["cat"], num_inference_steps=3, output_type="pt", callback_on_step_end=lambda pipe, number, timestep, tensors: told.append((number, timestep.item())))
+    assert [number for number, _ in told] == [0, 1, 2] and [t for _, t in told] == sorted((t for _, t in told), reverse=True)
+
+
 def test_a_negative_class_takes_the_place_of_nobody(pipe):
     family, noise = Pixels(pipe, 32, 32, negative="a dog"), torch.randn(2, 3, 32, 32)
     cond = {**family.encode_text(["cat", "cat"]), "guidance": torch.tensor([2., 1.])}

@@ -49,8 +49,8 @@ def paint_family(pipe):
 def test_sample_is_the_stock_pipeline_at_the_strength_of_the_dial(lora):
     write_dial(lora / WEIGHT_NAME, Dial((1, 4), (1., .5), 3.))
     tuned = StepLora(UseConfig(lora=str(lora), seed=5), "cpu")
-    pictures, scale = paint(tuned, PROMPTS, 2)
-    assert scale == .75                                     # half way from 1 to 4 in octaves
+    pictures, scales = paint(tuned, PROMPTS, 2)
+    assert scales == (.75, .75)                                     # half way from 1 to 4 in octaves
     assert torch.equal(pictures, stock_picture(lora, .75, 2))
     assert not torch.equal(pictures, paint(tuned, PROMPTS, 2, scale=1)[0])
 
@@ -90,6 +90,59 @@ def test_the_sample_command_writes_the_picture(lora, tmp_path, capsys, scale):
     assert (written - torch.cat(list(stock_picture(lora, scale, 1)), 2)).abs().max() < .02
 
 
+def by_callback(lora, scales):
+    """A strength for each step by diffusers alone, from the callback that it offers."""
+    pipe = load_flux()
+    pipe.load_lora_weights(str(lora), adapter_name="a")
+    pipe.set_adapters(["a"], [scales[0]])
+
+    def turn(pipe, step, timestep, tensors):
+        pipe.set_adapters(["a"], [scales[(step + 1) % len(scales)]])
+        return tensors
+    n, noise = len(scales), start_noise(paint_family(pipe), range(2), 5)
+    return pipe(PROMPTS, height=32, width=32, num_inference_steps=n, sigmas=[1 - i / n for i in range(n)], guidance_scale=2.5, latents=noise,
+                max_sequence_length=TOKENS, output_type="pt", callback_on_step_end=turn).images * 2 - 1
+
+
+def test_a_strength_for_each_step_is_that_of_the_callback(lora):
+    scales = (.25, 1., .5)
+    write_dial(lora / WEIGHT_NAME, Dial((1, 4), (1., .5), 3., (scales, (.1, .2))))
+    tuned = StepLora(UseConfig(lora=str(lora), seed=5), "cpu")
+    pictures, used = paint(tuned, PROMPTS, 3)
+    assert used == scales and torch.equal(pictures, by_callback(lora, scales))
+    assert torch.equal(paint(tuned, PROMPTS, 3, (.75, .75, .75))[0], stock_picture(lora, .75, 3))
+    assert not torch.equal(pictures, by_callback(lora, scales[::-1]))
+    assert paint(tuned, PROMPTS, 1)[1] == (1.,)             # no schedule of this length: the dial's one
+    noise = start_noise(tuned.family, range(2), 5)          # and our own walk ends where the pipeline's does
+    ends = tuned.family.decode(tuned.endpoints(PROMPTS, noise, 3, scales))
+    torch.testing.assert_close(ends, pictures, rtol=0, atol=2e-4)
+
+
+def test_the_scheduler_is_itself_again_even_after_an_error(lora):
+    tuned = StepLora(UseConfig(lora=str(lora)), "cpu")
+    own = type(tuned.pipe.scheduler).step
+    with pytest.raises(KeyError), tuned.turned((.5, 1.)):
+        assert "step" in vars(tuned.pipe.scheduler)
+        raise KeyError
+    assert tuned.pipe.scheduler.step.__func__ is own and "step" not in vars(tuned.pipe.scheduler)
+
+
+def test_the_dial_command_finds_a_strength_for_each_step_and_sample_uses_it(lora, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = ["dial", "--lora", lora, "--prompts", tmp_path / "prompts.txt", "--count", 3, "--steps", "2,4", "--scales", "1,.5", "--goal_steps", 4, "--each", "2"]
+    assert main([str(w) for w in words]) == 0
+    said, found = capsys.readouterr().out, read_dial(lora / WEIGHT_NAME)
+    (scales,) = found.schedules
+    assert len(scales) == 2 and json.loads((lora / "dial.json").read_text())["schedules"] == [list(scales)]
+    one, each = (float(line.split("distance")[1].split()[0]) for line in said.splitlines() if line.startswith("   2 steps"))
+    assert each <= one
+    assert main(["sample", "--lora", str(lora), "--prompt", PROMPTS[0], "--steps", "2", "--out", str(tmp_path / "a.png")]) == 0
+    assert "strength " + ", ".join(f"{s:.3g}" for s in scales) + " (by its dial, a strength for each step)" in capsys.readouterr().out
+    assert main(["sample", "--lora", str(lora), "--prompt", PROMPTS[0], "--steps", "2", "--scale", ",".join(map(str, scales)), "--out", str(tmp_path / "b.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert "A weight for each step" in (lora / "README.md").read_text()
+
+
 @pytest.fixture
 def moving(lora, tmp_path):
     """The same LoRA for a pipeline whose scheduler chooses its shift by the size, as FLUX.1-dev's does; set_shift is lost on it."""
@@ -106,17 +159,20 @@ def test_the_shift_of_training_holds_where_the_scheduler_would_choose_its_own(mo
     torch.testing.assert_close(pictures, stock_picture(moving, .75, 2), rtol=0, atol=1e-5)
 
 
-def test_the_code_of_the_card_paints_what_we_paint(moving, tmp_path, monkeypatch):
-    """Run as it stands, on stock diffusers, in the folder above the LoRA's."""
+@pytest.mark.parametrize("each", [False, True])
+def test_the_code_of_the_card_paints_what_we_paint(moving, tmp_path, monkeypatch, each):
+    """Run as it stands, on stock diffusers, in the folder above the LoRA's; with a strength for each step by a callback."""
+    if each:
+        write_dial(moving / WEIGHT_NAME, read_dial(moving / WEIGHT_NAME)._replace(schedules=((.5, .5, 1.25, .5),)))
     text = write_card(moving).read_text()
     lines = text.split("```python")[1].split("```")[0].replace("pipe(prompt,", "pictures = pipe(prompt, latents=noise, output_type='pt',")
     pipe = FluxPipeline.from_pretrained(str(tmp_path / "base"))
     told = {"pipe": pipe, "prompt": PROMPTS, "noise": start_noise(paint_family(pipe), range(2), 5)}
     monkeypatch.chdir(moving.parent)
     exec(lines, told)
-    pictures, scale = paint(StepLora(UseConfig(lora=str(moving), seed=5), "cpu"), PROMPTS, 4)
+    pictures, scales = paint(StepLora(UseConfig(lora=str(moving), seed=5), "cpu"), PROMPTS, 4)
     torch.testing.assert_close(told["pictures"].images * 2 - 1, pictures, rtol=0, atol=1e-5)
-    assert f"| 4 | {scale:g} |" in text
+    assert f"| 4 | {read_dial(moving / WEIGHT_NAME).scale(4):g} |" in text and len(set(scales)) == 1 + each
 
 
 def test_the_card_says_what_the_records_say_and_no_more(lora):
@@ -147,7 +203,9 @@ def test_the_card_says_what_the_records_say_and_no_more(lora):
     ("sample", {"--precision": "fp8"}, "fp32, bf16"),
     ("sample", {"--shift": "-1"}, "shift"),
     ("sample", {"--negative": "ugly"}, "a negative prompt means nothing to Flux"),
+    ("sample", {"--scale": "1,2"}, "--scale gives 2 strengths for 4 steps"),
     ("dial", {"--lora": "nowhere"}, "no LoRA at nowhere"),
+    ("dial", {"--each": "5"}, "--each 5: give step counts that --steps has too"),
     ("dial", {"--prompts": "nowhere.txt"}, "no captions at nowhere.txt"),
     ("dial", {"--count": "0"}, "--count"),
 ])
@@ -192,4 +250,5 @@ def test_sample_says_where_the_strength_comes_from():
     assert [whence_of(dial, n) for n in (1, 2, 3, 8)] == [
         "its dial's at 2 steps, the nearest that it has", "by its dial", "between its dial's at 2 and 4 steps",
         "its dial's at 4 steps, the nearest that it has"]
+    assert whence_of(dial._replace(schedules=((1., 2.),)), 2) == "by its dial, a strength for each step"
     assert "scfm dial finds one" in whence_of(None, 2)

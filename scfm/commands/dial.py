@@ -4,7 +4,7 @@ from pathlib import Path
 
 from scfm.card import keep_dial
 from scfm.commands import add_options, numbers, read_settings
-from scfm.step_lora import StepLora, UseConfig, find_dial
+from scfm.step_lora import StepLora, UseConfig, find_dial, find_schedules, in_words
 from scfm.teacher_data import read_folder, read_prompts
 
 
@@ -19,11 +19,15 @@ def main(argv):
     parser.add_argument("--count", type=int, default=64, help="captions to look at, one noise for each")
     parser.add_argument("--steps", type=numbers(int), default=(1, 2, 3, 4, 8, 16), help="step counts of the table")
     parser.add_argument("--scales", type=numbers(float), default=tuple(i / 4 for i in range(9)), help="strengths to try")
+    parser.add_argument("--each", type=numbers(int), default=(), help="step counts of --steps, such as 2,3,4,8, that get a strength for each step "
+                                                                     "of a walk as well: some 20 walks more for each count")
     parser.add_argument("--goal_steps", type=int, default=64, help="steps of the teacher's own walks")
     args = vars(parser.parse_args(argv))
-    path, count, steps, scales, goal_steps = (args.pop(k) for k in ("prompts", "count", "steps", "scales", "goal_steps"))
+    path, count, steps, scales, each, goal_steps = (args.pop(k) for k in ("prompts", "count", "steps", "scales", "each", "goal_steps"))
     if min(count, goal_steps, *steps) < 1:
         raise ValueError("--count, --goal_steps and --steps: give 1 or more")
+    if not set(each) <= set(steps):
+        raise ValueError(f"--each {','.join(map(str, each))}: give step counts that --steps has too ({','.join(map(str, sorted(set(steps))))})")
     config = UseConfig(**args)
     config.check()
     captions = read_prompts(path) if path else captions_of_run(config.lora)
@@ -31,9 +35,13 @@ def main(argv):
     tuned = StepLora(config)
     scales = tuple(sorted({0., *scales}))                            # 0 is the teacher: always a choice
     found, curve = find_dial(tuned, captions, tuple(sorted(set(steps))), scales, goal_steps, config.seed + 1)
+    own = find_schedules(tuned, captions, found, sorted(set(each)), goal_steps, config.seed + 1)
+    found = found._replace(schedules=tuple(tuple(round(s, 3) for s in told.scales) for told in own.values()))
     keep_dial(tuned, found, curve, captions, goal_steps)
     for n, scale in zip(found.steps, found.scales):
         print(f"{n:4} steps: strength {scale:<5g}  distance {curve[n, scale]:.4f}  (teacher {curve[n, 0.]:.4f})")
+    for n, told in own.items():
+        print(f"{n:4} steps, each its own: {in_words(told.scales)}  distance {told.distance:.4f}")
     print(f"stored in {tuned.path}, dial.json and README.md beside it")
     return 0
 

@@ -1,8 +1,8 @@
 """`scfm sample`: pictures from prompts."""
 import argparse
 
-from scfm.commands import add_options
-from scfm.step_lora import StepLora, UseConfig, paint, save_pictures
+from scfm.commands import add_options, numbers
+from scfm.step_lora import StepLora, UseConfig, in_words, paint, save_pictures
 from scfm.teacher_data import read_prompts
 
 
@@ -15,7 +15,8 @@ def main(argv):
     parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
     parser.add_argument("--prompts", default="", help="text file of captions instead")
     parser.add_argument("--steps", type=int, default=4, help="Euler steps, one network evaluation each")
-    parser.add_argument("--scale", type=float, help="strength of the LoRA; what the dial says when not given, 0: the teacher")
+    parser.add_argument("--scale", type=numbers(float), help="strength of the LoRA, or one for each step, such as .9,1.2,1.5; what the dial says when "
+                                                             "not given, 0: the teacher")
     parser.add_argument("--out", default="picture.png", help="PNG file; several pictures become a grid")
     args = vars(parser.parse_args(argv))
     told, path, steps, scale, out = (args.pop(k) for k in ("prompt", "prompts", "steps", "scale", "out"))
@@ -23,14 +24,16 @@ def main(argv):
         raise ValueError("say either --prompt TEXT (several times if you like) or --prompts FILE")
     if steps < 1:
         raise ValueError(f"--steps is {steps}: give 1 or more")
+    if scale is not None and len(scale) not in (1, steps):
+        raise ValueError(f"--scale gives {len(scale)} strengths for {steps} steps: give one, or one for each step")
     config = UseConfig(**args)
     config.check()
     captions = told or read_prompts(path)
     tuned = StepLora(config)
     whence = "as you said" if scale is not None else whence_of(tuned.dial, steps)
-    pictures, scale = paint(tuned, captions, steps, scale)
+    pictures, scales = paint(tuned, captions, steps, scale and (scale if len(scale) > 1 else scale * steps))
     save_pictures(pictures, out)
-    print(f"{out}: {len(captions)} picture{'s' * (len(captions) > 1)}, {steps} step{'s' * (steps > 1)}, strength {scale:g} ({whence})")
+    print(f"{out}: {len(captions)} picture{'s' * (len(captions) > 1)}, {steps} step{'s' * (steps > 1)}, strength {in_words(scales)} ({whence})")
     return 0
 
 
@@ -38,6 +41,8 @@ def whence_of(dial, steps):
     """Where the strength of so many steps comes from, in words."""
     if dial is None:
         return "the LoRA has no dial: scfm dial finds one"
+    if any(len(scales) == steps for scales in dial.schedules):
+        return "by its dial, a strength for each step"
     if steps in dial.steps:
         return "by its dial"
     below, above = max((n for n in dial.steps if n < steps), default=None), min((n for n in dial.steps if n > steps), default=None)

@@ -66,11 +66,13 @@ class PixelPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @torch.no_grad()
     def __call__(self, prompt, negative_prompt="", height=None, width=None, num_inference_steps=16, sigmas=None, guidance_scale=1.,
-                 generator=None, latents=None, output_type="pil", max_sequence_length=None):
+                 generator=None, latents=None, output_type="pil", max_sequence_length=None,
+                 callback_on_step_end=None):
         """Pictures of the classes that `prompt` (a string or a list) names, as .images; output_type pil, np or pt (in [0, 1]).
 
         sigmas: the grid before the scheduler's shift, 1 to 1 / steps when None. guidance_scale above 1 takes two evaluations a step.
-        max_sequence_length: of no meaning here, taken so that code for other pipelines runs.
+        callback_on_step_end(pipe, number, timestep, {}): called after each step. max_sequence_length: of no meaning here, taken so that code
+        for other pipelines runs.
         """
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
         size = height or self.transformer.config.picture, width or self.transformer.config.picture
@@ -78,13 +80,15 @@ class PixelPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         shape, dtype = (len(captions), 3, *size), self.transformer.dtype
         x = randn_tensor(shape, generator, self.device, dtype) if latents is None else latents.to(self.device)
         self.scheduler.set_timesteps(sigmas=sigmas or [1 - i / num_inference_steps for i in range(num_inference_steps)], device=self.device)
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             t = (timestep / 1000).expand(len(x))
             v = self.transformer(x, t, labels)
             if guidance_scale > 1:
                 nothing = self.transformer(x, t, negative)
                 v = nothing + guidance_scale * (v - nothing)
             x = self.scheduler.step(v, timestep, x, return_dict=False)[0]
+            if callback_on_step_end:
+                callback_on_step_end(self, number, timestep, {})
         return ImagePipelineOutput(VaeImageProcessor().postprocess(self.vae.decode(x).sample, output_type))
 
 # %% ../../nbs/21_pixels.ipynb #c10
