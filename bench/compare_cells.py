@@ -12,7 +12,7 @@ from scfm.dial import STEPS, choose
 from scfm.distill import DistillConfig, FullSpeakers
 from scfm.flow import time_grid
 from scfm.metrics import endpoint_distance
-from scfm.schedule import by_step, in_turn
+from scfm.schedule import by_step, in_turn, vertex
 from toy.plane import DATA, MLP, with_step
 
 PAIRS, RENOISE = range(15, 17)                               # streams of random numbers that nothing else uses
@@ -136,20 +136,28 @@ def measure_scfm(cache, protocol, job):
 
 
 def measure_by_step(cache, protocol, job, speakers, spec):
-    """{"stepwise": {steps: SW2}, "stepwise coupling": ...}: a scale for each step of a walk; beyond 8 steps those of the coarse table."""
+    """{"stepwise": {steps: SW2}, "stepwise coupling": ...}: a scale for each step of a walk; beyond 8 steps one, by a parabola through the table."""
     goal, (count, scales, _) = goal_of(cache, protocol, job), step_search(protocol)
 
     def make():
         noise, far = (rows[:count] for rows in dialling(protocol, job, speakers))
         field = lambda scales: in_turn(partial(speakers.field, "slow"), time_grid(len(scales)), scales)
         distance = lambda scales: finite(endpoint_distance(ends(field(scales), noise, len(scales)), far))
-        dial = choose({(n, s): distance((s,) * n) for n in STEPS for s in scales})
-        found = {n: by_step(distance, n, s).scales if n in BY_STEP else (s,) * n for n, s in zip(dial.steps, dial.scales)}
+        curve = {(n, s): distance((s,) * n) for n in STEPS for s in scales}
+        dial = choose(curve)
+        found = {n: by_step(distance, n, s).scales if n in BY_STEP else (between(curve, n, s),) * n for n, s in zip(dial.steps, dial.scales)}
         measure, mine = ruler(protocol, job), references(protocol, job)[1][:COUPLED]
         return {"stepwise": {n: finite(measure(field(scales), n)[0]) for n, scales in found.items()},
                 "stepwise coupling": {n: endpoint_distance(ends(field(scales), mine, n), goal) for n, scales in found.items()}}
-    more = measured(protocol, steps=STEPS, coupled=COUPLED, goal=protocol.goal_steps, noises=count, scales=scales, served=BY_STEP)
+    more = measured(protocol, steps=STEPS, coupled=COUPLED, goal=protocol.goal_steps, noises=count, scales=scales, served=BY_STEP, beyond="parabola")
     return cache("stepwise", {"of": spec, **more}, make)
+
+
+def between(curve, n, scale):
+    """Where the parabola through the squared distances at `scale` and its two neighbours in the table is lowest: no further walk."""
+    scales = sorted({s for _, s in curve})
+    i = min(max(scales.index(scale), 1), len(scales) - 2)
+    return vertex([(s, curve[n, s] ** 2) for s in scales[i - 1:i + 2]])
 
 
 def measure_multistep(cache, protocol, job):

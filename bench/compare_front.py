@@ -9,9 +9,10 @@ from typing import NamedTuple
 from compare_report import FLUX, NEEDS
 from scfm.dial import STEPS
 
-OURS, OURS_ON_FLUX, ONE_SEED = "SCFM, damped stepwise", "SCFM, damped dialled", .05
+OURS, ON_FLUX, ONE_SEED = "SCFM, damped stepwise", ("SCFM, Algorithm 2 dialled", "SCFM, damped dialled"), .05
 FIRST, LEVEL, BEHIND = WORDS = "first", "level", "behind"
 COUNTED = tuple(n for n in STEPS if n >= 3)
+KINDS = {"": COUNTED, " coupling": (3, 4, 8)}                # of curves, and where they are weighed: the tiny Flux's goal are 32 steps
 
 
 class Stand(NamedTuple):
@@ -45,32 +46,33 @@ def same(one, other, floor):
     return bool(in_noise) or abs(one["mean"] - other["mean"]) <= width
 
 
-def points_within(record, data, budget):
-    """Every `Point` whose training cost at most `budget`."""
+def points_within(record, data, budget, kind=""):
+    """Every `Point` whose training cost at most `budget`. kind: of the curve, as in KINDS."""
     names = list(record["budgets"])
     worlds = [("free", record["free"][data])] + [(b, record["budgets"][b]["main"].get(data, {})) for b in names[:names.index(budget) + 1]]
-    return [Point(entry, label, b, n) for b, curves in worlds for label, curve in curves.items() if label in NEEDS for n, entry in curve.items()]
+    return [Point(entry, label, b, n) for b, curves in worlds for label in NEEDS for n, entry in curves.get(label + kind, {}).items()]
 
 
-def stands(record, mine, sets):
+def stands(record, mine, sets, kind=""):
     """[Stand] of the curve `mine` at every set, budget and step count from 3 at which it was measured."""
-    return [stand_of(record, data, budget, mine, n) for data in sets for budget in record["budgets"] for n in COUNTED
-            if n in own_curve(record, data, budget, mine) and rivals_of(record, data, budget, mine, n)]
+    return [stand_of(record, data, budget, mine, n, kind) for data in sets for budget in record["budgets"] for n in KINDS[kind]
+            if n in own_curve(record, data, budget, mine + kind) and rivals_of(record, data, budget, mine, n, kind)]
 
 
 def own_curve(record, data, budget, mine):
     return record["free"][data].get(mine) or record["budgets"][budget]["main"].get(data, {}).get(mine, {})
 
 
-def rivals_of(record, data, budget, mine, n):
-    return [p for p in points_within(record, data, budget) if family(p.name) != family(mine) and p.steps <= n]
+def rivals_of(record, data, budget, mine, n, kind=""):
+    return [p for p in points_within(record, data, budget, kind) if family(p.name) != family(mine) and p.steps <= n]
 
 
-def stand_of(record, data, budget, mine, n):
-    entry = own_curve(record, data, budget, mine)[n]
-    best = min(rivals_of(record, data, budget, mine, n), key=lambda point: point.entry["mean"])
+def stand_of(record, data, budget, mine, n, kind=""):
+    entry = own_curve(record, data, budget, mine + kind)[n]
+    best = min(rivals_of(record, data, budget, mine, n, kind), key=lambda point: point.entry["mean"])
     ahead = entry["mean"] < best.entry["mean"]
-    word = LEVEL if same(entry, best.entry, record["floor"].get(data)) else FIRST if ahead else BEHIND
+    floor = record["floor"].get(data) if not kind else None
+    word = LEVEL if same(entry, best.entry, floor) else FIRST if ahead else BEHIND
     return Stand(data, budget, n, word, entry["mean"] / best.entry["mean"], best.name, best.budget, best.steps)
 
 
@@ -84,7 +86,7 @@ def standings(record, sets):
 
 
 def front_text(found, mine):
-    """The stands as a table: a row for each set and budget."""
+    """The stands as a table: a row for each set and budget. mine: the name that stands above it."""
     lines = [f"{mine}, over the best of all others whose training cost no more and that ask for no more evaluations", f"{'':24}" + "".join(f"{n:>24}" for n in COUNTED)]
     for data, budget in dict.fromkeys((s.data, s.budget) for s in found):
         at = {s.steps: s for s in found if (s.data, s.budget) == (data, budget)}
@@ -130,6 +132,8 @@ def worth_text(found, mine, steps=(3, 4, 8)):
 def weighed(record):
     """{"stands", "stands_on_flux", "standings", "worth"} for the JSON, and all of it as text."""
     plane, tiny = [data for data in record["free"] if data != FLUX], [data for data in record["free"] if data == FLUX]
-    mine, on_flux, counts, price = stands(record, OURS, plane), stands(record, OURS_ON_FLUX, tiny), standings(record, plane), worth(record, plane, OURS)
-    text = [front_text(mine, OURS), front_text(on_flux, OURS_ON_FLUX), standings_text(counts), worth_text(price, OURS)]
-    return {"stands": [s._asdict() for s in mine], "stands_on_flux": [s._asdict() for s in on_flux], "standings": counts, "worth": price}, "\n\n".join(text)
+    mine, counts, price = stands(record, OURS, plane), standings(record, plane), worth(record, plane, OURS)
+    on_flux = {label + kind: stands(record, label, tiny, kind) for label in ON_FLUX for kind in KINDS}
+    text = [front_text(mine, OURS), *(front_text(found, label) for label, found in on_flux.items()), standings_text(counts), worth_text(price, OURS)]
+    told = {"stands": [s._asdict() for s in mine], "stands_on_flux": {label: [s._asdict() for s in found] for label, found in on_flux.items()}}
+    return told | {"standings": counts, "worth": price}, "\n\n".join(text)

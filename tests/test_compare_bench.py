@@ -94,6 +94,13 @@ def test_who_is_first_is_weighed_by_cost_evaluations_and_quality(front):
     assert price == {"moons": {"Reflow raw": {4: "small"}}}
 
 
+def test_the_tiny_flux_is_weighed_by_two_rulers(front):
+    mine = front.ON_FLUX[0]
+    record = record_of({mine: {3: entry(.2)}, f"{mine} coupling": {3: entry(.1), 32: entry(0.)}, "Reflow raw": {3: entry(.1)}, "Reflow raw coupling": {3: entry(.2)}}, {})
+    assert [s.word for s in front.stands(record, mine, ["moons"])] == ["behind"]
+    assert [(s.word, s.steps) for s in front.stands(record, mine, ["moons"], " coupling")] == [("first", 3)]      # 32 steps are the goal itself
+
+
 @pytest.mark.parametrize("one, other, floor, level", [
     (entry(.2), entry(.219), None, True), (entry(.2), entry(.221), None, False),                      # the deviations together
     (entry(.2, None), entry(.219, None), None, True), (entry(.2, None), entry(.222, None), None, False),      # one seed: 5 % of each
