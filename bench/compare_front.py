@@ -4,12 +4,14 @@ A rival is a method of the summary of another name (all of SCFM's curves are one
 cost no more and its sampling asks for no more evaluations. Two means are level when they lie no further apart than their deviations over
 the seeds together (5 % of each where there is one seed), or when both lie within what data score against data.
 """
+import copy
+import statistics
 from typing import NamedTuple
 
 from compare_report import FLUX, NEEDS
 from scfm.dial import STEPS
 
-OURS, ON_FLUX, ONE_SEED = "SCFM, damped stepwise", ("SCFM, Algorithm 2 dialled", "SCFM, damped dialled"), .05
+OURS, ON_FLUX, ONE_SEED = "SCFM, damped stepwise", ("SCFM, Algorithm 2 raw", "SCFM, Algorithm 2 dialled"), .05
 FIRST, LEVEL, BEHIND = WORDS = "first", "level", "behind"
 COUNTED = tuple(n for n in STEPS if n >= 3)
 KINDS = {"": COUNTED, " coupling": (3, 4, 8)}                # of curves, and where they are weighed: the tiny Flux's goal are 32 steps
@@ -74,6 +76,16 @@ def stand_of(record, data, budget, mine, n, kind=""):
     floor = record["floor"].get(data) if not kind else None
     word = LEVEL if same(entry, best.entry, floor) else FIRST if ahead else BEHIND
     return Stand(data, budget, n, word, entry["mean"] / best.entry["mean"], best.name, best.budget, best.steps)
+
+
+def of_seeds(record, picked):
+    """A copy of the record in which curves of several seeds are those of `picked` (positions) alone."""
+    found = copy.deepcopy(record)
+    worlds = [*found["free"].values(), *(curves for of in found["budgets"].values() for curves in of["main"].values())]
+    for entry in (entry for curves in worlds for curve in curves.values() for entry in curve.values() if len(entry["seeds"]) > 1):
+        entry["seeds"] = [entry["seeds"][i] for i in picked]
+        entry["mean"], entry["spread"] = statistics.mean(entry["seeds"]), statistics.stdev(entry["seeds"]) if len(picked) > 1 else None
+    return found
 
 
 def standings(record, sets):

@@ -1,6 +1,8 @@
 """The record, the tables and the figures of bench/compare.py, from the measurements that it made."""
 import math
 
+from PIL import Image
+
 import compare_flux
 from compare_cells import plan, spent
 from plane_report import LEVELS, axes_of_steps, canvas, gather, table
@@ -8,7 +10,8 @@ from scfm.dial import STEPS
 
 FLUX = compare_flux.NAME
 STYLES = {"Reflow raw": "C0o-", "progressive own stage": "C1o-", "consistency re-noised": "C2o-", "Shortcut raw": "C4o-",
-          "MeanFlow raw": "C5o-", "SCFM, Algorithm 2 raw": "C3.--", "SCFM, Algorithm 2 dialled": "C3.-", "SCFM, damped dialled": "C3o-", "SCFM, damped stepwise": "C3*-"}
+          "MeanFlow raw": "C5o-", "SCFM, Algorithm 2 raw": "C3.--", "SCFM, Algorithm 2 dialled": "C3o-", "SCFM, damped stepwise": "C3*-"}
+ON_FLUX_ALONE, BOLD = "SCFM, Algorithm 2 dialled", "SCFM, damped stepwise"             # the plane has better, and many lines
 FLUX_LEVELS = (30, 50, 70, 100, 150, 200, 300, 500, 1000)
 FREE_STYLES = {"teacher euler": "ko-", "teacher midpoint": "ks--", "teacher multistep": "k^:"}
 BESIDE = ("coupling", "scales", "deviation", "accuracy")          # curves of something else than the quality
@@ -62,28 +65,36 @@ def plot(record, path):
 
 
 def plot_summary(record, path, budget="medium"):
-    """One row: every set at one budget."""
-    sets = list(record["free"])
-    figure, axes = canvas(1, len(sets), (3.3 * len(sets), 3.6))
-    for ax, data in zip(axes[0], sets):
-        draw(ax, record, record["budgets"][budget], data, data)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8)
-    figure.tight_layout(rect=(0, .14, 1, 1))
+    """One budget on a screen: the sets of the plane, the tiny Flux by two rulers, and the legend."""
+    places = [(data, "") for data in sorted(record["free"], key=lambda data: data == FLUX)] + [(FLUX, " coupling")] * (FLUX in record["free"])
+    figure, axes = canvas(-(-(len(places) + 1) // 3), 3, (10.8, 3 * -(-(len(places) + 1) // 3)))
+    cells = [ax for row in axes for ax in row]
+    for ax, (data, kind) in zip(cells, places):
+        draw(ax, record, record["budgets"][budget], data, data + (", endpoints" if kind else ""), kind)
+    for ax in cells[len(places):]:
+        ax.axis("off")
+    named = {label: line for ax in cells for line, label in zip(*ax.get_legend_handles_labels())}
+    cells[len(places)].legend(named.values(), named.keys(), loc="center left", fontsize=8.5, frameon=False)
+    figure.suptitle(f"Few-step methods from one teacher, {budget} budget: lower is better", fontsize=11)
+    figure.tight_layout()
     figure.savefig(path, dpi=80)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)       # a third of the bytes, for the page that shows it
 
 
-def draw(ax, record, found, data, title):
+def draw(ax, record, found, data, title, kind=""):
+    """Every curve of STYLES that there is. kind: of the curve, such as " coupling"."""
     curves = record["free"][data] | found["main"].get(data, {})
     for label, style in {**FREE_STYLES, **STYLES}.items():
-        curve = curves.get(label, {})
-        ax.errorbar(list(curve), [e["mean"] for e in curve.values()], [e["spread"] or 0 for e in curve.values()], fmt=style, ms=3, lw=1,
-                    elinewidth=.6, label=label)
-    floor = record["floor"].get(data)
+        curve = {n: e for n, e in curves.get(label + kind, {}).items() if e["mean"] > 0}         # the tiny Flux's goal is the teacher's own 32 steps
+        if curve and (label != ON_FLUX_ALONE or data == FLUX):
+            ax.errorbar(list(curve), [e["mean"] for e in curve.values()], [e["spread"] or 0 for e in curve.values()], fmt=style,
+                        ms=7 if label == BOLD else 3, lw=2 if label == BOLD else 1, elinewidth=.6, label=label)
+    floor = record["floor"].get(data) if not kind else None
     if floor:                                                # one number on the tiny Flux, a band of 95 % on the plane
         ax.axhspan(floor["low"] or .99 * floor["mean"], floor["high"] or 1.01 * floor["mean"], color="C2", alpha=.25, lw=0,
                    label="data against data")
-    axes_of_steps(ax, STEPS, title, FLUX_LEVELS if data == FLUX else LEVELS)
-    ax.set_ylabel(ruler(data))
+    axes_of_steps(ax, STEPS, title, FLUX_LEVELS if data == FLUX and not kind else LEVELS)
+    ax.set_ylabel("distance to the teacher's endpoints" if kind else ruler(data))
 
 
 def text(record):

@@ -21,7 +21,7 @@ def test_a_small_run_measures_both_worlds_and_keeps_what_it_made(bench, folder, 
     record = bench()
     assert not record["missing"] and set(record["worlds"]) == {"plane", "tiny Flux"}
     for world in record["worlds"].values():
-        assert set(world) == {"base", "base, seed 1", "jumps of 4", "each step"}
+        assert set(world) == {"base", "base, seed 1", "k/N .1", "each step"}
         for of_set in world.values():
             for found in of_set.values():
                 assert set(found["quality"]) == set(found["endpoints"]) == {"2", "3", "4", "8"}
