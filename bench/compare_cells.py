@@ -30,7 +30,7 @@ def dial_search(protocol):
 def step_search(protocol):
     """(noises, scales, evaluations) of finding a scale for each step, which may cost what the dial's search does: a coarser table, fewer noises."""
     noises, scales = protocol.dial_noises * 3 // 4, tuple(torch.linspace(min(protocol.scales), max(protocol.scales), COARSE).tolist())
-    walks = {n: 1 + 3 * (1 + 2 * min(n, 4)) if n > 1 else 4 for n in BY_STEP}            # at most, by scfm.schedule.by_step
+    walks = {n: 1 + 3 * (1 + 2 * min(n, 4)) if n > 1 else 4 for n in BY_STEP}            # where no strength comes near 0
     return noises, scales, noises * (sum(STEPS) * COARSE + sum(n * w for n, w in walks.items()) + protocol.goal_steps)
 
 

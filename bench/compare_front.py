@@ -11,7 +11,7 @@ from typing import NamedTuple
 from compare_report import FLUX, NEEDS
 from scfm.dial import STEPS
 
-OURS, ON_FLUX, ONE_SEED = "SCFM, damped stepwise", ("SCFM, Algorithm 2 raw", "SCFM, Algorithm 2 dialled"), .05
+OURS, ON_FLUX, ONE_SEED = "SCFM, tuned stepwise", ("SCFM, Algorithm 2 raw", "SCFM, Algorithm 2 dialled"), .05
 FIRST, LEVEL, BEHIND = WORDS = "first", "level", "behind"
 COUNTED = tuple(n for n in STEPS if n >= 3)
 KINDS = {"": COUNTED, " coupling": (3, 4, 8)}                # of curves, and where they are weighed: the tiny Flux's goal are 32 steps
@@ -99,15 +99,15 @@ def standings(record, sets):
 
 def front_text(found, mine):
     """The stands as a table: a row for each set and budget. mine: the name that stands above it."""
-    lines = [f"{mine}, over the best of all others whose training cost no more and that ask for no more evaluations", f"{'':24}" + "".join(f"{n:>24}" for n in COUNTED)]
+    lines = [f"{mine}, over the best of all others whose training cost no more and that ask for no more evaluations (last number)", f"{'':24}" + "".join(f"{n:>27}" for n in COUNTED)]
     for data, budget in dict.fromkeys((s.data, s.budget) for s in found):
         at = {s.steps: s for s in found if (s.data, s.budget) == (data, budget)}
-        lines.append(f"{f'{data}, {budget}':24}" + "".join(f"{told(at[n]) if n in at else '-':>24}" for n in COUNTED))
+        lines.append(f"{f'{data}, {budget}':24}" + "".join(f"{told(at[n]) if n in at else '-':>27}" for n in COUNTED))
     return "\n".join(lines)
 
 
 def told(stand):
-    return f"{stand.word} {stand.ratio:.2f} {stand.rival.removeprefix('teacher ').split()[0]}"
+    return f"{stand.word} {stand.ratio:.2f} {stand.rival.removeprefix('teacher ').split()[0]} {stand.rival_steps}"
 
 
 def standings_text(found):
@@ -126,9 +126,10 @@ def worth(record, sets, mine, steps=(3, 4, 8)):
 
 
 def reached(record, data, rival, n, entry):
+    """By at most n evaluations."""
     for budget in record["budgets"]:
-        value = own_curve(record, data, budget, rival).get(n)
-        if value and (value["mean"] < entry["mean"] or same(value, entry, record["floor"].get(data))):
+        values = [value for m, value in own_curve(record, data, budget, rival).items() if m <= n]
+        if any(value["mean"] < entry["mean"] or same(value, entry, record["floor"].get(data)) for value in values):
             return budget
     return None
 

@@ -10,15 +10,17 @@ from scfm.dial import STEPS
 
 FLUX = compare_flux.NAME
 STYLES = {"Reflow raw": "C0o-", "progressive own stage": "C1o-", "consistency re-noised": "C2o-", "Shortcut raw": "C4o-",
-          "MeanFlow raw": "C5o-", "SCFM, Algorithm 2 raw": "C3.--", "SCFM, Algorithm 2 dialled": "C3o-", "SCFM, damped stepwise": "C3*-"}
-ON_FLUX_ALONE, BOLD = "SCFM, Algorithm 2 dialled", "SCFM, damped stepwise"             # the plane has better, and many lines
+          "MeanFlow raw": "C5o-", "SCFM, Algorithm 2 raw": "C3.--", "SCFM, Algorithm 2 dialled": "C3o-", "SCFM, tuned stepwise": "C3*-"}
+ON_FLUX_ALONE, BOLD = "SCFM, Algorithm 2 dialled", "SCFM, tuned stepwise"             # the plane has better, and many lines
 FLUX_LEVELS = (30, 50, 70, 100, 150, 200, 300, 500, 1000)
 FREE_STYLES = {"teacher euler": "ko-", "teacher midpoint": "ks--", "teacher multistep": "k^:"}
 BESIDE = ("coupling", "scales", "deviation", "accuracy")          # curves of something else than the quality
-NEEDS = {"teacher euler": "nothing", "teacher midpoint": "nothing", "teacher multistep": "nothing", "Reflow raw": "stored pairs",
-         "progressive own stage": "a network a stage", "consistency re-noised": "re-noising", "Shortcut raw": "a second input",
-         "MeanFlow raw": "a second input, a JVP", "SCFM, Algorithm 2 raw": "nothing", "SCFM, Algorithm 2 dialled": "a dial", "SCFM, damped dialled": "a dial",
-         "SCFM, damped stepwise": "a dial for each step"}
+NEEDS = {"teacher euler": "nothing", "teacher midpoint": "nothing", "teacher heun": "nothing", "teacher multistep": "nothing", "Reflow raw": "stored pairs",
+         "progressive own stage": "a network a stage", "consistency re-noised": "re-noising", "consistency raw": "nothing", "Shortcut raw": "a second input",
+         "MeanFlow raw": "a second input, a JVP", "SCFM, Algorithm 2 raw": "nothing", "SCFM, Algorithm 2 dialled": "a dial", "SCFM, Algorithm 2 stepwise": "a dial for each step",
+         "SCFM, damped dialled": "a dial",
+         "SCFM, damped stepwise": "a dial for each step",
+         "SCFM, tuned stepwise": "a dial for each step"}
 
 
 def gathered(done, protocol, flux_protocol, budgets):

@@ -88,7 +88,7 @@ def table_of(dial, told):
     text = TABLE.format(rows="\n".join(rows), captions=told.get("captions", "the run's"),
                         goal_steps=told.get("goal_steps", "many"))
     own = "; ".join(f"{len(scales)} steps: {in_words(scales)}" for scales in dial.schedules)
-    return text + f"\nA weight for each step, from the noise on, comes nearer still. {own}.\n" * bool(own)
+    return text + f"\nA weight for each step, from the noise on, came as near or nearer on the same prompts. {own}.\n" * bool(own)
 
 
 def history(config, run, choice, begun):

@@ -32,7 +32,7 @@ class StepScales(NamedTuple):
 
 
 def shares(steps, most=4):
-    """The steps of a walk in at most `most` groups of equal length: [[0, 1], [2, 3], ...]."""
+    """The steps of a walk in at most `most` groups of nearly equal length: [[0, 1], [2, 3], ...]."""
     groups = min(steps, most)
     return [[i for i in range(steps) if i * groups // steps == g] for g in range(groups)]
 
@@ -41,7 +41,7 @@ def by_step(distance, steps, scale, width=.25, rounds=2):
     """`StepScales` with a small distance, starting from the same `scale` for all `steps` steps.
 
     distance(scales) -> a number of at least 0: how far from the goal a walk ends whose k-th step has scales[k] (a tuple), from the same
-    noises each time. width: how far to look to both sides. At most 1 + 3 (1 + 4 rounds) walks. No scale is below 0. ValueError for steps
+    noises each time. width: how far to look to both sides. At most 1 + 3 (1 + 4 rounds) walks while no scale comes below `width`, 1 + 4 (1 + 4 rounds) else. No scale is below 0. ValueError for steps
     below 1, a scale below 0, or a width that is not above 0.
     """
     if steps < 1 or not scale >= 0 or not width > 0:

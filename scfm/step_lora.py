@@ -190,7 +190,7 @@ def find_dial(tuned, captions, steps=(1, 2, 3, 4, 8, 16), scales=tuple(i / 4 for
 def find_schedules(tuned, captions, dial, steps=(2, 3, 4, 8), goal_steps=64, seed=1, progress=True):
     """{steps: `StepScales`} of a `StepLora`: a strength for each step of a walk, searched from the dial's one by `by_step`.
 
-    Captions, goal and noises are those of `find_dial` with the same arguments. At most 27 walks for each number of steps.
+    Captions, goal and noises are those of `find_dial` with the same arguments. Some 30 walks for each number of steps.
     """
     noise, goal = tuned.goal(captions, goal_steps, seed)
     bar = tqdm(desc="turning each step", unit="walk", disable=not progress)

@@ -10,7 +10,7 @@ SCRIPT, BENCH = "compare", Path(__file__).parents[1] / "bench"
 METHODS = ("reflow", "progressive", "consistency", "shortcut", "meanflow", "scfm")
 CURVES = {"Reflow raw", "progressive own stage", "progressive last stage", "consistency raw", "consistency re-noised",
           "Shortcut raw", "MeanFlow raw", *(f"SCFM, {name} {kind}" for kind in ("raw", "dialled", "stepwise")
-                            for name in ("Algorithm 1", "Algorithm 2", "self grid 2", "damped"))}
+                            for name in ("Algorithm 1", "Algorithm 2", "self grid 2", "damped", "tuned"))}
 
 
 def test_a_small_run_writes_every_method_at_every_budget(bench, folder, capsys):

@@ -20,7 +20,7 @@ def main(argv):
     parser.add_argument("--steps", type=numbers(int), default=(1, 2, 3, 4, 8, 16), help="step counts of the table")
     parser.add_argument("--scales", type=numbers(float), default=tuple(i / 4 for i in range(9)), help="strengths to try")
     parser.add_argument("--each", type=numbers(int), default=(), help="step counts of --steps, such as 2,3,4,8, that get a strength for each step "
-                                                                     "of a walk as well: some 20 walks more for each count")
+                                                                     "of a walk as well: some 30 walks more for each count; a dial without it forgets older ones")
     parser.add_argument("--goal_steps", type=int, default=64, help="steps of the teacher's own walks")
     args = vars(parser.parse_args(argv))
     path, count, steps, scales, each, goal_steps = (args.pop(k) for k in ("prompts", "count", "steps", "scales", "each", "goal_steps"))

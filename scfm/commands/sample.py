@@ -15,8 +15,8 @@ def main(argv):
     parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
     parser.add_argument("--prompts", default="", help="text file of captions instead")
     parser.add_argument("--steps", type=int, default=4, help="Euler steps, one network evaluation each")
-    parser.add_argument("--scale", type=numbers(float), help="strength of the LoRA, or one for each step, such as .9,1.2,1.5; what the dial says when "
-                                                             "not given, 0: the teacher")
+    parser.add_argument("--scale", type=numbers(float), help="strength of the LoRA, or one for each step, such as .9,1.2,1.5 with --steps 3; what the dial says "
+                                                             "when not given, 0: the base without it")
     parser.add_argument("--out", default="picture.png", help="PNG file; several pictures become a grid")
     args = vars(parser.parse_args(argv))
     told, path, steps, scale, out = (args.pop(k) for k in ("prompt", "prompts", "steps", "scale", "out"))
