@@ -88,8 +88,8 @@ def compare(run, live_choice, captions):
     live = live_student(run, live_choice)
     entries = [Entry("teacher", lambda steps: speakers.teacher, SHIFTS),
                Entry(f"live student ({live_choice['updates']} updates), its dial", live, (STOCK,)),
-               Entry("carried LoRA, strength 1", lambda steps: at_scale(carried, 1), (STOCK,)),
-               Entry("carried LoRA, its dial", lambda steps: at_scale(carried, carried.dial.scale(steps)), (STOCK,))]
+               Entry("carried LoRA, strength 1", lambda steps: carried.at(1), (STOCK,)),
+               Entry("carried LoRA, its dial", lambda steps: carried.at(carried.dial.scale(steps)), (STOCK,))]
     record = {"captions": captions, "seeds": 1, "guidance": GUIDANCE, "goal": "teacher, 32 steps, shift 3",
               "reference": "4000 drawings of held-out pairs", "frechet_floor": judge.floor(),
               "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
@@ -110,14 +110,6 @@ def carried_lora():
     return StepLora(UseConfig(lora=str(CARRIED), pipeline=str(FLUX)))
 
 
-def at_scale(tuned, scale):
-    """The field of a `StepLora` at a strength."""
-    def field(x, t, cond):
-        tuned.set_scale(scale)
-        return tuned.field(x, t, cond)
-    return field
-
-
 def explain(record):
     return ("prompt acc.: share of the attributes named by the caption that a classifier sees (higher is better)\n"
             f"Frechet: distance on that classifier's features to drawings, not FID; {record['captions']} fresh drawings "
@@ -136,7 +128,7 @@ def draw_comparison(run, live_choice, carried, judge, path, columns=12):
     import matplotlib.pyplot as plt
     speakers = run.speakers
     student = live_student(run, live_choice)
-    turned = lambda steps: at_scale(carried, carried.dial.scale(steps))
+    turned = lambda steps: carried.at(carried.dial.scale(steps))
     rows = [("teacher, 32 steps", speakers.teacher, 32), ("teacher, 3 steps", speakers.teacher, 3),
             ("teacher, 4 steps", speakers.teacher, 4), ("live student, 3 steps", student(3), 3),
             ("live student, 4 steps", student(4), 4), ("carried LoRA, 3 steps", turned(3), 3),
