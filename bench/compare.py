@@ -48,7 +48,7 @@ BASELINES = {"Reflow": "reflow", "progressive": "progressive", "consistency": "c
 SCFM = {"SCFM, Algorithm 2": {}, "SCFM, Algorithm 1": {"algorithm": "one_ema"}, "SCFM, self grid 2": {"self_grids": (2,)},
         "SCFM, damped": {"speaker_scale": .5, "teacher_share": .2},
         "SCFM, tuned": {"speaker_scale": .5, "teacher_share": .1, "self_grids": (4, 8, 16), "shift": (1., 3.)}}         # by bench/variants.py
-ON_FLUX = ("SCFM, Algorithm 2", "SCFM, damped")
+ON_FLUX = {"SCFM, Algorithm 2": {}, "SCFM, damped": {}, "SCFM, tuned": {"shift": (2., 6.)}}              # what differs there: it samples at shift 3
 NEED_A_STEP = ("shortcut", "meanflow")
 METRIC = "plane: sliced-Wasserstein-2; floor: data against data; spread: standard deviation over seeds"
 NOTES = ("One learning rate and one schedule for all methods; EMA decays shortened to the updates; slow EMA read out.",
@@ -100,7 +100,7 @@ def jobs(protocol, budgets, sets):
 def trained_on_flux():
     """{label: (method, change)} of what can be a LoRA."""
     plain = {label: (family, {}) for label, family in BASELINES.items() if family not in NEED_A_STEP}
-    return plain | {label: ("scfm", SCFM[label]) for label in ON_FLUX}
+    return plain | {label: ("scfm", SCFM[label] | change) for label, change in ON_FLUX.items()}
 
 
 def on_its_set(cache, protocol, job, flux):

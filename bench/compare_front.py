@@ -11,7 +11,7 @@ from typing import NamedTuple
 from compare_report import FLUX, NEEDS
 from scfm.dial import STEPS
 
-OURS, ON_FLUX, ONE_SEED = "SCFM, tuned stepwise", ("SCFM, Algorithm 2 raw", "SCFM, Algorithm 2 dialled"), .05
+OURS, ON_FLUX, ONE_SEED = "SCFM, tuned stepwise", ("SCFM, Algorithm 2 raw", "SCFM, Algorithm 2 dialled", "SCFM, tuned dialled"), .05
 FIRST, LEVEL, BEHIND = WORDS = "first", "level", "behind"
 COUNTED = tuple(n for n in STEPS if n >= 3)
 KINDS = {"": COUNTED, " coupling": (3, 4, 8)}                # of curves, and where they are weighed: the tiny Flux's goal are 32 steps

@@ -47,10 +47,10 @@ def text(record):
     """All ratios as a table; below it those that win in both worlds."""
     parts = list(record["worlds"])
     lines = ["times the base (damped speakers, k/N .2, on its dial), geometric mean over 2, 3, 4 and 8 steps; below 1 is better; > the dial stood at its end",
-             f"{'':24}" + "".join(f"{f'{part}, {kind}':>22}" for part in parts for kind in KINDS)]
+             f"{'':34}" + "".join(f"{f'{part}, {kind}':>22}" for part in parts for kind in KINDS)]
     for label, found in record["ratios"].items():
         cells = [f"{found[part][kind]:.3f}{'>' if found[part]['end_of_table'] else ' '}" if part in found else "- " for part in parts for kind in KINDS]
-        lines.append(f"{label:24}" + "".join(f"{cell:>22}" for cell in cells))
+        lines.append(f"{label:34}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join([*lines, "wins on both: " + (", ".join(record["wins"]) or "none")])
 
 
