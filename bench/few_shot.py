@@ -12,8 +12,8 @@ flux    the tiny Flux of toy/, a LoRA by the carried one's recipe; SCFM raw (str
 
 Judged at 3, 4, 8 and 32 steps; the metrics stand in few_shot_report.METRICS, each in one line. Intervals are 95 %, over
 subsets; a subset brings its own seed of training. Every cell is a file under --cache, so a killed run goes on where it was;
-in the folder of bench/plane.py the plane's teachers are found. Writes bench/results/few_shot.json, few_shot_plane.png and
-few_shot_flux.png.
+in the folder of bench/plane.py the plane's teachers are found. Writes bench/results/few_shot.json, few_shot_plane.png,
+few_shot_flux.png and few_shot_summary.png.
 
     python bench/few_shot.py --only flux     computes one part; of the other it takes the cells that are there
     python bench/few_shot.py --report        computes nothing, writes what the cells that are there give
@@ -27,7 +27,7 @@ import few_shot_plane
 from cells import about, parser_of, run_all, write
 from few_shot_flux import FluxProtocol
 from few_shot_plane import PlaneProtocol
-from few_shot_report import METRICS, gather, judged, plot, table
+from few_shot_report import METRICS, gather, judged, plot, plot_summary, table
 from plane_cells import do
 from toy.plane import DATA
 
@@ -100,6 +100,7 @@ def main():
     for part in ("plane", "flux"):
         if any(world["part"] == part and world["methods"] for world in record["worlds"].values()):
             plot(record, part, f"{args.out}_{part}.png")
+    plot_summary(record, f"{args.out}_summary.png")
     print(table(record))
 
 

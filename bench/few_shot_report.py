@@ -196,12 +196,24 @@ def told(entry):
 
 LEVELS = (.01, .015, .02, .03, .04, .05, .07, .1, .15, .2, .3, .4, .5, .7, 1, 1.5, 2)      # marks of a logarithmic axis
 STYLES = {SCFM: "C3o-", DIALLED: "C1o-", TUNED: "C0s--"}
+SUMMARY = ("checkerboard", "moons", "8 gaussians", "tiny Flux, held-out pairs")
 
 
 def plot(record, part, path):
     """A row for each world and metric of a part, a column for each number of steps: means and 95 % intervals by size."""
     worlds = {name: world for name, world in record["worlds"].items() if world["part"] == part and world["methods"]}
-    rows = [(name, metric) for name in worlds for metric, (sign, _) in METRICS[part].items() if sign]
+    draw(worlds, [(name, metric) for name in worlds for metric, (sign, _) in METRICS[part].items() if sign], path)
+
+
+def plot_summary(record, path):
+    """The distance to the teacher's endpoints alone, on those of `SUMMARY` that were measured; nothing where none was."""
+    worlds = {name: world for name, world in record["worlds"].items() if name in SUMMARY and world["methods"]}
+    if worlds:
+        draw(worlds, [(name, "endpoint") for name in worlds], path)
+
+
+def draw(worlds, rows, path):
+    """A figure of panels. rows: [(world, metric)]."""
     steps, sizes = steps_of(worlds.values()), sizes_of(worlds.values())
     figure, axes = canvas(len(rows), len(steps), (3.2 * len(steps), 2.1 * len(rows) + .6))
     for line, (name, metric) in zip(axes, rows):
@@ -240,7 +252,7 @@ def panel(ax, world, sizes, n, metric):
         ax.axhline(world["floor"][metric], color="C2", lw=.8, label="fresh data")
     ax.set_xticks(range(len(sizes)), sizes)
     ax.tick_params(labelsize=7)
-    if metric in ("sw2", "endpoint") and ax.dataLim.intervaly.min() > 0:      # fine-tuning lies many times above the rest
+    if metric in ("sw2", "endpoint") and ax.dataLim.intervaly.min() > 1e-6:   # fine-tuning lies many times above the rest
         ax.set_yscale("log")
         limits = ax.get_ylim()
         ax.set_yticks(LEVELS, [f"{level:g}" for level in LEVELS])

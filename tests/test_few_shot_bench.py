@@ -41,7 +41,7 @@ def test_a_small_run_writes_every_world_and_method(bench, folder, capsys):
     assert record["worlds"]["tiny Flux, seen pairs"]["teacher"] != record["worlds"]["tiny Flux, held-out pairs"]["teacher"]
     assert record["dials"].keys() == {"moons", "tiny Flux"} and record["dials"]["tiny Flux"]["1"].keys() == {"0", "1"}
     assert "nothing lost from" in capsys.readouterr().out
-    assert all(Image.open(folder / f"few_shot_{part}.png").width > 300 for part in ("plane", "flux"))
+    assert all(Image.open(folder / f"few_shot_{part}.png").width > 300 for part in ("plane", "flux", "summary"))
 
 
 def test_a_lost_cell_alone_is_made_again(bench, folder):
