@@ -3,7 +3,6 @@
 A measurement takes (cache, protocol, job), see `Job` in bench/few_shot.py, and returns
 {curve: {kind: {steps: {metric: number}}}}.
 """
-from dataclasses import fields
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -14,14 +13,17 @@ from scfm.cache import fingerprint
 from scfm.consistency import keyed_generator
 from scfm.dial import choose, endpoint_curve
 from scfm.distill import DistillConfig, distill
+from scfm.ema import shorten
 from scfm.families.flux import Flux
 from scfm.lora import LoraSpeakers, adapter_state, load_adapter_state, set_scale
 from scfm.teacher_data import read_prompts, start_noise, teacher_endpoints
-from toy.demo import PROMPTS, live_config
+from toy.demo import PROMPTS
 from toy.judge import STOCK, Judge
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, load_flux
 
 SUBSET = 31                                                  # a stream of random numbers that nothing else uses
+RECIPE = {"lr": 1e-3, "schedule": "cosine", "weight_decay": 1e-4, "clip": 10., "shift": (2.5, 4.5)}       # the rest: the defaults
+RANK, GUIDANCES = 48, (1., 4.)
 KINDS = {"seen pairs": False, "held-out pairs": True}        # of captions: their colour-shape pairs, in the teacher's training
 
 
@@ -86,10 +88,9 @@ def rows_of(job, count):
 
 
 def short_recipe(protocol, change):
-    """(`DistillConfig`, rank, range of the guidance scale): the carried LoRA's recipe, shortened."""
-    recipe = live_config("", protocol.updates)
-    method = {f.name: getattr(recipe, f.name) for f in fields(DistillConfig)}
-    return DistillConfig(**method | {"batch": protocol.batch, **change}), recipe.rank, recipe.guidance
+    """(`DistillConfig`, rank, range of the guidance scale): one recipe for all, EMAs as short as the run."""
+    shortened = {"fast_decay": shorten(.99, protocol.updates), "slow_decay": shorten(.999, protocol.updates)}
+    return DistillConfig(**RECIPE | shortened | {"updates": protocol.updates, "batch": protocol.batch, **change}), RANK, GUIDANCES
 
 
 def flux_config(protocol, job):

@@ -152,13 +152,13 @@ def verdicts(losses):
 def ahead(world):
     """{size: {steps: {metric: interval of how much better SCFM is than fine-tuning}}}, paired by subset."""
     found, methods = {}, world["methods"]
-    for size in methods.get(SCFM, {}).keys() & methods.get(TUNED, {}).keys():
+    for size in (size for size in methods.get(SCFM, {}) if size in methods.get(TUNED, {})):
         for n, marks in methods[SCFM][size].items():
             for metric, (sign, _) in METRICS[world["part"]].items():
                 ours, other = (counted(metric, entry) for entry in (marks[metric], methods[TUNED][size][n][metric]))
                 both = ours.keys() & other.keys()
                 if sign and both:
-                    pairs = [sign * (other[subset] - ours[subset]) for subset in both]
+                    pairs = [sign * (other[subset] - ours[subset]) for subset in sorted(both)]
                     found.setdefault(size, {}).setdefault(n, {})[metric] = interval(pairs)
     return found
 

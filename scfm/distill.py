@@ -33,7 +33,7 @@ class DistillConfig:
     clip: float = option(10.0, "largest gradient norm; inf for no clipping")
     teacher_share: float = option(0.4, "k/N, the share of rows on which the teacher speaks; 0 collapses")
     teacher_grid: int = option(32, "steps of the grid of teacher rows")
-    self_grids: tuple = option((2, 4, 8, 16), "steps of the grids of self rows, one is drawn per row")
+    self_grids: tuple = option((2, 4, 8, 16), "steps of the grids of self rows, one is drawn per row; without 2 a dialled student lands nearer (chapter 40)")
     t_skip: int = option(2, "steps of its grid that a row jumps over; even")
     shift: tuple = option((2.5, 4.5), "range of the time shift, drawn per row")
     algorithm: str = option("dual", "dual (Algorithm 2), one_ema (Algorithm 1), or dual_pure: dual with teacher rows that are the teacher's alone")
