@@ -10,8 +10,8 @@ from scfm.dial import STEPS
 
 FLUX = compare_flux.NAME
 STYLES = {"Reflow raw": "C0o-", "progressive own stage": "C1o-", "consistency re-noised": "C2o-", "Shortcut raw": "C4o-",
-          "MeanFlow raw": "C5o-", "SCFM, Algorithm 2 raw": "C3.--", "SCFM, Algorithm 2 dialled": "C3o-", "SCFM, tuned stepwise": "C3*-"}
-ON_FLUX_ALONE, BOLD = "SCFM, Algorithm 2 dialled", "SCFM, tuned stepwise"             # the plane has better, and many lines
+          "MeanFlow raw": "C5o-", "SCFM, Algorithm 2 raw": "C3.--", "SCFM, tuned dialled": "C3o-", "SCFM, tuned stepwise": "C3*-"}
+ON_FLUX_ALONE, BOLD = "SCFM, tuned dialled", "SCFM, tuned stepwise"             # the plane has better, and many lines
 FLUX_LEVELS = (30, 50, 70, 100, 150, 200, 300, 500, 1000)
 FREE_STYLES = {"teacher euler": "ko-", "teacher midpoint": "ks--", "teacher multistep": "k^:"}
 BESIDE = ("coupling", "scales", "deviation", "accuracy")          # curves of something else than the quality
