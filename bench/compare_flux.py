@@ -12,7 +12,7 @@ import torch
 
 from compare_cells import STAGES
 from few_shot_flux import weights
-from plane_cells import changed, finite, settings
+from plane_cells import changed, finite, moved_share, settings
 from scfm.baselines import (distillation_loss, fit, multistep, network_evaluations, progressive_loss, reflow_loss, sample_renoised,
                             updates_for)
 from scfm.consistency import keyed_generator
@@ -121,14 +121,16 @@ def trained(cache, protocol, job):
     updates, pairs = plan(protocol, job.family, job.budget)
     updates = updates // len(STAGES) if job.family == "progressive" else updates
     usual = {"updates": updates, "batch": protocol.batch, "lr": LR, "shift": SHIFT}
-    config = DistillConfig(seed=job.seed, **settings(protocol, usual | job.change)[0])
+    asked, training, _ = settings(protocol, usual | job.change)
+    config = DistillConfig(seed=job.seed, **asked)
+    moving = {name: training[name] for name in ("share_to",) if name in training}
     spec = {"pipeline": weights(), "method": job.family, "pairs": pairs, "rank": RANK, "drawings": protocol.drawings, "guidance": GUIDANCE, "shift": STOCK,
-            "config": changed(config), **({"stages": STAGES} if job.family == "progressive" else {})}
+            "config": changed(config), **moving, **({"stages": STAGES} if job.family == "progressive" else {})}
 
     def make():
         place, speakers = world(protocol.drawings), world(protocol.drawings).speakers(job.seed)
         return {"progressive": in_stages, "reflow": partial(reflowed, count=pairs), "consistency": made_consistent,
-                "scfm": shortcut}[job.family](place, speakers, config)
+                "scfm": partial(shortcut, **moving)}[job.family](place, speakers, config)
     return cache("flux", spec, make), spec
 
 
@@ -145,12 +147,12 @@ def on_drawings(place, bound):
     return batch_of
 
 
-def shortcut(place, speakers, config):
-    """SCFM, by the loop of scfm.distill; all three adapters."""
+def shortcut(place, speakers, config, share_to=None):
+    """SCFM, by the loop of scfm.distill; all three adapters. share_to: where k/N ends, if it moves."""
     def batch_of(generator, rows):
         picked = torch.randint(len(place.latents), (rows,), generator=generator)
         return place.latents[picked], place.cond(picked)
-    distill(speakers, batch_of, config, progress=False)
+    distill(speakers, batch_of, config, moved_share(config, share_to), progress=False)
     return {name: lora_of(speakers, name) for name in ("student", "fast", "slow")}
 
 

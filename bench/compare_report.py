@@ -18,6 +18,7 @@ BESIDE = ("coupling", "scales", "deviation", "accuracy")          # curves of so
 NEEDS = {"teacher euler": "nothing", "teacher midpoint": "nothing", "teacher heun": "nothing", "teacher multistep": "nothing", "Reflow raw": "stored pairs",
          "progressive own stage": "a network a stage", "consistency re-noised": "re-noising", "consistency raw": "nothing", "Shortcut raw": "a second input",
          "MeanFlow raw": "a second input, a JVP", "SCFM, Algorithm 2 raw": "nothing", "SCFM, Algorithm 2 dialled": "a dial", "SCFM, Algorithm 2 stepwise": "a dial for each step",
+         "SCFM, Algorithm 1 stepwise": "a dial for each step", "SCFM, self grid 2 stepwise": "a dial for each step",
          "SCFM, damped dialled": "a dial", "SCFM, tuned dialled": "a dial", "SCFM, damped stepwise": "a dial for each step",
          "SCFM, tuned stepwise": "a dial for each step"}
 

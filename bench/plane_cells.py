@@ -81,8 +81,16 @@ def settings(protocol, change):
               "fast_decay": shorten(.99, updates), "slow_decay": shorten(.999, updates)}
     training, reading = {"few": 0, "sample_space": False}, {"read_out": "slow", "sampling_shift": 1.}
     for name, value in change.items():
-        next((part for part in (training, reading) if name in part), asked)[name] = value
+        next((part for part in (training, reading) if name in part), training if name == "share_to" else asked)[name] = value
     return asked, training, reading
+
+
+def moved_share(config, last):
+    """on_update for `distill`: k/N goes evenly from what config says to `last`, where it ends; None where it stays."""
+    def on_update(update, _):
+        config.teacher_share = first + (last - first) * (update + 1) / config.updates
+    first = config.teacher_share
+    return None if last is None else on_update
 
 
 def student(cache, protocol, job):
@@ -100,7 +108,8 @@ def student(cache, protocol, job):
         return points[torch.randint(len(points), (rows,), generator=generator)]
 
     def make():
-        (in_sample_space if training["sample_space"] else partial(distill, progress=False))(speakers, batch_of, config)
+        moving = moved_share(config, training.get("share_to"))
+        (in_sample_space if training["sample_space"] else partial(distill, on_update=moving, progress=False))(speakers, batch_of, config)
         return {name: speakers.networks[name].state_dict() for name in ("student", "fast", "slow")}
     for name, weights in cache("student", spec, make).items():
         load(speakers.networks[name], weights)

@@ -66,3 +66,19 @@ def test_the_end_of_the_table_is_marked(parts):
     assert parts[0].told({2: (1., max(scales))})["at_the_end"] and not parts[0].told({2: (1., 1.)})["at_the_end"]
     done = [(Job("plane", label, "plane"), value(.5, at_the_end=label != "base"), {}, 0) for label in ("base", "weak")]
     assert "1.000>" in parts[1].text(parts[1].gathered(done))
+
+
+def test_a_share_that_moves_gives_each_update_its_number_of_teacher_rows(parts):
+    import torch
+    from plane_cells import moved_share
+    from scfm.distill import DistillConfig, FullSpeakers, distill
+    from toy.plane import MLP
+    config, seen = DistillConfig(updates=5, batch=8, teacher_share=0., fast_decay=.5, slow_decay=.9), []
+    move = moved_share(config, 1.25)                         # a quarter more an update; the last value is never drawn with
+
+    def on_update(update, result):
+        seen.append(int(result.jumps.is_teacher.sum()))
+        move(update, result)
+    distill(FullSpeakers(MLP(8, 1)), lambda generator, rows: torch.randn(rows, 2, generator=generator), config, on_update, progress=False)
+    assert seen == [0, 2, 4, 6, 8] and config.teacher_share == 1.25
+    assert moved_share(config, None) is None
