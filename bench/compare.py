@@ -42,7 +42,7 @@ BUDGETS = {"small": (SMALL, SMALL_FLUX), "medium": (3 * SMALL, 3 * SMALL_FLUX), 
 SMOKE_BUDGETS = {"small": (500, 200), "medium": (600, 0), "large": (700, 0)}        # 0: nothing is trained on the tiny Flux
 FULL = Protocol(dial_noises=128, scales=SCALES[::2])         # the search counts, so it is kept small
 TINY = SMOKE._replace(dial_noises=2)
-TINY_FLUX = compare_flux.FluxProtocol(batch=2, drawings=8, judged=4, dial_noises=1)
+TINY_FLUX = compare_flux.FluxProtocol(batch=2, drawings=8, judged=2, dial_noises=1)
 BASELINES = {"Reflow": "reflow", "progressive": "progressive", "consistency": "consistency", "Shortcut": "shortcut",
              "MeanFlow": "meanflow"}
 SCFM = {"SCFM, Algorithm 2": {}, "SCFM, Algorithm 1": {"algorithm": "one_ema"}, "SCFM, self grid 2": {"self_grids": (2,)},
