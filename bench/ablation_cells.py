@@ -8,9 +8,9 @@ from functools import lru_cache, partial
 import torch
 
 from plane_cells import changed, dialling, finite, judged, load, measured, ruler, settings, teacher
-from scfm.dial import choose, endpoint_curve
-from scfm.distill import DistillConfig, FullSpeakers, distill
-from scfm.metrics import endpoint_distance
+from scfm.method.lora_scale import choose, endpoint_curve
+from scfm.method.distill import DistillConfig, FullSpeakers, distill
+from scfm.method.metrics import endpoint_distance
 from toy.plane import DATA, MLP
 
 DEFAULT = {"schedule": "constant", "fast_decay": .99, "slow_decay": .999, "read_out": "student"}   # of the plane
@@ -78,7 +78,7 @@ def lora_speakers(network, rank, seed):
     """`LoraSpeakers` on a copy of an `MLP`: an adapter on each of its linear layers."""
     from diffusers.loaders import PeftAdapterMixin           # heavy, and most cells need none of it
 
-    from scfm.lora import LoraSpeakers
+    from scfm.models.lora import LoraSpeakers
 
     class Adaptable(MLP, PeftAdapterMixin):
         """What diffusers' transformers have, for a small network."""
@@ -130,7 +130,8 @@ def walks(protocol):
     """(for the judge, for the dial), each walk(field, steps) -> endpoints (n, N, C), at the stock shift and guidance scale."""
     from few_shot_flux import PROMPTS, family
 
-    from scfm.teacher_data import read_prompts, start_noise, teacher_endpoints
+    from scfm.data.prompts import read_prompts
+    from scfm.models.sampling import start_noise, teacher_endpoints
     from toy.judge import STOCK
     from toy.pipelines import GUIDANCE
     captions = read_prompts(PROMPTS)[:protocol.dial_captions]

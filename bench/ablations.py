@@ -26,8 +26,8 @@ from ablation_cells import measure_flux, measure_flux_teacher, measure_run
 from ablation_report import gathered, most_sensitive, plot_families, plot_flux, plot_grids, text
 from cells import about, parser_of, run_all, write
 from plane_cells import FEWER, MEASURES, do
-from scfm.dial import SCALES
-from scfm.ema import shorten
+from scfm.method.lora_scale import SCALES
+from scfm.method.ema import shorten
 from toy.plane import DATA
 
 ABLATED, PARTS = "checkerboard", ("plane", "grids", "flux")

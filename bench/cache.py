@@ -25,12 +25,13 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from scfm.cache import CachePlan, rows_of_update
-from scfm.consistency import keyed_generator
-from scfm.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
-from scfm.families.flux import Flux
-from scfm.lora import LoraSpeakers, attach
-from scfm.teacher_data import make_pictures, read_folder, read_picture
+from scfm.data.cache import CachePlan, rows_of_update
+from scfm.method.consistency import keyed_generator
+from scfm.method.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
+from scfm.models.flux import Flux
+from scfm.models.lora import LoraSpeakers, attach
+from scfm.data.images import read_folder, read_picture
+from scfm.data.teacher_images import make_pictures
 from toy.pipelines import FLUX, TOKENS, load_flux
 from toy.shapes import draw_captions
 

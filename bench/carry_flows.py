@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cifar_training import Plan, folder_of
-from scfm.unet import header_of, load_flow, save_flow
+from scfm.models.unet import header_of, load_flow, save_flow
 
 CARRIED = {"plain": "plain", "scfm 1/4": "scfm", "shortcut": "shortcut"}
 OUT = Path(__file__).parents[1] / "toy" / "weights" / "cifar"

@@ -26,8 +26,8 @@ from pathlib import Path
 from cifar_cells import Judge, Painter, dialled, floor, lora_painter, paint_all, sampler, score_all
 from cifar_report import report
 from cifar_training import DISTILLED, LORA, METHODS, NFE, RECIPES, Plan, folder_of, train_all
-from scfm.pictures import load_pictures
-from scfm.unet import load_flow
+from scfm.data.labelled_images import load_pictures
+from scfm.models.unet import load_flow
 
 ALL = ("plain", "scfm 1/4", "shortcut", DISTILLED, LORA, "scfm 1/8", "scfm 1/2")
 

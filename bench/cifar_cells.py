@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cifar_training import DISTILLED, LORA, NFE, folder_of, safe
-from scfm.dial import choose, endpoint_curve
-from scfm.distill import FullSpeakers
-from scfm.flow import EVALUATIONS, sample, time_grid
-from scfm.metrics import frechet_distance
-from scfm.pictures import load_pictures
-from scfm.step_lora import StepLora, UseConfig, find_dial
-from scfm.unet import generate, header_of, load_flow
+from scfm.method.lora_scale import choose, endpoint_curve
+from scfm.method.distill import FullSpeakers
+from scfm.method.flow import EVALUATIONS, sample, time_grid
+from scfm.method.metrics import frechet_distance
+from scfm.data.labelled_images import load_pictures
+from scfm.inference.step_lora import StepLora, UseConfig, find_dial
+from scfm.models.unet import generate, header_of, load_flow
 from toy.features import load_features, look, mark
 
 SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2.)              # of its dial
@@ -52,7 +52,7 @@ class Judge:
         return lambda pictures: look(network, pictures)
 
     def inception_eye(self):
-        from scfm.eyes import inception
+        from scfm.evaluation.image_metrics import inception
         eye = inception(self.plan.inception, self.device)
         return lambda pictures: eye.look((chunk, None) for chunk in pictures.split(100))
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from cifar_training import DISTILLED, KEPT, LORA, NFE, RECIPES, Plan, folder_of, safe
-from scfm.lora import WEIGHT_NAME
-from scfm.unet import header_of
+from scfm.models.lora import WEIGHT_NAME
+from scfm.models.unet import header_of
 from toy.features import mark, recipe
 
 matplotlib.use("Agg")

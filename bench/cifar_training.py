@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from torchvision.transforms.functional import to_pil_image
 
-from scfm.config import RunConfig
-from scfm.ema import shorten
-from scfm.families.pixels import save_pipeline
-from scfm.lora import WEIGHT_NAME
-from scfm.pretrain import SHORTCUT, PretrainConfig, pretrain
-from scfm.run import begin, end
-from scfm.unet import header_of, load_flow
+from scfm.training.config import RunConfig
+from scfm.method.ema import shorten
+from scfm.models.pixels import save_pipeline
+from scfm.models.lora import WEIGHT_NAME
+from scfm.training.flow_trainer import SHORTCUT, PretrainConfig, pretrain
+from scfm.training.distill_trainer import begin, end
+from scfm.models.unet import header_of, load_flow
 
 NFE = (1, 2, 4, 8, 16, 32, 64)
 METHODS = {"plain": {"flow_share": 1.}, "scfm 1/8": {"flow_share": .875}, "scfm 1/4": {"flow_share": .75},

@@ -6,7 +6,7 @@ Checkerboard, moons and 8 Gaussians, three seeds, the teachers of bench/plane.py
     free      the teacher by Euler, midpoint, Heun and DPM-Solver++(2M)
     trained   Reflow, progressive, consistency, Shortcut, MeanFlow (scfm/baselines.py), and SCFM: both algorithms, the self
               grid of 2 alone, damped speakers with k/N .2, and `tuned`, what bench/variants.py found; each raw, on its dial, and with a strength for each step
-              (`stepwise`, scfm.schedule), whose search costs no more than the dial's
+              (`stepwise`, scfm.method.scale_schedule), whose search costs no more than the dial's
 
 and the tiny Flux of toy/, one seed: the same by a LoRA of rank 16, judged by the Frechet distance on the features of toy/reader.py
 (not FID), its accuracy in reading what the caption names, and the coupling. Shortcut and MeanFlow are missing there: they need a
@@ -34,7 +34,7 @@ from compare_front import weighed
 from compare_report import gathered, plot, plot_summary, summary, text
 from plane import SMOKE, Protocol
 from plane_cells import do
-from scfm.dial import SCALES
+from scfm.method.lora_scale import SCALES
 from toy.plane import DATA
 
 SMALL, SMALL_FLUX = 10_000 * PAIR_STEPS, 750 * PAIR_STEPS

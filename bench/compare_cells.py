@@ -5,14 +5,15 @@ import torch
 
 from plane_cells import (COUPLED, MEASURES, changed, dialling, ends, finite, goal_of, load, measure_student, measured, references, ruler, settings,
                          student, teacher)
-from scfm.baselines import (SHORTCUT_GRIDS, distillation_loss, fit, make_pairs, meanflow_loss, multistep, network_evaluations, progressive,
-                            reflow_loss, sample_renoised, sample_told, shortcut_loss, updates_for)
-from scfm.consistency import keyed_generator
-from scfm.dial import STEPS, choose
-from scfm.distill import DistillConfig, FullSpeakers
-from scfm.flow import time_grid
-from scfm.metrics import endpoint_distance
-from scfm.schedule import by_step, in_turn, vertex
+from scfm.method.baselines import (
+    SHORTCUT_GRIDS, distillation_loss, fit, make_pairs, meanflow_loss, multistep, network_evaluations,
+    progressive, reflow_loss, sample_renoised, sample_told, shortcut_loss, updates_for)
+from scfm.method.consistency import keyed_generator
+from scfm.method.lora_scale import STEPS, choose
+from scfm.method.distill import DistillConfig, FullSpeakers
+from scfm.method.flow import time_grid
+from scfm.method.metrics import endpoint_distance
+from scfm.method.scale_schedule import by_step, in_turn, vertex
 from toy.plane import DATA, MLP, with_step
 
 PAIRS, RENOISE = range(15, 17)                               # streams of random numbers that nothing else uses

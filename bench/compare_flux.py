@@ -13,15 +13,16 @@ import torch
 from compare_cells import STAGES
 from few_shot_flux import weights
 from plane_cells import changed, finite, moved_share, settings
-from scfm.baselines import (distillation_loss, fit, multistep, network_evaluations, progressive_loss, reflow_loss, sample_renoised,
-                            updates_for)
-from scfm.consistency import keyed_generator
-from scfm.dial import STEPS, choose, endpoint_curve
-from scfm.distill import DistillConfig, distill
-from scfm.families.flux import Flux
-from scfm.flow import EVALUATIONS, sample, time_grid
-from scfm.lora import LoraSpeakers, adapter_state, copy_adapter, load_adapter_state
-from scfm.teacher_data import on_device, start_noise, teacher_endpoints
+from scfm.method.baselines import (
+    distillation_loss, fit, multistep, network_evaluations, progressive_loss, reflow_loss,
+    sample_renoised, updates_for)
+from scfm.method.consistency import keyed_generator
+from scfm.method.lora_scale import STEPS, choose, endpoint_curve
+from scfm.method.distill import DistillConfig, distill
+from scfm.models.flux import Flux
+from scfm.method.flow import EVALUATIONS, sample, time_grid
+from scfm.models.lora import LoraSpeakers, adapter_state, copy_adapter, load_adapter_state
+from scfm.models.sampling import on_device, start_noise, teacher_endpoints
 from toy.judge import STOCK, Judge
 from toy.pipelines import GUIDANCE, TOKENS, load_flux
 from toy.shapes import draw_captions, draw_pictures
@@ -65,7 +66,7 @@ def spent(protocol, method, budget):
 
 
 class Captioned:
-    """Speakers for the losses of scfm.baselines, which know no captions: the condition is that of the batch at hand, `cond`.
+    """Speakers for the losses of scfm.method.baselines, which know no captions: the condition is that of the batch at hand, `cond`.
 
     teacher: who speaks as such; None for the base.
     """
@@ -148,7 +149,7 @@ def on_drawings(place, bound):
 
 
 def shortcut(place, speakers, config, share_to=None):
-    """SCFM, by the loop of scfm.distill; all three adapters. share_to: where k/N ends, if it moves."""
+    """SCFM, by the loop of scfm.method.distill; all three adapters. share_to: where k/N ends, if it moves."""
     def batch_of(generator, rows):
         picked = torch.randint(len(place.latents), (rows,), generator=generator)
         return place.latents[picked], place.cond(picked)

@@ -9,7 +9,7 @@ import statistics
 from typing import NamedTuple
 
 from compare_report import FLUX, NEEDS
-from scfm.dial import STEPS
+from scfm.method.lora_scale import STEPS
 
 OURS, ON_FLUX, ONE_SEED = "SCFM, tuned stepwise", ("SCFM, Algorithm 2 raw", "SCFM, Algorithm 2 dialled", "SCFM, tuned dialled"), .05
 FIRST, LEVEL, BEHIND = WORDS = "first", "level", "behind"

@@ -6,7 +6,7 @@ from PIL import Image
 import compare_flux
 from compare_cells import plan, spent
 from plane_report import LEVELS, axes_of_steps, canvas, gather, table
-from scfm.dial import STEPS
+from scfm.method.lora_scale import STEPS
 
 FLUX = compare_flux.NAME
 STYLES = {"Reflow raw": "C0o-", "progressive own stage": "C1o-", "consistency re-noised": "C2o-", "Shortcut raw": "C4o-",

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 
 from plane_cells import changed, finite
-from scfm.cache import fingerprint
-from scfm.consistency import keyed_generator
-from scfm.dial import choose, endpoint_curve
-from scfm.distill import DistillConfig, distill
-from scfm.ema import shorten
-from scfm.families.flux import Flux
-from scfm.lora import LoraSpeakers, adapter_state, load_adapter_state, set_scale
-from scfm.teacher_data import read_prompts, start_noise, teacher_endpoints
+from scfm.data.cache import fingerprint
+from scfm.method.consistency import keyed_generator
+from scfm.method.lora_scale import choose, endpoint_curve
+from scfm.method.distill import DistillConfig, distill
+from scfm.method.ema import shorten
+from scfm.models.flux import Flux
+from scfm.models.lora import LoraSpeakers, adapter_state, load_adapter_state, set_scale
+from scfm.data.prompts import read_prompts
+from scfm.models.sampling import start_noise, teacher_endpoints
 from toy.demo import PROMPTS
 from toy.judge import STOCK, Judge
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, load_flux

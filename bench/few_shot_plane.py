@@ -9,10 +9,10 @@ import torch
 
 from plane import Protocol
 from plane_cells import COUPLED, dialling, ends, finite, goal_of, measured, references, student, teacher
-from scfm.consistency import keyed_generator
-from scfm.dial import SCALES, choose, endpoint_curve
-from scfm.distill import FullSpeakers
-from scfm.metrics import endpoint_distance, sliced_wasserstein
+from scfm.method.consistency import keyed_generator
+from scfm.method.lora_scale import SCALES, choose, endpoint_curve
+from scfm.method.distill import FullSpeakers
+from scfm.method.metrics import endpoint_distance, sliced_wasserstein
 from toy.plane import DATA
 
 OTHERS = 30                                                  # a stream of random numbers that nothing else uses

@@ -23,10 +23,10 @@ import torch
 from cifar import measure
 from cifar_report import report
 from cifar_training import DISTILLED, KEPT, LORA, METHODS, RECIPES, Plan, folder_of, safe, train_all
-from scfm.lora import WEIGHT_NAME
-from scfm.pictures import load_pictures
-from scfm.pretrain import PretrainConfig, Pretraining
-from scfm.unet import load_flow, save_flow
+from scfm.models.lora import WEIGHT_NAME
+from scfm.data.labelled_images import load_pictures
+from scfm.training.flow_trainer import PretrainConfig, Pretraining
+from scfm.models.unet import load_flow, save_flow
 
 NAMES = ("plain", "scfm 1/4", "shortcut", DISTILLED, LORA)
 TRAINING = .85                                              # of the time; the rest is measuring

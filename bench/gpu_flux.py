@@ -23,12 +23,12 @@ from types import SimpleNamespace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scfm.consistency import keyed_generator
-from scfm.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
-from scfm.families import unguided
-from scfm.flow import interpolate, velocity
-from scfm.lora import LoraSpeakers
-from scfm.plan import SHAPES
+from scfm.method.consistency import keyed_generator
+from scfm.method.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
+from scfm.models.family import unguided
+from scfm.method.flow import interpolate, velocity
+from scfm.models.lora import LoraSpeakers
+from scfm.training.estimate import SHAPES
 
 FLUX, SD35 = SHAPES["flux-dev"][2], SHAPES["sd35-large"][2]
 TINY = {"flux": dict(FLUX, num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from cells import about, parser_of, run_all, write
 from plane_cells import FEWER, do
 from plane_report import gather, plot, plot_ablations, table, targets
-from scfm.dial import SCALES
+from scfm.method.lora_scale import SCALES
 from toy.plane import DATA
 
 RECIPES = {"damped": {"speaker_scale": .5}, "paper": {},
@@ -46,7 +46,7 @@ class Protocol(NamedTuple):
 
 NOTES = (
     "Kept small for a slow machine: 2000 updates of a student, 14000 of the checkerboard's teacher, 5000 of the others.",
-    "EMA decays: the paper's, shortened to the updates (scfm.ema.shorten). Students are read out from the slow EMA.",
+    "EMA decays: the paper's, shortened to the updates (scfm.method.ema.shorten). Students are read out from the slow EMA.",
     "Ablations: one set, one seed, 1000 updates unless the label says otherwise, up to 8 steps, one thing changed.",
     "The recipe with k/N .2 was added after k/N .4 had missed two aims, by the ablations (checkerboard, seed 0).",
     "A target is met at or below 1.05 times the rival, or below the upper end of the noise band of one pair of samples.",

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from scfm.consistency import keyed_generator, scfm_loss
-from scfm.dial import STEPS, choose, endpoint_curve
-from scfm.distill import DistillConfig, FullSpeakers, distill, draw_update, make_emas, make_optimizer
-from scfm.ema import shorten
-from scfm.flow import EVALUATIONS, sample, time_grid
-from scfm.metrics import endpoint_distance, sliced_wasserstein
+from scfm.method.consistency import keyed_generator, scfm_loss
+from scfm.method.lora_scale import STEPS, choose, endpoint_curve
+from scfm.method.distill import DistillConfig, FullSpeakers, distill, draw_update, make_emas, make_optimizer
+from scfm.method.ema import shorten
+from scfm.method.flow import EVALUATIONS, sample, time_grid
+from scfm.method.metrics import endpoint_distance, sliced_wasserstein
 from toy.plane import DATA, MLP, train_flow
 
 REFERENCE, NOISE, DIAL_NOISE, FEW, FLOOR = range(10, 15)     # streams of random numbers that nothing else uses
@@ -238,7 +238,7 @@ CRITERIA = {                                                 # data-free: ends o
 def measure_choosers(cache, protocol, job):
     """{criterion: {steps: (scale that it chooses, SW2 there)}}; `best` looks at the data and is the limit for all.
 
-    Each as `scfm.dial.choose` does it, with scales that never increase, and `free`: the smallest at each step count."""
+    Each as `scfm.method.lora_scale.choose` does it, with scales that never increase, and `free`: the smallest at each step count."""
     speakers, spec = student(cache, protocol, job)
     field, steps = partial(speakers.field, "slow"), (3, 4, 8)
 

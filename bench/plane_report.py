@@ -1,7 +1,7 @@
 """The record, the verdicts and the figures of bench/plane.py, from the measurements that it made."""
 import statistics
 
-from scfm.dial import STEPS
+from scfm.method.lora_scale import STEPS
 
 AIMS = {"checkerboard": {3: .045, 4: .040, 8: .033}}         # SW2 that the dialled student should reach
 RECOMMENDED = "damped, k/N .2"

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from scfm.dial import Dial, read_dial
-from scfm.families.flux import Flux
-from scfm.lora import WEIGHT_NAME
+from scfm.method.lora_scale import Dial, read_dial
+from scfm.models.flux import Flux
+from scfm.models.lora import WEIGHT_NAME
 from toy.judge import COLUMNS, SHIFTS, STEPS, STOCK, Judge, at_stock, best_of, table
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS, load_flux
 

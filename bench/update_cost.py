@@ -21,11 +21,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scfm.consistency import consistency_target, scfm_loss
-from scfm.distill import DistillConfig, draw_update, make_emas, make_optimizer
-from scfm.families.flux import Flux
-from scfm.flow import interpolate, velocity
-from scfm.lora import LoraSpeakers
+from scfm.method.consistency import consistency_target, scfm_loss
+from scfm.method.distill import DistillConfig, draw_update, make_emas, make_optimizer
+from scfm.models.flux import Flux
+from scfm.method.flow import interpolate, velocity
+from scfm.models.lora import LoraSpeakers
 
 TEXT, SIDE = 16, 8  # text tokens; image tokens on a side
 

@@ -3,11 +3,11 @@ from functools import partial
 
 from compare_flux import dialling as dialling_on_flux, judge, scored, trained, world
 from plane_cells import COUPLED, dialling, ends, finite, goal_of, measured, references, ruler, settings, student
-from scfm.dial import choose
-from scfm.flow import time_grid
-from scfm.lora import load_adapter_state
-from scfm.metrics import endpoint_distance
-from scfm.schedule import by_step, in_turn
+from scfm.method.lora_scale import choose
+from scfm.method.flow import time_grid
+from scfm.models.lora import load_adapter_state
+from scfm.method.metrics import endpoint_distance
+from scfm.method.scale_schedule import by_step, in_turn
 from toy.judge import STOCK
 
 JUDGED = (2, 3, 4, 8)

@@ -8,7 +8,7 @@ of toy/, one seed, at the medium budget of bench/compare.py; in its folder of ce
     read-out    the student or the fast EMA instead of the slow one
     undamped    the paper's own setting (speakers at full strength, k/N .4), as it is and with the self grids that gained most, and then with k/N .6
     dial        `free`: a scale for each step count, each chosen alone; `smooth`: a parabola through the table; `each step`: a strength for
-                each step of a walk (scfm.schedule)
+                each step of a walk (scfm.method.scale_schedule)
 
 `the three` put together what gained alone. On the tiny Flux, where a training takes ten minutes, only those are tried that came 5 % nearer on
 the plane, and the undamped. Judged at 2, 3, 4 and 8 steps against the base: the distance to the teacher's own endpoints, and the quality (sliced-Wasserstein-2; Frechet on

@@ -3,7 +3,7 @@
 #   scripts/flux_a100.sh black-forest-labs/FLUX.1-dev captions.txt runs/flux [held_out.txt [--updates 4000 ...]]
 # held_out.txt: captions for the report that the run never saw (without it the report is on captions of the run); what follows it goes to `scfm distill`.
 # Can be killed and called again: pictures, updates and the report go on where they were, the choice and the dial begin anew.
-# With more --updates on the same folder: rename OUT/report first. NOT YET TRIED on the real weights (see configs/flux-dev-a100.yaml).
+# With more --updates on the same folder: rename OUT/report first. NOT YET TRIED on the real weights (see scfm/presets/flux-dev-a100.yaml).
 set -euo pipefail
 pipeline=${1:?say: $0 PIPELINE CAPTIONS OUT} captions=${2:?captions, one a line} out=${3:?a folder for the results} held_out=${4:-$2}
 scfm=(python -m scfm.cli)

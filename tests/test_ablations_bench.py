@@ -75,7 +75,7 @@ def test_a_run_that_loses_its_head_is_a_result_and_no_crash(monkeypatch):
     from ablation_cells import OURS, run
     from plane_cells import FAR, judged
 
-    from scfm.distill import DistillConfig, FullSpeakers
+    from scfm.method.distill import DistillConfig, FullSpeakers
     from toy.plane import MLP, checkerboard
     speakers = FullSpeakers(MLP(4, 1))
 

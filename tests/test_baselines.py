@@ -8,14 +8,15 @@ from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.baselines import (COSTS, SHORTCUT_GRIDS, MeanFlowRows, denoise, distillation_loss, distillation_target, fit, make_pairs, meanflow_loss,
-                            meanflow_target, multistep, neighbours, network_evaluations, progressive, progressive_loss,
-                            progressive_target, reflow_loss, regress, sample_renoised, sample_told, shortcut_loss,
-                            shortcut_target, step_of, updates_for)
-from scfm.consistency import Jumps, Speakers, draw_jumps, scfm_loss
-from scfm.distill import DistillConfig, FullSpeakers
-from scfm.flow import interpolate, per_row, sample, time_grid
-from scfm.metrics import curvature
+from scfm.method.baselines import (
+    COSTS, SHORTCUT_GRIDS, MeanFlowRows, denoise, distillation_loss, distillation_target, fit,
+    make_pairs, meanflow_loss, meanflow_target, multistep, neighbours, network_evaluations,
+    progressive, progressive_loss, progressive_target, reflow_loss, regress, sample_renoised,
+    sample_told, shortcut_loss, shortcut_target, step_of, updates_for)
+from scfm.method.consistency import Jumps, Speakers, draw_jumps, scfm_loss
+from scfm.method.distill import DistillConfig, FullSpeakers
+from scfm.method.flow import interpolate, per_row, sample, time_grid
+from scfm.method.metrics import curvature
 from toy.plane import MLP, gaussian_slope, ring_mixture, with_step
 
 rates = st.floats(-3, 3).filter(lambda a: abs(a) > 1e-2)

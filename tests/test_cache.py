@@ -10,11 +10,12 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import scfm.cache
-from scfm.cache import CachePlan, fingerprint, order_of_epoch, rows_of_update
-from scfm.families.flux import Flux
-from scfm.families.sd3 import SD3
-from scfm.teacher_data import make_pictures, read_folder, read_picture
+import scfm.data.cache
+from scfm.data.cache import CachePlan, fingerprint, order_of_epoch, rows_of_update
+from scfm.models.flux import Flux
+from scfm.models.sd3 import SD3
+from scfm.data.images import read_folder, read_picture
+from scfm.data.teacher_images import make_pictures
 from toy.pipelines import FLUX, TOKENS, build_sd3, load_flux
 
 SIZES = [(32, 32), (24, 40), (40, 24)]
@@ -195,7 +196,7 @@ def test_damage_between_the_check_and_the_opening_is_seen(pictures, made, tmp_pa
 
 
 def test_stopped_after_any_shard_it_goes_on(families, pictures, made, tmp_path, monkeypatch):
-    write = scfm.cache.write_shard
+    write = scfm.data.cache.write_shard
     for stop in range(len(plan_of(pictures, made).shards)):
         folder, count = tmp_path / str(stop), [0]
 
@@ -205,10 +206,10 @@ def test_stopped_after_any_shard_it_goes_on(families, pictures, made, tmp_path, 
             count[0] += 1
             write(path, tensors)
 
-        monkeypatch.setattr(scfm.cache, "write_shard", stopping)
+        monkeypatch.setattr(scfm.data.cache, "write_shard", stopping)
         with pytest.raises(KeyboardInterrupt):
             plan_of(pictures, folder).encode(families, progress=False)
-        monkeypatch.setattr(scfm.cache, "write_shard", write)
+        monkeypatch.setattr(scfm.data.cache, "write_shard", write)
         assert not folder.exists() or len(files_of(folder)) == stop
         plan_of(pictures, folder).encode(families, progress=False)
         assert files_of(folder) == files_of(made)

@@ -18,9 +18,9 @@ import cifar_training  # noqa: E402
 from cifar_cells import Judge, Painter, lora_painter, paint_all, precision_recall, sampler, score_all  # noqa: E402
 from cifar_report import aims  # noqa: E402
 from cifar_training import DISTILLED, LORA, METHODS, Plan, train_all, updates_for  # noqa: E402
-from scfm.pictures import load_pictures  # noqa: E402
-from scfm.step_lora import StepLora, UseConfig  # noqa: E402
-from scfm.unet import generate, header_of, load_flow  # noqa: E402
+from scfm.data.labelled_images import load_pictures  # noqa: E402
+from scfm.inference.step_lora import StepLora, UseConfig  # noqa: E402
+from scfm.models.unet import generate, header_of, load_flow  # noqa: E402
 from toy.features import Features, look  # noqa: E402
 from toy.train_features import PEAK, augment, rate, save  # noqa: E402
 from toy.train_features import main as train_features  # noqa: E402

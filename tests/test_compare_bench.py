@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scfm.dial import STEPS
+from scfm.method.lora_scale import STEPS
 
 SCRIPT, BENCH = "compare", Path(__file__).parents[1] / "bench"
 METHODS = ("reflow", "progressive", "consistency", "shortcut", "meanflow", "scfm")

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.consistency import (CAST, LOSSES, Jumps, Speakers, consistency_target, draw_jumps, draw_teacher_rows, keyed_generator,
-                              scfm_loss, snap_times, speak, take_rows)
-from scfm.flow import interpolate, shift_time
+from scfm.method.consistency import (
+    CAST, LOSSES, Jumps, Speakers, consistency_target, draw_jumps, draw_teacher_rows, keyed_generator,
+    scfm_loss, snap_times, speak, take_rows)
+from scfm.method.flow import interpolate, shift_time
 
 ALGORITHMS = ("one_ema", "dual", "dual_pure")
 rows_ = st.integers(1, 40)
@@ -286,7 +287,7 @@ def test_targets_come_before_the_student():
 
 @pytest.mark.parametrize("module", ["consistency", "ema", "distill"])
 def test_chapters_need_torch_alone(module):
-    code = f"import sys, scfm.{module}; print([m for m in ('diffusers', 'transformers', 'peft', 'accelerate', 'toy') if m in sys.modules])"
+    code = f"import sys, scfm.method.{module}; print([m for m in ('diffusers', 'transformers', 'peft', 'accelerate', 'toy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

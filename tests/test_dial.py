@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from scfm.dial import KEY, SCALES, STEPS, Dial, choose, endpoint_curve, read_dial, write_dial
-from scfm.distill import FullSpeakers
-from scfm.lora import ADAPTERS, LoraSpeakers
+from scfm.method.lora_scale import KEY, SCALES, STEPS, Dial, choose, endpoint_curve, read_dial, write_dial
+from scfm.method.distill import FullSpeakers
+from scfm.models.lora import ADAPTERS, LoraSpeakers
 from toy.plane import MLP
 
 # Distances that collide and include 0, so that ties and the logarithm's end are tried

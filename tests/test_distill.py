@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.consistency import keyed_generator, scfm_loss
-from scfm.distill import (DistillConfig, FullSpeakers, TimeBins, distill, draw_update, make_emas, make_optimizer, one_update)
+from scfm.method.consistency import keyed_generator, scfm_loss
+from scfm.method.distill import (
+    DistillConfig, FullSpeakers, TimeBins, distill, draw_update, make_emas, make_optimizer, one_update)
 
 
 class Net(torch.nn.Module):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.ema import EMA, FastSlow, half_life, memory, shorten
+from scfm.method.ema import EMA, FastSlow, half_life, memory, shorten
 
 
 def tensors(seed, dtype=torch.float32):

@@ -15,15 +15,16 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from scfm.cli import main
-from scfm.eyes import Missing, clip, frechet, inception, own_eye
-from scfm.families.flux import Flux
-from scfm.families.sd3 import SD3
-from scfm.gallery import latency, paint_set
-from scfm.lora import save_lora
-from scfm.peers import asked, multistep, own_samplers, read_peer, second_order, stock_latents
-from scfm.report import best_of, groups_of
-from scfm.step_lora import StepLora, UseConfig, fixed_shift
-from scfm.teacher_data import start_noise
+from scfm.evaluation.image_metrics import Missing, clip, frechet, inception, own_eye
+from scfm.models.flux import Flux
+from scfm.models.sd3 import SD3
+from scfm.evaluation.image_store import latency, paint_set
+from scfm.models.lora import save_lora
+from scfm.evaluation.samplers import asked, multistep, own_samplers, read_peer, second_order
+from scfm.models.sampling import stock_latents
+from scfm.evaluation.report import best_of, groups_of
+from scfm.inference.step_lora import StepLora, UseConfig, fixed_shift
+from scfm.models.sampling import start_noise
 from toy.pipelines import FLUX, TOKENS, WEIGHTS, build_flux, build_sd3, clip_tokenizer, load_flux
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a pink star"]
@@ -391,7 +392,7 @@ def test_the_best_of_a_column_is_marked_among_equals_only():
 ])
 def test_bad_input_is_one_line_and_code_2(lora, prompts, tmp_path, capsys, monkeypatch, change, message):
     if "--negative" not in change:
-        monkeypatch.setattr("scfm.step_lora.load_pipeline", lambda *_, **__: pytest.fail("something was loaded"))
+        monkeypatch.setattr("scfm.inference.step_lora.load_pipeline", lambda *_, **__: pytest.fail("something was loaded"))
     words = ["evaluate", "--lora", str(lora), "--prompts", str(prompts), "--out", str(tmp_path / "out"), *TINY, *BLIND, *change]
     assert main(words) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

@@ -9,14 +9,14 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-import scfm.export
+import scfm.inference.export
 from scfm.cli import main
-from scfm.dial import Dial, write_dial
-from scfm.export import concatenated
-from scfm.lora import WEIGHT_NAME, save_lora
-from scfm.peers import stock_latents
-from scfm.step_lora import fixed_shift
-from scfm.teacher_data import start_noise
+from scfm.method.lora_scale import Dial, write_dial
+from scfm.inference.export import concatenated
+from scfm.models.lora import WEIGHT_NAME, save_lora
+from scfm.models.sampling import stock_latents
+from scfm.inference.step_lora import fixed_shift
+from scfm.models.sampling import start_noise
 from toy.pipelines import FLUX, TOKENS, WEIGHTS, build_flux, build_sd3
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left"]
@@ -121,13 +121,13 @@ def test_dora_is_no_sum_of_products():
 
 
 def test_nothing_is_written_that_paints_something_else(place, tmp_path, capsys, monkeypatch):
-    real = scfm.export.reloaded
+    real = scfm.inference.export.reloaded
 
     def broken(tuned, folder):
         family = real(tuned, folder)
         family.pipe.transformer.proj_out.weight.data *= 1.5
         return family
-    monkeypatch.setattr(scfm.export, "reloaded", broken)
+    monkeypatch.setattr(scfm.inference.export, "reloaded", broken)
     assert export(place, tmp_path / "fused", "--steps", 2) == 1
     assert "paints other pictures" in capsys.readouterr().err and not list(tmp_path.iterdir())
 

@@ -1,6 +1,6 @@
 """What every family owes: the stock pipeline's pictures, its scheduler's sign and times, LoRA on every linear layer.
 
-A new family is one more line in `BUILD`; the checks are those of `scfm.families.contract`, which tests/test_new_family.py holds to
+A new family is one more line in `BUILD`; the checks are those of `scfm.models.check`, which tests/test_new_family.py holds to
 what they promise. Weights are random: a contract does not need pictures that mean something.
 """
 import json
@@ -10,22 +10,24 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from scfm.choice import endpoints
+from scfm.training.selection import endpoints
 from scfm.cli import main
-from scfm.config import RunConfig
-from scfm.consistency import consistency_target, draw_jumps, keyed_generator
-from scfm.dial import read_dial
-from scfm.families import FAMILIES, family_of, load_pipeline, velocities
-from scfm.families.contract import LAYERS, check_latents, check_lora, check_pictures, check_text, check_velocity, left_out
-from scfm.families.pixels import pipeline_of
-from scfm.families.sd3 import SD3
-from scfm.flow import euler_step, sample, time_grid
-from scfm.lora import ADAPTERS, LoraSpeakers, attach
-from scfm.metrics import endpoint_distance
-from scfm.run import Run
-from scfm.step_lora import UseConfig
-from scfm.teacher_data import start_noise
-from scfm.unet import PictureFlow
+from scfm.training.config import RunConfig
+from scfm.method.consistency import consistency_target, draw_jumps, keyed_generator
+from scfm.method.lora_scale import read_dial
+from scfm.models.family import FAMILIES, family_of, velocities
+from scfm.models.loading import load_pipeline
+from scfm.models.check import (
+    LAYERS, check_latents, check_lora, check_pictures, check_text, check_velocity, left_out)
+from scfm.models.pixels import pipeline_of
+from scfm.models.sd3 import SD3
+from scfm.method.flow import euler_step, sample, time_grid
+from scfm.models.lora import ADAPTERS, LoraSpeakers, attach
+from scfm.method.metrics import endpoint_distance
+from scfm.training.distill_trainer import Run
+from scfm.inference.step_lora import UseConfig
+from scfm.models.sampling import start_noise
+from scfm.models.unet import PictureFlow
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]

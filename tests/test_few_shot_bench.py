@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from scfm.consistency import keyed_generator
-from scfm.distill import DistillConfig, jumps_of
+from scfm.method.consistency import keyed_generator
+from scfm.method.distill import DistillConfig, jumps_of
 from toy.judge import draw_unknown, named_in
 
 SCRIPT, BENCH = "few_shot", Path(__file__).parents[1] / "bench"

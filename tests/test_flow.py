@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.flow import EVALUATIONS, SOLVERS, interpolate, per_row, sample, shift_time, time_grid, velocity
+from scfm.method.flow import (
+    EVALUATIONS, SOLVERS, interpolate, per_row, sample, shift_time, time_grid, velocity)
 from toy.plane import Mixture, ring_mixture
 
 quick = settings(deadline=None, max_examples=50)
@@ -233,6 +234,6 @@ def test_the_default_grid_of_diffusers_wastes_a_step(scheduler):
 
 
 def test_flow_and_metrics_need_torch_alone():
-    code = "import scfm.flow, scfm.metrics, sys; print([m for m in ('diffusers', 'transformers', 'peft', 'toy') if m in sys.modules])"
+    code = "import scfm.method.flow, scfm.method.metrics, sys; print([m for m in ('diffusers', 'transformers', 'peft', 'toy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"

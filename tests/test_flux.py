@@ -13,12 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from scfm.cli import main
-from scfm.families.flux import Flux
-from scfm.families import family_of, load_pipeline
-from scfm.flow import sample, time_grid
-from scfm.checkpoint import latest
-from scfm.config import RunConfig
-from scfm.run import Run
+from scfm.models.flux import Flux
+from scfm.models.family import family_of
+from scfm.models.loading import load_pipeline
+from scfm.method.flow import sample, time_grid
+from scfm.training.checkpoint import latest
+from scfm.training.config import RunConfig
+from scfm.training.distill_trainer import Run
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, load_flux
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]

@@ -16,13 +16,12 @@ from safetensors import safe_open
 import scfm
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["flow", "consistency", "ema", "distill", "metrics", "dial", "schedule", "baselines", "pictures", "unet", "lora", "families", "teacher_data", "cache", "config", "plan", "checkpoint", "choice", "pretrain", "prepare", "run", "step_lora",
-         "card", "peers", "eyes", "gallery", "evaluate", "report", "export", "commands", "cli"]
-FIRST_CHAPTERS = ORDER[:ORDER.index("metrics") + 1]  # torch alone (and tqdm)
+ORDER = ["types", "files", "method", "models", "data", "training", "inference", "evaluation", "commands", "cli"]
+FIRST_CHAPTERS = [f"method.{p.stem}" for p in sorted((ROOT / "scfm" / "method").glob("[a-z]*.py"))]  # torch alone (and tqdm)
 HEAVY = ["diffusers", "transformers", "peft", "accelerate", "torchvision", "matplotlib"]
 TOOLS = re.compile(r"nbdev|execnb|ghapi|nbconvert|nbclient|ipykernel|notebook|jupyter.*")  # of development only
-EXTRAS = {"pictures": "data_requirements", "teacher_data": "data_requirements", "eyes": "evaluate_requirements"}  # who may ask for what `pip install scfm[...]` brings
-MODULES = sorted(p for p in (ROOT / "scfm").rglob("*.py") if p.name != "_modidx.py" and p != ROOT / "scfm/__init__.py")
+EXTRAS = {"data": "data_requirements", "evaluation": "evaluate_requirements"}  # who may ask for what `pip install scfm[...]` brings
+MODULES = sorted(p for p in (ROOT / "scfm").rglob("*.py") if p.name not in ("_modidx.py", "__init__.py"))
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
 SETTINGS = SETTINGS["DEFAULT"]
@@ -31,7 +30,7 @@ each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path
 
 
 def chapter(path):
-    """The part of scfm that a file belongs to: "flow" for scfm/flow.py, "families" for scfm/families/flux.py."""
+    """The package of scfm that a file belongs to: "models" for scfm/models/flux.py, "cli" for scfm/cli.py."""
     return path.relative_to(ROOT / "scfm").with_suffix("").parts[0]
 
 
@@ -58,7 +57,7 @@ def test_a_module_imports_only_from_earlier_ones(path):
         if name.startswith("scfm."):
             other = name.split(".")[1]
             assert other in ORDER, f"{path.name} imports {name}, which has no place in the order"
-            within = mine == other in ("families", "commands")
+            within = mine == other
             assert within or ORDER.index(other) < ORDER.index(mine), f"{mine} comes before {other}, but imports it"
 
 
@@ -73,7 +72,7 @@ def test_scfm_does_not_import_toy(path):
 
 @each_module
 def test_a_module_needs_only_what_is_installed_with_it(path):
-    allowed = {"torch", "tqdm"} if chapter(path) in FIRST_CHAPTERS else {r.name for r in requirements(SETTINGS["requirements"])}
+    allowed = {"torch", "tqdm"} if chapter(path) in ("types", "files", "method") else {r.name for r in requirements(SETTINGS["requirements"])}
     allowed |= {own for name, own in (("pillow", "PIL"), ("pyyaml", "yaml")) if name in allowed}
     allowed |= {r.name for r in requirements(SETTINGS[EXTRAS[chapter(path)]])} if chapter(path) in EXTRAS else set()
     allowed |= {name.replace("-", "_") for name in allowed}
@@ -116,7 +115,7 @@ def test_nbdev_clean_would_change_nothing(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     nbs = shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".*"))
     tool("nbdev_clean", tmp_path)
-    changed = sorted(p.name for p in nbs.glob("*.ipynb") if p.read_bytes() != (ROOT / "nbs" / p.name).read_bytes())
+    changed = sorted(p.name for p in nbs.rglob("*.ipynb") if p.read_bytes() != (ROOT / "nbs" / p.relative_to(nbs)).read_bytes())
     assert not changed, f"with metadata that makes noise in diffs: {', '.join(changed)} (run make export)"
 
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from scfm.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
-from scfm.families.flux import Flux
-from scfm.lora import ADAPTERS, LoraSpeakers, adapter_parameters, attach, save_lora
+from scfm.method.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
+from scfm.models.flux import Flux
+from scfm.models.lora import ADAPTERS, LoraSpeakers, adapter_parameters, attach, save_lora
 from toy.pipelines import build_flux
 
 N, TEXT = 16, 8

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.flow import sample, time_grid
-from scfm.metrics import curvature, endpoint_distance, frechet_distance, moments, sliced_wasserstein
+from scfm.method.flow import sample, time_grid
+from scfm.method.metrics import curvature, endpoint_distance, frechet_distance, moments, sliced_wasserstein
 from toy.plane import checkerboard, ring_mixture
 
 quick = settings(deadline=None, max_examples=25)

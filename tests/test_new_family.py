@@ -1,6 +1,6 @@
 """Families from outside: how they join, what refuses them, and that the check finds the usual mistakes.
 
-The family is that of nbs/21_new_family.ipynb, taken from its cells, so what the page shows is what is tested.
+The family is that of nbs/learn/21_new_family.ipynb, taken from its cells, so what the page shows is what is tested.
 """
 import importlib
 import json
@@ -14,16 +14,19 @@ import torch
 from diffusers import Lumina2Pipeline
 from diffusers.utils import logging
 
-from scfm import families
+from scfm.models import family as families
 from scfm.cli import main
-from scfm.families import FAMILIES, empty_transformer, family_called, family_of, load_pipeline, offered, register, with_vae, without_weights
-from scfm.families.contract import (CONTRACT, check_family, check_latents, check_lora, check_pictures, check_text, check_velocity,
-                                    left_out, stock_walk)
-from scfm.families.flux import Flux
-from scfm.families.sd3 import SD3
+from scfm.models.family import FAMILIES, family_called, family_of, offered, register
+from scfm.models.loading import load_pipeline, with_vae
+from scfm.models.source import empty_transformer, without_weights
+from scfm.models.check import (
+    CONTRACT, check_family, check_latents, check_lora, check_pictures, check_text, check_velocity,
+    left_out, stock_walk)
+from scfm.models.flux import Flux
+from scfm.models.sd3 import SD3
 from toy.pipelines import FLUX, TOKENS, build_flux
 
-NOTEBOOK = Path(__file__).parents[1] / "nbs" / "21_new_family.ipynb"
+NOTEBOOK = Path(__file__).parents[1] / "nbs" / "learn/21_new_family.ipynb"
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a green star"]
 SIZE = 64, 64, 48
 
@@ -131,7 +134,7 @@ def test_a_class_that_lacks_a_member_is_told_which(member):
 
 
 def test_a_second_family_of_a_pipeline_is_refused(outside, site):
-    with pytest.raises(ValueError, match="FluxPipeline has a family already, scfm.families.flux:Flux"):
+    with pytest.raises(ValueError, match="FluxPipeline has a family already, scfm.models.flux:Flux"):
         register(type("Mine", (Flux,), {}))
     install(site, {"Lumina2Pipeline": "elsewhere:Lumina2"})
     with pytest.raises(ValueError, match="Lumina2Pipeline has a family already, elsewhere:Lumina2"):

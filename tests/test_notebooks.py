@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*/*.ipynb"))
 BUDGETS = json.loads((ROOT / "tests" / "budgets.json").read_text())  # seconds, on a laptop with nothing else to do
 PATIENCE = 4  # a slow or busy machine may take so many times the budget
 LARGEST = 500_000  # bytes
@@ -25,8 +25,8 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     assert path.stem in BUDGETS, f"{path.name} has no budget: write its seconds into tests/budgets.json"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a notebook needs nothing from the network
-    folder = shutil.copytree(path.parent, tmp_path / "nbs", ignore=shutil.ignore_patterns(".*", "_*"))
-    for name in ("bench", "configs", "docs", "toy"):  # a notebook may look at its neighbours
+    folder = shutil.copytree(path.parent, tmp_path / "nbs" / path.parent.name, ignore=shutil.ignore_patterns(".*", "_*"))
+    for name in ("bench", "docs", "scfm", "toy"):  # a notebook may look at its neighbours
         (tmp_path / name).symlink_to(ROOT / name)
     notebook = nbformat.read(folder / path.name, as_version=4)
     committed = [shown(cell) for cell in code_cells(notebook)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scfm.pictures import load_pictures
+from scfm.data.labelled_images import load_pictures
 
 NAMES = ["cat", "dog", "ship"]
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
 
 from scfm.cli import main
-from scfm.config import RunConfig
-from scfm.dial import read_dial
-from scfm.families import load_pipeline
-from scfm.families.pixels import ClassNames, NoVAE, PixelPipeline, Pixels, pipeline_of, save_pipeline
-from scfm.lora import WEIGHT_NAME, LoraSpeakers, adapter_parameters, save_lora
-from scfm.run import Run
-from scfm.step_lora import StepLora, UseConfig
-from scfm.unet import PictureFlow, generate, guided, load_flow
+from scfm.training.config import RunConfig
+from scfm.method.lora_scale import read_dial
+from scfm.models.loading import load_pipeline
+from scfm.models.pixels import ClassNames, NoVAE, PixelPipeline, Pixels, pipeline_of, save_pipeline
+from scfm.models.lora import WEIGHT_NAME, LoraSpeakers, adapter_parameters, save_lora
+from scfm.training.distill_trainer import Run
+from scfm.inference.step_lora import StepLora, UseConfig
+from scfm.models.unet import PictureFlow, generate, guided, load_flow
 
 NAMES = ("cat", "dog", "fire engine", "engine")
 
@@ -189,7 +189,7 @@ def test_pretrain_distill_kill_resume_dial_sample_evaluate_export(data):
     step.set_scale(step.dial.scale(2))
     ours, theirs = (p(["a cat", "a dog"], num_inference_steps=2, latents=noise, output_type="pt").images for p in (step.pipe, fused))
     assert torch.allclose(ours, theirs, atol=1e-4)
-    assert "from scfm.families.pixels import PixelPipeline" in (data / "fused" / "README.md").read_text()
+    assert "from scfm.models.pixels import PixelPipeline" in (data / "fused" / "README.md").read_text()
     assert "12 of them" in (data / "whole" / "README.md").read_text()
 
 

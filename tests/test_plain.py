@@ -1,4 +1,4 @@
-"""nbs/plain_scfm.ipynb imports nothing of ours and computes what the library computes: same loss, gradient and weights."""
+"""nbs/learn/plain_scfm.ipynb imports nothing of ours and computes what the library computes: same loss, gradient and weights."""
 import ast
 import json
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from scfm import flow
-from scfm.consistency import Jumps, Speakers, consistency_target, draw_jumps, keyed_generator
-from scfm.distill import DistillConfig, FullSpeakers, draw_update, make_emas, make_optimizer, one_update
+from scfm.method import flow
+from scfm.method.consistency import Jumps, Speakers, consistency_target, draw_jumps, keyed_generator
+from scfm.method.distill import (
+    DistillConfig, FullSpeakers, draw_update, make_emas, make_optimizer, one_update)
 
-NOTEBOOK = Path(__file__).parents[1] / "nbs" / "plain_scfm.ipynb"
+NOTEBOOK = Path(__file__).parents[1] / "nbs" / "learn/plain_scfm.ipynb"
 CODE = ["".join(c["source"]) for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
 DECAYS = (.9, .97)
 

@@ -4,12 +4,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.cli import main
-from scfm.config import RunConfig
-from scfm.distill import draw_update, make_emas, make_optimizer, one_update
-from scfm.families.flux import Flux
-from scfm.families.sd3 import SD3
-from scfm.lora import LoraSpeakers
-from scfm.plan import make_plan
+from scfm.training.config import RunConfig
+from scfm.method.distill import draw_update, make_emas, make_optimizer, one_update
+from scfm.models.flux import Flux
+from scfm.models.sd3 import SD3
+from scfm.models.lora import LoraSpeakers
+from scfm.training.estimate import make_plan
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
 
 TINY = dict(height=32, width=32, max_tokens=TOKENS, rank=4, batch=4, updates=10, guidance=(4., 4.))

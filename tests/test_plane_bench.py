@@ -2,7 +2,7 @@
 import pytest
 from PIL import Image
 
-from scfm.dial import STEPS
+from scfm.method.lora_scale import STEPS
 from toy.plane import DATA
 
 SCRIPT = "plane"

@@ -17,14 +17,16 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import scfm.distill
+import scfm.method.distill
 from scfm.commands.pretrain import main
-from scfm.consistency import Jumps
-from scfm.distill import draw_update
-from scfm.flow import interpolate
-from scfm.pictures import Pictures
-from scfm.pretrain import SHORTCUT, FlowSpeakers, PretrainConfig, Pretraining, batch_of, evaluations, pretrain, with_level
-from scfm.unet import SIZES, PictureFlow, drop_labels, field_of, generate, guided, header_of, load_flow, save_flow
+from scfm.method.consistency import Jumps
+from scfm.method.distill import draw_update
+from scfm.method.flow import interpolate
+from scfm.data.labelled_images import Pictures
+from scfm.training.flow_trainer import (
+    SHORTCUT, FlowSpeakers, PretrainConfig, Pretraining, batch_of, evaluations, pretrain, with_level)
+from scfm.models.unet import (
+    SIZES, PictureFlow, drop_labels, field_of, generate, guided, header_of, load_flow, save_flow)
 
 QUICK = {"size": "tiny", "updates": 4, "batch": 8, "checkpoint_every": 2, "preview_every": 0, "warmup": 3, "data": "noise"}
 
@@ -173,7 +175,7 @@ def test_a_shortcut_model_is_told_its_jump_and_its_target_half_of_it():
         def forward(self, x, t, cond):
             heard.append(cond.tolist())
             return x * t[:, None] * (1 + cond[:, 1:])
-    from scfm.consistency import scfm_loss
+    from scfm.method.consistency import scfm_loss
     jumps = Jumps(torch.tensor([[1., .75, .5], [.4, .4, .4]]), torch.zeros(2, dtype=torch.bool), torch.tensor([4, 0]))
     cond = with_level(torch.tensor([3, 5]), jumps)
     assert cond.tolist() == [[3, 1], [5, 7]]                       # half of the road; a flow row: the smallest step
@@ -258,12 +260,12 @@ def test_previews_show_every_step_count_and_say_how_far_they_are(run):
 
 
 def test_a_gradient_that_is_no_number_stops_and_names_the_last_good_state(run, monkeypatch):
-    r, real, calls = run(), scfm.distill.scfm_loss, []
+    r, real, calls = run(), scfm.method.distill.scfm_loss, []
 
     def spoiled(*args, **more):
         calls.append(1)
         return real(*args, **more) * (float("nan") if len(calls) == 4 else 1)
-    monkeypatch.setattr(scfm.distill, "scfm_loss", spoiled)
+    monkeypatch.setattr(scfm.method.distill, "scfm_loss", spoiled)
     with pytest.raises(FloatingPointError, match="no weight was changed.*000002"):
         r.train()
     assert r.update == 3 and all(w.isfinite().all() for w in weights(r).values())

@@ -13,15 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-import scfm.run
-from scfm.checkpoint import all_checkpoints, latest
+import scfm.training.distill_trainer
+from scfm.training.checkpoint import all_checkpoints, latest
 from scfm.cli import main
 from scfm.commands.distill import signals_noted
-from scfm.config import RunConfig, read_settings
-from scfm.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
-from scfm.families.flux import Flux
-from scfm.lora import ADAPTERS, LoraSpeakers, adapter_state
-from scfm.run import Run
+from scfm.training.config import RunConfig, read_settings
+from scfm.method.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
+from scfm.models.flux import Flux
+from scfm.models.lora import ADAPTERS, LoraSpeakers, adapter_state
+from scfm.training.distill_trainer import Run
 from toy.pipelines import FLUX, TOKENS, build_flux
 from toy.shapes import draw_captions, draw_pictures
 
@@ -91,7 +91,7 @@ def test_recomputing_activations_is_the_same_run(whole, pictures, tmp_path):
 def test_updates_of_two_sizes_occur_and_every_row_is_used_once(whole):
     mixed = 0
     for whole.update in range(10):
-        index = scfm.run.rows_of_update(whole.update, 4, whole.rows.size_of, 0)
+        index = scfm.training.distill_trainer.rows_of_update(whole.update, 4, whole.rows.size_of, 0)
         parts = whole.parts(index)
         assert sorted(torch.cat(parts).tolist()) == [0, 1, 2, 3]
         assert all(len(whole.rows.size_of[index[part]].unique()) == 1 for part in parts)
@@ -134,7 +134,7 @@ def test_two_processes_resume_bit_for_bit(of_two, pictures, tmp_path):
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused(pictures, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scfm.run.Accelerator, "num_processes", 3)
+    monkeypatch.setattr(scfm.training.distill_trainer.Accelerator, "num_processes", 3)
     assert main(["distill", *flags(settings(pictures, tmp_path / "run"))]) == 2
     assert "batch 4 cannot be dealt evenly to 3 processes" in capsys.readouterr().err
 
@@ -178,13 +178,13 @@ def test_speakers_speak_for_themselves_behind_a_wrapper(group):
 
 
 def test_a_loss_that_is_not_finite_stops_before_any_weight_is_changed(pictures, tmp_path, capsys, monkeypatch):
-    told, real = settings(pictures, tmp_path / "run"), scfm.run.scfm_loss
+    told, real = settings(pictures, tmp_path / "run"), scfm.training.distill_trainer.scfm_loss
     calls = []
 
     def spoiled(*args, **more):
         calls.append(1)
         return real(*args, **more) * (float("nan") if len(calls) > 4 else 1)
-    monkeypatch.setattr(scfm.run, "scfm_loss", spoiled)
+    monkeypatch.setattr(scfm.training.distill_trainer, "scfm_loss", spoiled)
     assert main(["distill", *flags(told)]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     last = latest(tmp_path / "run")
@@ -286,12 +286,12 @@ PRESETS = ["flux-dev-a100", "flux-dev-24gb", "sd35-large-a100", "flux-authors", 
 def test_presets_are_whole(name):
     config = RunConfig(pipeline="somewhere", prompts="some.txt", **read_settings(name))
     config.check()
-    text = (scfm.config.ROOT / "configs" / f"{name}.yaml").read_text()
+    text = (scfm.training.config.PRESETS / f"{name}.yaml").read_text()
     assert "TRIED" in text                                             # each says whether anybody has run it
 
 
 def test_the_presets_are_these():
-    assert sorted(p.stem for p in (scfm.config.ROOT / "configs").glob("*.yaml")) == sorted(PRESETS)
+    assert sorted(p.stem for p in scfm.training.config.PRESETS.glob("*.yaml")) == sorted(PRESETS)
 
 
 @pytest.mark.parametrize("change, message", [

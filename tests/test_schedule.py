@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.distill import FullSpeakers
-from scfm.flow import sample, time_grid
-from scfm.schedule import by_step, in_turn, shares, vertex
+from scfm.method.distill import FullSpeakers
+from scfm.method.flow import sample, time_grid
+from scfm.method.scale_schedule import by_step, in_turn, shares, vertex
 from toy.plane import MLP
 
 number = st.floats(-3, 3, allow_nan=False)

@@ -9,14 +9,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
-from scfm import families, prepare, step_lora
-from scfm.card import write_card
+from scfm.data import prepare
+from scfm.inference import step_lora
+from scfm.inference.model_card import write_card
 from scfm.cli import main
 from scfm.commands.sample import whence_of
-from scfm.dial import Dial, read_dial, write_dial
-from scfm.lora import WEIGHT_NAME
-from scfm.step_lora import StepLora, UseConfig, paint
-from scfm.teacher_data import start_noise
+from scfm.method.lora_scale import Dial, read_dial, write_dial
+from scfm.models.lora import WEIGHT_NAME
+from scfm.inference.step_lora import StepLora, UseConfig, paint
+from scfm.models.sampling import start_noise
 from toy.pipelines import FLUX, TOKENS, WEIGHTS, load_flux
 
 PROMPTS = ["a large red cross", "a small blue ring on the left"]
@@ -42,7 +43,7 @@ def stock_picture(lora, scale, steps):
 
 
 def paint_family(pipe):
-    from scfm.families.flux import Flux
+    from scfm.models.flux import Flux
     return Flux(pipe, 32, 32, TOKENS)
 
 

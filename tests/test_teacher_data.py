@@ -12,13 +12,16 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-import scfm.teacher_data
+import scfm.data.teacher_images
 from scfm.cli import main
-from scfm.prepare import DataConfig
-from scfm.families.flux import Flux
-from scfm.families.sd3 import SD3
-from scfm.teacher_data import (drawn_size, make_pictures, nearest_size, parse_sizes, read_folder, read_picture, read_prompts,
-                               stock_shift)
+from scfm.data.prepare import DataConfig
+from scfm.models.flux import Flux
+from scfm.models.sd3 import SD3
+from scfm.data.images import nearest_size, parse_sizes, read_folder, read_picture
+from scfm.data.prompts import read_prompts
+from scfm.method.flow import time_grid
+from scfm.data.teacher_images import drawn_size, make_pictures
+from scfm.models.sampling import start_noise, stock_shift
 from toy.pipelines import FLUX, TOKENS, build_sd3, load_flux
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star",
@@ -164,7 +167,7 @@ def test_steps_guidance_shift_and_size_are_obeyed(families, tmp_path):
     for i, row in enumerate(rows):
         assert {k: row[k] for k in ("steps", "guidance", "seed", "shift")} == {"steps": 3, "guidance": 2., "seed": 5, "shift": 3.}
         family = families[row["height"], row["width"]]
-        noise = scfm.teacher_data.start_noise(family, [i], 5)
+        noise = start_noise(family, [i], 5)
         stock = family.stock_pictures([row["text"]], noise, 3, 2.)[0]
         ours = read_picture(tmp_path / row["file_name"], row["height"], row["width"])
         assert (ours - stock).abs().max() <= 2 / 255 + 1e-4                     # what eight bits leave of it
@@ -178,13 +181,13 @@ def test_the_stock_shift_of_a_scheduler_that_works_it_out(families):
     assert stock_shift(family) == 3
     family.pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=.5, max_shift=1.15)
     assert stock_shift(family) == family.own_shift == pytest.approx(1.6, abs=.05)
-    noise = scfm.teacher_data.start_noise(family, [0], 0)
+    noise = start_noise(family, [0], 0)
     seen = []
     hook = family.pipe.transformer.register_forward_hook(lambda m, a, kw, out: seen.append(kw["timestep"].item()), with_kwargs=True)
     family.pipe(CAPTIONS[:1], height=32, width=32, num_inference_steps=4, sigmas=[1, .75, .5, .25], latents=noise,
                 max_sequence_length=TOKENS, output_type="latent")
     hook.remove()
-    grid = scfm.teacher_data.time_grid(4, stock_shift(family))[:-1]
+    grid = time_grid(4, stock_shift(family))[:-1]
     torch.testing.assert_close(torch.tensor(seen), grid, rtol=0, atol=1e-4)
 
 
@@ -192,7 +195,7 @@ def test_true_guidance_and_a_negative_prompt_are_written_down(tmp_path):
     family = SD3(build_sd3(), 32, 32, TOKENS, negative="a blue ring")
     make_pictures(family, CAPTIONS[:2], tmp_path, 2, 4., progress=False)
     assert json.loads((tmp_path / "metadata.jsonl").read_text().splitlines()[1])["negative"] == "a blue ring"
-    stock = family.stock_pictures(CAPTIONS[:1], scfm.teacher_data.start_noise(family, [0], 0), 2, 4.)[0]
+    stock = family.stock_pictures(CAPTIONS[:1], start_noise(family, [0], 0), 2, 4.)[0]
     assert (read_picture(tmp_path / "00000.png", 32, 32) - stock).abs().max() <= 2 / 255 + 1e-4
 
 
@@ -206,7 +209,7 @@ def unbroken(families, tmp_path_factory):
 
 @pytest.mark.parametrize("writes", range(0, 14, 2))
 def test_stopped_after_any_write_it_goes_on_to_the_same_folder(families, unbroken, tmp_path, monkeypatch, writes):
-    count, write = [0], scfm.teacher_data.write_whole
+    count, write = [0], scfm.files.write_whole
 
     def stop(path, what):
         if count[0] == writes:
@@ -215,7 +218,7 @@ def test_stopped_after_any_write_it_goes_on_to_the_same_folder(families, unbroke
         count[0] += 1
         write(path, what)
 
-    monkeypatch.setattr(scfm.teacher_data, "write_whole", stop)
+    monkeypatch.setattr(scfm.data.teacher_images, "write_whole", stop)
     with pytest.raises(KeyboardInterrupt):
         make_pictures(families, CAPTIONS * 2, tmp_path, 2, batch=3, progress=False)
     monkeypatch.undo()
@@ -285,7 +288,7 @@ def test_a_folder_of_ones_own_is_cached_without_loading_twice(tmp_path, capsys, 
     (own / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.jpg", "text": CAPTIONS[i]}) + "\n" for i in range(3)))
     told = ["data", "--pipeline", str(FLUX), "--pictures", str(own), "--sizes", "32x32,24x40,40x24", "--max_tokens", str(TOKENS)]
     assert main(told) == 0 and list((own / "cache").glob("latents-*"))
-    monkeypatch.setattr("scfm.prepare.load_pipeline", lambda *_: pytest.fail("nothing is missing: nothing need be loaded"))
+    monkeypatch.setattr("scfm.data.prepare.load_pipeline", lambda *_: pytest.fail("nothing is missing: nothing need be loaded"))
     assert main(told) == 0
     assert "3 pictures of 3 different captions" in capsys.readouterr().out
 
@@ -343,7 +346,7 @@ def test_bad_input_is_one_line_and_code_2(prompts, tmp_path, capsys, change, mes
 def test_a_broken_picture_is_named_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"not a picture")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red star"}\n')
-    monkeypatch.setattr("scfm.prepare.load_pipeline", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("scfm.data.prepare.load_pipeline", lambda *_: pytest.fail("loaded"))
     assert main(["data", "--pipeline", str(FLUX), "--pictures", str(tmp_path), "--sizes", "32x32", "--max_tokens", str(TOKENS)]) == 2
     assert "a.png does not open as a picture" in capsys.readouterr().err
     assert main(["data", "--pipeline", str(FLUX), "--pictures", str(tmp_path), "--no-cache"]) == 2

@@ -71,7 +71,7 @@ def test_the_end_of_the_table_is_marked(parts):
 def test_a_share_that_moves_gives_each_update_its_number_of_teacher_rows(parts):
     import torch
     from plane_cells import moved_share
-    from scfm.distill import DistillConfig, FullSpeakers, distill
+    from scfm.method.distill import DistillConfig, FullSpeakers, distill
     from toy.plane import MLP
     config, seen = DistillConfig(updates=5, batch=8, teacher_share=0., fast_decay=.5, slow_decay=.9), []
     move = moved_share(config, 1.25)                         # a quarter more an update; the last value is never drawn with

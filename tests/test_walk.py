@@ -12,10 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from scfm.checkpoint import latest
+from scfm.training.checkpoint import latest
 from scfm.cli import main
-from scfm.dial import read_dial
-from scfm.lora import WEIGHT_NAME
+from scfm.method.lora_scale import read_dial
+from scfm.models.lora import WEIGHT_NAME
 from toy.pipelines import FLUX, TOKENS, build_sd3
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]

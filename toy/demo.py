@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from scfm.config import read_settings
-from scfm.dial import read_dial
-from scfm.ema import shorten
+from scfm.training.config import read_settings
+from scfm.method.lora_scale import read_dial
+from scfm.method.ema import shorten
 from toy.judge import STOCK, Entry, Judge, SHIFTS, table
 from toy.pipelines import FLUX, GUIDANCE, WEIGHTS
 
@@ -28,8 +28,8 @@ def main(argv=None):
     args = parse(argv)
     start, out = time.time(), Path(args.out)
     from diffusers.utils import logging  # heavy imports wait until the flags are known to be right
-    from scfm.choice import finish
-    from scfm.run import Run
+    from scfm.training.selection import finish
+    from scfm.training.distill_trainer import Run
     logging.set_verbosity_error()  # diffusers remarks that our LoRA has nothing for the text encoders
     live = out / "live"
     shutil.rmtree(live, ignore_errors=True)  # a demo starts from nothing
@@ -73,7 +73,7 @@ def parse(argv):
 
 def live_config(out, updates, prompts=PROMPTS, judge=32):
     """The recipe of the carried LoRA, with the memories of the EMAs scaled to the number of updates."""
-    from scfm.config import RunConfig
+    from scfm.training.config import RunConfig
     return RunConfig(**{**read_settings(RECIPE), "pipeline": str(FLUX), "prompts": str(prompts), "out": str(out),
                         "updates": updates, "fast_decay": shorten(.99, updates), "slow_decay": shorten(.999, updates),
                         "preview_every": 0, "tracker": "none", "judge": judge, "student_steps": (1, 2, 3, 4, 8),
@@ -106,7 +106,7 @@ def live_student(run, choice):
 
 def carried_lora():
     """The LoRA of the repository on a pipeline of its own, with its dial."""
-    from scfm.step_lora import StepLora, UseConfig
+    from scfm.inference.step_lora import StepLora, UseConfig
     return StepLora(UseConfig(lora=str(CARRIED), pipeline=str(FLUX)))
 
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from scfm.metrics import endpoint_distance, frechet_distance
-from scfm.teacher_data import start_noise, teacher_endpoints
+from scfm.method.metrics import endpoint_distance, frechet_distance
+from scfm.models.sampling import start_noise, teacher_endpoints
 from toy.pipelines import GUIDANCE
 from toy.reader import load_reader, prompt_accuracy, read
 from toy.shapes import COLOURS, PLACES, SHAPES, SIZES, Captions, draw_captions, draw_pictures, name_attributes

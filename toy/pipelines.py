@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config,
                           T5EncoderModel, T5TokenizerFast)
 
-from scfm.families import no_loading_bars
+from scfm.models.loading import no_loading_bars
 from toy.shapes import COLOURS, OPENINGS, PLACES, SHAPES, SIDE, SIZES
 
 WEIGHTS = Path(__file__).parent / "weights"

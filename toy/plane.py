@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from scfm.flow import interpolate, per_row, velocity
+from scfm.method.flow import interpolate, per_row, velocity
 
 
 def checkerboard(n, generator=None):

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from scfm.consistency import keyed_generator
-from scfm.pictures import load_pictures
+from scfm.method.consistency import keyed_generator
+from scfm.data.labelled_images import load_pictures
 from toy.features import WEIGHTS, Features, look
 
 BATCH, PEAK, WARM, WEIGHT_DECAY, SMOOTHING, PAD, HOLE = 256, .2, .2, 5e-4, .1, 4, 8

@@ -2,7 +2,7 @@
 import argparse
 from dataclasses import fields
 
-from scfm.config import read_settings
+from scfm.training.config import read_settings
 
 
 def from_file(parser, argv):

@@ -5,7 +5,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from scfm.commands import add_options, from_file
-from scfm.prepare import DataConfig, check_processes, make_data
+from scfm.data.prepare import DataConfig, check_processes, make_data
 
 
 def main(argv):

@@ -2,10 +2,11 @@
 import argparse
 from pathlib import Path
 
-from scfm.card import keep_dial
 from scfm.commands import add_options, numbers, read_settings
-from scfm.step_lora import StepLora, UseConfig, find_dial, find_schedules, in_words
-from scfm.teacher_data import read_folder, read_prompts
+from scfm.data.images import read_folder
+from scfm.data.prompts import read_prompts
+from scfm.inference.model_card import keep_dial
+from scfm.inference.step_lora import StepLora, UseConfig, find_dial, find_schedules, in_words
 
 
 def main(argv):

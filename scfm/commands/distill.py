@@ -5,12 +5,11 @@ import signal
 from contextlib import contextmanager
 from pathlib import Path
 
-from scfm.card import write_card
-from scfm.checkpoint import latest
 from scfm.commands import add_options, from_file
-from scfm.config import RunConfig, as_json, told_before
-from scfm.run import begin, end
-
+from scfm.inference.model_card import write_card
+from scfm.training.checkpoint import latest
+from scfm.training.config import RunConfig, as_json, told_before
+from scfm.training.distill_trainer import begin, end
 
 # Settings that change neither the weights nor what was compared.
 HARMLESS = ("out", "cache", "checkpoint_every", "keep", "resume", "preview_every", "micro_batch", "tracker")
@@ -24,7 +23,7 @@ def main(argv):
                     "published recipe for FLUX.1-dev; the result, OUT/pytorch_lora_weights.safetensors, loads in a "
                     "stock pipeline with load_lora_weights. Run the same command again to resume after a kill. On several "
                     "GPUs: accelerate launch -m scfm.cli distill ... (see scripts/).")
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of the settings below, a preset's name (configs/), or "
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of the settings below, a preset's name (scfm/presets/), or "
                         "the config.json that every run writes; flags override it")
     add_options(parser, RunConfig)
     settings = vars(from_file(parser, argv).parse_args(argv))

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from scfm.commands import add_options
 from scfm.commands.dial import captions_of_run
-from scfm.evaluate import EvaluateConfig, evaluate
-from scfm.peers import read_peer
-from scfm.report import text_table, write_report
-from scfm.teacher_data import read_prompts
+from scfm.data.prompts import read_prompts
+from scfm.evaluation.evaluate import EvaluateConfig, evaluate
+from scfm.evaluation.report import text_table, write_report
+from scfm.evaluation.samplers import read_peer
 
 
 def main(argv):

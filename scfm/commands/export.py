@@ -3,7 +3,7 @@ import argparse
 import sys
 
 from scfm.commands import add_options
-from scfm.export import ExportConfig, export
+from scfm.inference.export import ExportConfig, export
 
 
 def main(argv):

@@ -3,8 +3,8 @@ import argparse
 from dataclasses import fields
 
 from scfm.commands import add_options, from_file
-from scfm.config import RunConfig
-from scfm.plan import GPUS, SHAPES, make_plan
+from scfm.training.config import RunConfig
+from scfm.training.estimate import GPUS, SHAPES, make_plan
 
 
 def main(argv):

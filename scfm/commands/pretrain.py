@@ -2,9 +2,9 @@
 import argparse
 import signal
 
-from scfm.checkpoint import latest
 from scfm.commands import add_options, from_file
-from scfm.pretrain import PretrainConfig, pretrain
+from scfm.training.checkpoint import latest
+from scfm.training.flow_trainer import PretrainConfig, pretrain
 
 
 def main(argv):

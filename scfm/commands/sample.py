@@ -2,8 +2,8 @@
 import argparse
 
 from scfm.commands import add_options, numbers
-from scfm.step_lora import StepLora, UseConfig, in_words, paint, save_pictures
-from scfm.teacher_data import read_prompts
+from scfm.data.prompts import read_prompts
+from scfm.inference.step_lora import StepLora, UseConfig, in_words, paint, save_pictures
 
 
 def main(argv):

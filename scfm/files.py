@@ -1,0 +1,14 @@
+"""Files that are whole or not there."""
+import os
+import uuid
+
+
+def write_whole(path, write):
+    """Calls write(a temporary path) and renames the result: `path` is whole or not there, also when two write it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        write(new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

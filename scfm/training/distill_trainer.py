@@ -1,0 +1,214 @@
+"""One distillation of a pipeline, on one process or several: `scfm distill`."""
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from scfm.data.cache import rows_of_update
+from scfm.data.prepare import check_inputs, check_processes, data_of, make_data
+from scfm.method.consistency import keyed_generator, scfm_loss
+from scfm.method.distill import TimeBins, apply_gradient, jumps_of, make_emas, make_optimizer
+from scfm.models.family import velocities
+from scfm.models.loading import DTYPES, load_pipeline
+from scfm.models.lora import ADAPTERS, LoraSpeakers, adapter_state, load_adapter_state
+from scfm.models.sampling import on_device
+from scfm.training.checkpoint import find_checkpoint, latest, load_checkpoint, save_checkpoint
+from scfm.training.config import begin_folder
+from scfm.training.selection import finish, preview
+
+
+class Run:
+    """One distillation of a pipeline: prepare, train, save. Everything it writes lies under config.out.
+
+    Attributes: config, accelerator, rows (`CachedRows`), pipe (the transformer alone: no encoders, no VAE), families by size,
+    family (of the main size), speakers, emas, optimizer, scheduler, update (updates done).
+    """
+
+    def __init__(self, config, progress=True):
+        config.check()
+        self.config, self.out = config, Path(config.out)
+        self.accelerator = Accelerator(log_with=None if config.tracker == "none" else config.tracker, project_dir=config.out)
+        self.main = self.accelerator.is_main_process
+        self.progress = progress and self.main
+        if config.batch % self.accelerator.num_processes:
+            raise ValueError(f"batch {config.batch} cannot be dealt evenly to {self.accelerator.num_processes} processes")
+        check_processes(self.accelerator)
+        check_inputs(config)                          # before a folder of ours is made
+        self.resume_from = find_checkpoint(config.out, config.resume)
+        with self.accelerator.main_process_first():
+            begin_folder(self.out, config)
+        _, self.rows = make_data(data_of(config), self.accelerator, progress)
+        self.pipe, _ = load_pipeline(config.pipeline, DTYPES[config.precision], self.accelerator.device, "transformer",
+                                     config.quantize)
+        self.families = data_of(config).families_of(self.pipe)
+        for family in self.families.values():
+            family.encode_text = self.rows.text_of    # of the run's own captions: no encoder is loaded
+        self.family = self.families[config.height, config.width]
+        self.speakers = self.make_speakers()
+        self.optimizer, self.scheduler = make_optimizer(self.speakers, config)
+        self.emas = make_emas(self.speakers, config)
+        self.bins, self.update, self.teacher_row = TimeBins(), 0, None
+
+    def make_speakers(self):
+        config, transformer = self.config, self.pipe.transformer
+        velocity, teachers = velocities(self.family, config.guidance_mode)    # an impossible mode is named here
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+            transformer.train()
+        torch.backends.cuda.matmul.allow_tf32 = config.precision == "bf16"     # the adapters' float32 products on tensor cores
+        torch.manual_seed(config.seed)                # PEFT draws A from the global state
+        return LoraSpeakers(transformer, velocity, config.targets or self.family.lora_targets, config.rank,
+                            config.alpha or None, teacher_velocity=teachers)
+
+    def train(self, until=None, keep_going=lambda: True):
+        """Updates up to `until` (config.updates when None), or until keep_going() says no, in any process, at an update's end."""
+        config = self.config
+        until = config.updates if until is None else until
+        with tqdm(total=config.updates, initial=self.update, desc="distilling", disable=not self.progress) as bar:
+            while self.update < until:
+                begun = time.perf_counter()
+                losses, jumps, norm = self.one()
+                self.bins.add(losses, jumps.t1)
+                self.accelerator.log({"loss": float(losses.mean()), "gradient norm": norm, "lr": self.scheduler.get_last_lr()[0],
+                                      "seconds": time.perf_counter() - begun}, step=self.update)
+                bar.update(1)
+                bar.set_postfix_str(str(self.bins), refresh=False)
+                if self.write(self.update == config.updates or self.anybody(not keep_going())):
+                    break
+
+    def write(self, last):
+        """What is due after an update: a checkpoint, a preview; both after the last one. Returns `last`."""
+        config = self.config
+        if self.main and (self.update % config.checkpoint_every == 0 or last):
+            self.save_state()
+        if self.main and config.preview_every and (self.update % config.preview_every == 0 or last):
+            picture = preview(self)
+            for tracker in self.accelerator.trackers:
+                tracker.log_images({"preview": picture[None]}, step=self.update)
+        return last
+
+    def one(self):
+        """The next update; returns (losses (B,), `Jumps`, gradient norm) of all its rows, whichever process had them."""
+        config, device = self.config, self.accelerator.device
+        index = rows_of_update(self.update, config.batch, self.rows.size_of, config.seed)
+        jumps, guidance = self.draw(index)
+        losses = torch.zeros(config.batch, device=device)
+        for part in self.parts(index):
+            size = self.rows.sizes[self.rows.size_of[index[part[0]]]]
+            self.turn_to(size)
+            data = self.rows.latents(index[part]).to(device)
+            cond = on_device({**self.rows.text(index[part]), "guidance": guidance[part]}, device)
+            found = scfm_loss(data, self.noise(part, self.families[size]).to(device), jumps.rows(part).to(device), self.speakers,
+                              cond, config.algorithm, config.loss)
+            self.accelerator.backward(found.sum() / config.batch)
+            losses[part] = found.detach().float()
+        self.turn_to((config.height, config.width))
+        losses = self.accelerator.reduce(losses, "sum").cpu()
+        self.add_gradients()
+        try:
+            if not torch.isfinite(losses).all():
+                raise FloatingPointError(f"a loss of update {self.update + 1} is not finite: try a lower lr, or fp32")
+            norm = apply_gradient(self.speakers, self.emas, self.optimizer, config)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; the last good state is {latest(self.out) or 'none'}") from None
+        self.scheduler.step()
+        self.update += 1
+        return losses, jumps, norm
+
+
+def draw(self, index):
+    """`Jumps` and guidance scales (B,) of the rows of this update, keyed by seed and update; index: (B,) into self.rows."""
+    config = self.config
+    own = [self.families[size].own_shift for size in self.rows.sizes]
+    own = None if None in own else torch.tensor(own)[self.rows.size_of[index]]
+    dtype = self.family.time_dtype
+    jumps = jumps_of(config, config.batch, keyed_generator(config.seed, self.update), dtype, own)
+    low, high = config.guidance
+    return jumps, low + (high - low) * torch.rand(config.batch, generator=keyed_generator(config.seed, self.update, stream=2))
+
+
+def parts(self, index):
+    """This process's rows of an update as lists of places in it: of one size each, at most config.micro_batch long."""
+    count = self.config.batch // self.accelerator.num_processes
+    mine = torch.arange(count) + count * self.accelerator.process_index
+    size = self.rows.size_of[index[mine]]
+    alike = [mine[size == s] for s in size.unique()]
+    return [part for rows in alike for part in rows.split(self.config.micro_batch or count)]
+
+
+def noise(self, part, family):
+    """(n, *latent_shape) for the rows at these places of the update: each row's own, whatever its company."""
+    place = lambda j: self.update * self.config.batch + int(j)
+    return torch.stack([torch.randn(family.latent_shape, generator=keyed_generator(self.config.seed, place(j), stream=4))
+                        for j in part])
+
+
+def turn_to(self, size):
+    """All speakers now read latents of this size: a family's velocity knows where in the picture a latent lies."""
+    self.speakers.velocity, self.speakers.teacher_velocity = velocities(self.families[size], self.config.guidance_mode)
+
+
+def add_gradients(self):
+    """Gives every process the gradient of the whole update: the sum of what each has from its own rows."""
+    if self.accelerator.num_processes > 1:
+        for weight in self.speakers.parameters("student"):
+            weight.grad = self.accelerator.reduce(weight.grad, "sum")
+
+
+def anybody(self, yes):
+    """True when `yes` holds in any process: all must agree to leave, or some would wait for the others for ever."""
+    if self.accelerator.num_processes == 1:
+        return yes
+    return bool(self.accelerator.reduce(torch.tensor(float(yes), device=self.accelerator.device), "sum") > 0)
+
+
+Run.draw, Run.parts, Run.noise, Run.turn_to = draw, parts, noise, turn_to
+Run.add_gradients, Run.anybody = add_gradients, anybody
+
+
+def save_state(self):
+    """A checkpoint of everything that an update changes: three adapters, the optimizer, the counters. Never the base."""
+    state = {"update": self.update, "adapters": {n: adapter_state(self.speakers.transformer, n) for n in ADAPTERS},
+             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "ema_updates": self.emas.updates}
+    return save_checkpoint(self.out, self.update, state, self.config.keep)
+
+
+def resume(self):
+    """Continues from the checkpoint that config.resume means, if there is one; returns the number of updates done."""
+    if self.resume_from:
+        state = load_checkpoint(self.resume_from)
+        for name in ADAPTERS:
+            load_adapter_state(self.speakers.transformer, name, state["adapters"][name])
+        self.speakers.transformer.set_adapter("student")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.update, self.emas.updates = state["update"], state["ema_updates"]
+    return self.update
+
+
+Run.save_state, Run.resume = save_state, resume
+
+
+def begin(config, progress=True):
+    """A `Run` that is ready to train, where an earlier call was killed if there was one, with its tracker."""
+    run = Run(config, progress)
+    run.resume()
+    told = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
+    run.accelerator.init_trackers("logs", told)
+    return run
+
+
+def end(run):
+    """The record of `finish`: the first process judges and writes the LoRA, the others have nothing left to do (None)."""
+    run.accelerator.end_training()
+    return finish(run) if run.main else None
+
+
+def distill_pipeline(config, progress=True):
+    """Everything from the pipeline's folder to the LoRA, as `scfm distill` does it; returns the record of `finish`."""
+    run = begin(config, progress)
+    run.train()
+    return end(run)

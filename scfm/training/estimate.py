@@ -1,0 +1,136 @@
+"""Memory and hours of a run, counted on a transformer without weights."""
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from scfm.models.family import family_of
+from scfm.models.flux import Flux
+from scfm.models.loading import DTYPES
+from scfm.models.lora import adapter_parameters, attach
+from scfm.models.sd3 import SD3
+from scfm.models.source import empty_transformer, local_folder, without_weights
+
+GIB = 2 ** 30
+FACTOR = 8                                            # pixels to a latent, of the VAEs of both
+# The published configurations of the transformers: (family, class, settings), so that nothing need be downloaded.
+SHAPES = {
+    "flux-dev": (Flux, FluxTransformer2DModel, dict(
+        patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
+        joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56))),
+    "sd35-large": (SD3, SD3Transformer2DModel, dict(
+        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=38, attention_head_dim=64,
+        num_attention_heads=38, joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048,
+        pos_embed_max_size=192, qk_norm="rms_norm")),
+}
+# Dense bf16 operations a second as their makers state them, and GiB of memory.
+GPUS = {"a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141), "l40s": (362e12, 48), "rtx4090": (165e12, 24),
+        "rtx3090": (71e12, 24)}
+
+
+def shape_of(config, shape="", change=None):
+    """(family bound to the config's size, transformer on the meta device) of a published shape's name, or of config.pipeline.
+
+    change: settings of the shape to replace, as {"num_layers": 48}. ValueError for an unknown shape or setting.
+    """
+    if shape:
+        if shape not in SHAPES:
+            raise ValueError(f"shape {shape!r} is not known: take one of {', '.join(SHAPES)}, or say --pipeline FOLDER")
+        family_class, kind, settings = SHAPES[shape]
+        unknown = sorted(set(change or {}) - set(settings))
+        if unknown:
+            raise ValueError(f"{shape} has no setting {', '.join(unknown)}: it has {', '.join(settings)}")
+        with torch.device("meta"):
+            transformer = kind(**{**settings, **(change or {})})
+        pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=FACTOR)
+    else:
+        if change:
+            raise ValueError("a change needs a shape to be made to: say --shape NAME too")
+        folder = local_folder(config.pipeline)
+        family_class = family_of(folder)
+        transformer = empty_transformer(folder)
+        pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=without_weights(folder).vae_scale_factor)
+    torch.nn.Module.to(transformer, DTYPES[config.precision])         # diffusers' own `to` remarks on layers it knows better
+    return family_class(pipe, config.height, config.width, config.max_tokens), transformer
+
+
+class Count(NamedTuple):
+    """Of one row: operations of a forward, of the student's forward and backward; bytes that the backward has to keep."""
+    forward: float
+    student: float
+    kept: float
+
+
+def count_row(family, transformer, guidance, dtype):
+    """`Count` for one row of a transformer with an active LoRA, without gradient checkpointing. Nothing is computed.
+
+    ValueError for a family whose text enters in another way than that of Flux and SD3.
+    """
+    told = transformer.config
+    if not {"joint_attention_dim", "pooled_projection_dim"} <= set(told):
+        raise ValueError(f"the plan knows how text enters Flux and SD3 alone, not {type(transformer).__name__}")
+    zeros = lambda *shape: torch.zeros(1, *shape, device="meta", dtype=dtype)
+    text = {"tokens": zeros(family.max_tokens + family.clip_tokens, told.joint_attention_dim), "pooled": zeros(told.pooled_projection_dim)}
+    if family.true_guidance:
+        text |= {"empty_" + name: part for name, part in text.items()}
+    cond = {**text, "guidance": torch.full((1,), float(guidance))}    # on the CPU: SD3 asks which rows are guided
+    if not family.true_guidance:
+        cond["guidance"] = cond["guidance"].to("meta")
+    x, t = torch.zeros(1, *family.latent_shape, device="meta"), torch.zeros(1, device="meta")
+    kept, seen = [], {id(p) for p in transformer.parameters()}
+
+    def keep(tensor):
+        if id(tensor) not in seen and not isinstance(tensor, torch.nn.Parameter):
+            seen.add(id(tensor))
+            kept.append(tensor)                       # held, so that no other gets its id
+        return tensor
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        family.velocity(transformer, x, t, cond)
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            said = family.velocity(transformer, x, t, cond)
+        said.square().mean().backward()
+    return Count(forward, counter.get_total_flops(), sum(v.numel() * v.element_size() for v in kept))
+
+
+def make_plan(config, shape="", change=None, gpu="a100", efficiency=.4, pictures=0):
+    """What a run would cost: a dict of parameters, GiB by part, operations an update and hours on a GPU.
+
+    config: a RunConfig (its pipeline may be empty when a shape is named). efficiency: share of the stated operations a second that
+    is assumed to be reached. pictures: how many the teacher is to paint first. The hours and the activations are guesses, the rest
+    is counted from tensors without content. ValueError for an unknown shape or GPU.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"gpu {gpu!r} is not known: take one of {', '.join(GPUS)}")
+    family, transformer = shape_of(config, shape, change)
+    base = sum(p.numel() for p in transformer.parameters())
+    width = DTYPES[config.precision].itemsize
+    blocks = sum(len(m) for n, m in transformer.named_children() if isinstance(m, torch.nn.ModuleList))
+    with torch.device("meta"):
+        attach(transformer, config.targets or family.lora_targets, config.rank, config.alpha or None)
+    lora = sum(p.numel() for p in adapter_parameters(transformer, "student"))
+    row = count_row(family, transformer, max(config.guidance), DTYPES[config.precision])
+    update = config.batch * (2 * row.forward + row.student)
+    activations = row.kept
+    if config.gradient_checkpointing:                 # kept: the input of each block, and one block at a time
+        update += config.batch * row.forward
+        tokens = family.tokens + family.max_tokens + family.clip_tokens
+        activations = blocks * tokens * inner_width(transformer) * width + row.kept / blocks
+    memory = {"base": base * (.5625 if config.quantize else width), "adapters": 3 * 4 * lora, "Adam": 2 * 4 * lora, "gradients": 4 * lora,
+              "activations, guessed": activations * (config.micro_batch or config.batch)}
+    speed, room = GPUS[gpu]
+    hours = lambda operations: operations / (speed * efficiency) / 3600
+    painting = pictures * config.teacher_steps * row.forward
+    return {"transformer, parameters": base, "LoRA, parameters": lora, "GiB": {k: v / GIB for k, v in memory.items()},
+            "GiB in all": sum(memory.values()) / GIB, "GiB of the GPU": room, "operations of a row's forward": row.forward,
+            "operations of an update": update, "forward passes an update": config.batch * 2 + config.batch,
+            "seconds an update": 3600 * hours(update), "hours of training": hours(config.updates * update),
+            "hours of painting": hours(painting), "gpu": gpu, "efficiency": efficiency, "updates": config.updates, "pictures": pictures}
+
+
+def inner_width(transformer):
+    """Numbers in the hidden state of a token."""
+    return transformer.config.num_attention_heads * transformer.config.attention_head_dim
