@@ -4,21 +4,38 @@
 READY := .venv/.ready
 ARGS  ?=
 JOBS  ?= 2
+FAST  := not slow and not notebook and not experiment
 
-.PHONY: help demo test export hooks clean
+.PHONY: help demo test check test-versions constraints export hooks clean
 
 help:
 	@echo "make demo    distil the tiny Flux of this repository and compare it with its teacher (about 5 minutes)"
 	@echo "make test    every test, every notebook from top to bottom"
+	@echo "make check   linter, types and the fast tests: minutes, before each commit"
+	@echo "make test-versions   the fast tests with the oldest supported and the newest versions of torch and friends"
+	@echo "make constraints     note the versions in .venv as those that were tested, after make test"
 	@echo "make export  clean the notebooks and write scfm/*.py from them"
 	@echo "make hooks   git merges notebooks cell by cell (the set-up has done this already)"
-	@echo "make clean   remove caches; .venv and runs stay"
+	@echo "make clean   remove caches; .venv, .venv-versions and runs stay"
 
 demo: $(READY)
 	@.venv/bin/scfm demo $(ARGS)
 
 test: $(READY)
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(JOBS) --dist loadgroup $(ARGS)
+
+check: $(READY)
+	@.venv/bin/ruff check .
+	@.venv/bin/pyright
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(JOBS) --dist loadgroup -m "$(FAST)" $(ARGS)
+
+test-versions: $(READY)
+	@.venv/bin/python .ci/test-versions $(ARGS)
+
+constraints: $(READY)
+	@.venv/bin/python .ci/freeze > .ci/constraints.new
+	@mv .ci/constraints.new .ci/constraints.txt
+	@echo "the versions in .venv noted in .ci/constraints.txt"
 
 export: $(READY)
 	@.venv/bin/nbdev_clean
@@ -30,7 +47,7 @@ hooks: $(READY)
 
 clean:
 	rm -rf _proc build dist .pytest_cache .hypothesis .ruff_cache nbs/.last_checked
-	find bench nbs scfm tests toy -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
 
 # The stamp holds the folder's path: an environment that was moved or copied points elsewhere, and is made again.
@@ -38,5 +55,5 @@ ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
 
-$(READY): settings.ini setup.py
+$(READY): settings.ini setup.py pyproject.toml .ci/constraints.txt
 	@PYTHON="$(PYTHON)" .ci/setup

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cifar_training import DISTILLED, LORA, NFE, folder_of, safe
-from scfm.method.lora_scale import choose, endpoint_curve
-from scfm.method.distill import FullSpeakers
+from scfm.method.lora_scale import choose_lora_scales, endpoint_curve
+from scfm.method.distill import CopiedModels
 from scfm.method.flow import EVALUATIONS, sample, time_grid
 from scfm.method.metrics import frechet_distance
-from scfm.data.labelled_images import load_pictures
-from scfm.inference.step_lora import StepLora, UseConfig, find_dial
+from scfm.data.labelled_images import load_labelled_images
+from scfm.inference.step_lora import StepLora, InferenceConfig, search_lora_scales
 from scfm.models.unet import generate, header_of, load_flow
 from toy.features import load_features, look, mark
 
@@ -27,37 +27,37 @@ class Painter:
         self.labels = torch.arange(plan.count) % 10
         self.noise = torch.randn(plan.count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
-    def pixels(self, paint, steps, solver):
-        """(pixels (count, 3, 32, 32) uint8, seconds). paint(labels, noise, steps, solver) -> pictures in [-1, 1]."""
+    def pixels(self, generate, steps, solver):
+        """(pixels (count, 3, 32, 32) uint8, seconds). generate(labels, noise, steps, solver) -> images in [-1, 1]."""
         began = time.time()
-        pictures = paint(self.labels.to(self.device), self.noise.to(self.device), steps, solver).cpu()
-        return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte(), time.time() - began
+        images = generate(self.labels.to(self.device), self.noise.to(self.device), steps, solver).cpu()
+        return ((images.clamp(-1, 1) + 1) * 127.5).round().byte(), time.time() - began
 
 class Judge:
-    """The same references for every set of pictures. The features are those of `toy.features`."""
+    """The same references for every set of images. The features are those of `toy.features`."""
 
     def __init__(self, plan, seed=1):
         self.plan, self.device, g = plan, "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(seed)
         self.labels = torch.arange(plan.count) % 10
-        self.eyes = {"frechet": self.own_eye(), **({"FID": self.inception_eye()} if plan.inception else {})}
+        self.eyes = {"frechet": self.custom_metric(), **({"FID": self.inception_eye()} if plan.inception else {})}
         self.name = "-".join((*self.eyes, mark()))
-        train, test = load_pictures(plan.data), load_pictures(plan.data, "test")
+        train, test = load_labelled_images(plan.data), load_labelled_images(plan.data, "test")
         order = torch.randperm(len(train.pixels), generator=g)
         half = min(10_000, len(order) // 2)
         self.reference = {"train": self.seen("train", train.pixels[order[:half]]), "test": self.seen("test", test.pixels)}
-        self.fresh = self.see(train.pixels[order[half:half + plan.count]])                # real pictures outside the reference
+        self.fresh = self.see(train.pixels[order[half:half + plan.count]])                # real images outside the reference
 
-    def own_eye(self):
+    def custom_metric(self):
         network = load_features().to(self.device)
-        return lambda pictures: look(network, pictures)
+        return lambda images: look(network, images)
 
     def inception_eye(self):
         from scfm.evaluation.image_metrics import inception
         eye = inception(self.plan.inception, self.device)
-        return lambda pictures: eye.look((chunk, None) for chunk in pictures.split(100))
+        return lambda images: eye.look((chunk, None) for chunk in images.split(100))
 
     def see(self, pixels):
-        """{eye: features (N, D)} of pictures (N, 3, 32, 32) uint8, and what the classifier takes them for, "logits"."""
+        """{eye: features (N, D)} of images (N, 3, 32, 32) uint8, and what the classifier takes them for, "logits"."""
         seen = {name: eye(pixels) for name, eye in self.eyes.items()}
         return {**{name: s[0].float() for name, s in seen.items()}, "logits": seen["frechet"][1]}
 
@@ -88,62 +88,62 @@ def precision_recall(real, made, k=3):
 
 
 def sampler(network):
-    """paint(labels, noise, steps, solver) of a network."""
+    """generate(labels, noise, steps, solver) of a network."""
     network.bf16 = network.told["size"] != "tiny"
     return lambda labels, noise, steps, solver: generate(network, labels, noise, steps, solver)
 
 
 def dialled(plan, seed, device, noises=32, goal_steps=64):
-    """paint(...) of the distilled network at the scale of its dial, and the `Dial`, chosen on noises of its own."""
-    speakers = FullSpeakers(load_flow(folder_of(plan, "plain", seed) / "kept.safetensors").to(device))
-    speakers.networks["student"].load_state_dict(load_flow(folder_of(plan, DISTILLED, seed) / "flow.safetensors").state_dict())
-    for network in speakers.networks.values():
+    """generate(...) of the distilled network at the scale of its dial, and the `LoraScales`, chosen on noises of its own."""
+    models = CopiedModels(load_flow(folder_of(plan, "plain", seed) / "kept.safetensors").to(device))
+    models.networks["student"].load_state_dict(load_flow(folder_of(plan, DISTILLED, seed) / "flow.safetensors").state_dict())
+    for network in models.networks.values():
         network.eval().bf16 = plan.size != "tiny"
     g = torch.Generator().manual_seed(1000 + seed)
     noise = torch.randn(noises, 3, 32, 32, generator=g).to(device)
     labels = (torch.arange(noises) % 10).to(device)
     walk = lambda field, n: sample(field, noise, time_grid(n), labels)
-    curve = endpoint_curve(lambda n, a: walk(speakers.field("student", a), n), walk(speakers.field("teacher"), goal_steps), NFE[:-1], SCALES)
-    dial = choose(curve)
+    curve = endpoint_curve(lambda n, a: walk(models.field("student", a), n), walk(models.field("teacher"), goal_steps), NFE[:-1], SCALES)
+    dial = choose_lora_scales(curve)
 
-    def paint(labels, noise, steps, solver):
-        field = speakers.field("student", dial.scale(steps))
+    def generate(labels, noise, steps, solver):
+        field = models.field("student", dial.scale(steps))
         return torch.cat([sample(field, z, time_grid(steps), y, solver) for z, y in zip(noise.split(500), labels.split(500))])
-    return paint, dial
+    return generate, dial
 
 
 def lora_painter(plan, seed, names, device, noises=32):
-    """(paint(...) with a strength of 1, the same on its dial, the `Dial`) of the LoRA; the dial's noises are its own."""
-    step = StepLora(UseConfig(lora=str(folder_of(plan, LORA, seed)), seed=1000 + seed), device)
+    """(generate(...) with a strength of 1, the same on its dial, the `LoraScales`) of the LoRA; the dial's noises are its own."""
+    step = StepLora(InferenceConfig(lora=str(folder_of(plan, LORA, seed)), seed=1000 + seed), device)
     network = step.pipe.transformer
     network.bf16 = plan.size != "tiny"
     captions = [f"a {names[i % len(names)]}" for i in range(noises)]
-    dial, _ = find_dial(step, captions, NFE[:-1], SCALES, seed=1000 + seed, progress=False)
+    dial, _ = search_lora_scales(step, captions, NFE[:-1], SCALES, seed=1000 + seed, progress=False)
 
-    def at(scale_of):
-        def paint(labels, noise, steps, solver):
+    def at_scale(scale_of):
+        def generate(labels, noise, steps, solver):
             step.set_scale(scale_of(steps))
             return generate(network, labels, noise, steps, solver)
-        return paint
+        return generate
     return at(lambda n: 1.), at(dial.scale), dial
 
 
-def paint_all(plan, name, paint, painter, solvers=("euler",)):
-    """The pictures of one sampler for every solver and NFE, each set kept as a file; returns {(solver, nfe): file}."""
-    files, folder = {}, plan.cells / "painted"
+def generate_all(plan, name, generate, painter, solvers=("euler",)):
+    """The images of one sampler for every solver and NFE, each set kept as a file; returns {(solver, nfe): file}."""
+    files, folder = {}, plan.cells / "generated"
     folder.mkdir(parents=True, exist_ok=True)
     for solver, n in ((solver, n) for solver in solvers for n in plan.nfe if n % EVALUATIONS[solver] == 0):
         path = files[solver, n] = folder / f"{safe(name)}-{plan.count}-{solver}-{n}.safetensors"
         if not path.is_file():
-            pixels, seconds = painter.pixels(paint, n // EVALUATIONS[solver], solver)
+            pixels, seconds = painter.pixels(generate, n // EVALUATIONS[solver], solver)
             save_file({"pixels": pixels}, f"{path}.part", metadata={"seconds": f"{seconds:.1f}"})
             Path(f"{path}.part").replace(path)
-            print(f"painted {name}, {solver}, NFE {n}: {seconds:.1f} s", flush=True)
+            print(f"generated {name}, {solver}, NFE {n}: {seconds:.1f} s", flush=True)
     return files
 
 
 def score_all(plan, files, judge, about=None):
-    """One row of the record for each painted set; each is kept as a file."""
+    """One row of the record for each generated set; each is kept as a file."""
     for (solver, n), path in files.items():
         row = plan.cells / "measured" / f"{path.stem}-{judge.name}.json"
         if not row.is_file():
@@ -156,7 +156,7 @@ def score_all(plan, files, judge, about=None):
 
 
 def floor(plan, judge):
-    """What as many real training pictures score that are in neither reference; kept as a file."""
+    """What as many real training images score that are in neither reference; kept as a file."""
     path = plan.cells / "measured" / f"floor-{plan.count}-{judge.name}.json"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

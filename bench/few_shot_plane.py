@@ -10,8 +10,8 @@ import torch
 from plane import Protocol
 from plane_cells import COUPLED, dialling, ends, finite, goal_of, measured, references, student, teacher
 from scfm.method.consistency import keyed_generator
-from scfm.method.lora_scale import SCALES, choose, endpoint_curve
-from scfm.method.distill import FullSpeakers
+from scfm.method.lora_scale import SCALES, choose_lora_scales, endpoint_curve
+from scfm.method.distill import CopiedModels
 from scfm.method.metrics import endpoint_distance, sliced_wasserstein
 from toy.plane import DATA
 
@@ -68,23 +68,23 @@ def measure_teacher(cache, protocol, job):
 
     def make():
         (look, floor), (_, noise) = plane_ruler(protocol, job, goal), references(protocol, job)
-        field = FullSpeakers(network).field("teacher")
+        field = CopiedModels(network).field("teacher")
         return {"raw": {n: look(ends(field, noise, n)) for n in protocol.steps}, "floor": floor}
     return cache("few_teacher", plane_spec(protocol, spec), make)
 
 
 def measure_student(cache, protocol, job):
     """Curves "raw" (scale 1) and, where it is SCFM, "dialled"; "scales": {steps: the dial's}."""
-    goal, (speakers, spec) = goal_of(cache, protocol, job), student(cache, protocol, job)
-    field = partial(speakers.field, "slow")
+    goal, (models, spec) = goal_of(cache, protocol, job), student(cache, protocol, job)
+    field = partial(models.field, "ema_slow")
 
     def make():
         (look, _), (_, noise) = plane_ruler(protocol, job, goal), references(protocol, job)
         found = {"raw": {n: look(ends(field(), noise, n)) for n in protocol.steps}}
         if job.family == "scfm":
-            few, far = dialling(protocol, job, speakers)
+            few, far = dialling(protocol, job, models)
             curve = endpoint_curve(lambda n, s: ends(field(s), few, n), far, protocol.steps, protocol.scales)
-            found["scales"] = dict(zip(*choose({pair: finite(distance) for pair, distance in curve.items()})[:2]))
+            found["scales"] = dict(zip(*choose_lora_scales({pair: finite(distance) for pair, distance in curve.items()})[:2]))
             found["dialled"] = {n: look(ends(field(s), noise, n)) for n, s in found["scales"].items()}
         return found
     return cache("few_sw2", plane_spec(protocol, spec), make)

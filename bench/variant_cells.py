@@ -3,18 +3,18 @@ from functools import partial
 
 from compare_flux import dialling as dialling_on_flux, judge, scored, trained, world
 from plane_cells import COUPLED, dialling, ends, finite, goal_of, measured, references, ruler, settings, student
-from scfm.method.lora_scale import choose
+from scfm.method.lora_scale import choose_lora_scales
 from scfm.method.flow import time_grid
 from scfm.models.lora import load_adapter_state
 from scfm.method.metrics import endpoint_distance
-from scfm.method.scale_schedule import by_step, in_turn
+from scfm.method.scale_schedule import search_per_step, per_step_field
 from toy.judge import STOCK
 
 JUDGED = (2, 3, 4, 8)
 SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2., 2.5, 3.)      # beyond the ends of bench/compare.py's: weak students want more
 
 
-ROUNDS = {"smooth": 0, "each step": 2}                       # of `by_step`, behind the dial
+ROUNDS = {"smooth": 0, "each step": 2}                       # of `search_per_step`, behind the dial
 
 
 def chosen(rule, distance, scales):
@@ -22,10 +22,10 @@ def chosen(rule, distance, scales):
     curve = {(n, s): distance((s,) * n) for n in JUDGED for s in scales}
     if rule == "free":                                       # each step count alone
         return {n: (min(scales, key=lambda s: curve[n, s]),) * n for n in JUDGED}
-    dial = choose(curve)                                     # never rising with the step counts
+    dial = choose_lora_scales(curve)                                     # never rising with the step counts
     if rule == "dial":
         return {n: (s,) * n for n, s in zip(dial.steps, dial.scales)}
-    return {n: by_step(distance, n, s, rounds=ROUNDS[rule]).scales for n, s in zip(dial.steps, dial.scales)}
+    return {n: search_per_step(distance, n, s, rounds=ROUNDS[rule]).scales for n, s in zip(dial.steps, dial.scales)}
 
 
 def asked(protocol, job):
@@ -42,11 +42,11 @@ def told(found):
 def measure_on_plane(cache, protocol, job):
     """quality (SW2) and endpoints (distance to the teacher's), by step count; scales: those that were chosen."""
     job, rule, read_out = asked(protocol, job)
-    (speakers, spec), goal = student(cache, protocol, job), goal_of(cache, protocol, job)
+    (models, spec), goal = student(cache, protocol, job), goal_of(cache, protocol, job)
 
     def make():
-        (noise, far), measure = dialling(protocol, job, speakers), ruler(protocol, job)
-        field = lambda scales: in_turn(partial(speakers.field, read_out), time_grid(len(scales)), scales)
+        (noise, far), measure = dialling(protocol, job, models), ruler(protocol, job)
+        field = lambda scales: per_step_field(partial(models.field, read_out), time_grid(len(scales)), scales)
         found = chosen(rule, lambda scales: finite(endpoint_distance(ends(field(scales), noise, len(scales)), far)), SCALES)
         mine = references(protocol, job)[1][:COUPLED]        # no scale was chosen on these
         return {"quality": {n: finite(measure(field(scales), n)[0]) for n, scales in found.items()},
@@ -62,11 +62,11 @@ def measure_on_flux(cache, protocol, job):
 
     def make():
         place, scorer = world(protocol.drawings), judge(protocol.judged)
-        speakers = place.speakers(job.seed)
-        load_adapter_state(speakers.transformer, "slow", loras[read_out])
-        speakers.transformer.set_adapter("student")
-        field = lambda scales: in_turn(partial(speakers.field, "slow"), time_grid(len(scales), STOCK), scales)
-        walk, far = dialling_on_flux(place, protocol.dial_noises, speakers.teacher)
+        models = place.models(job.seed)
+        load_adapter_state(models.transformer, "ema_slow", loras[read_out])
+        models.transformer.set_adapter("student")
+        field = lambda scales: per_step_field(partial(models.field, "ema_slow"), time_grid(len(scales), STOCK), scales)
+        walk, far = dialling_on_flux(place, protocol.dial_noises, models.teacher)
         found = chosen(rule, lambda scales: finite(endpoint_distance(walk(field(scales), len(scales)), far)), SCALES)
         scores = scored(scorer, lambda n: field(found[n]), steps=JUDGED)
         return {"quality": scores[""], "accuracy": scores[" accuracy"], "endpoints": scores[" coupling"], **told(found)}

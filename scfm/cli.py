@@ -6,12 +6,12 @@ import sys
 COMMANDS = {
     "demo": ("toy.demo:main", "distil the tiny Flux that the repository carries, and compare (5 minutes on 2 cores)"),
     "plan": ("scfm.commands.plan:main", "memory and hours of a run on a GPU, counted before anything is downloaded"),
-    "data": ("scfm.commands.data:main", "let a pipeline paint captions, and encode pictures and captions once for training"),
+    "data": ("scfm.commands.data:main", "let a pipeline generate captions, and encode images and captions once for training"),
     "distill": ("scfm.commands.distill:main", "turn a pre-trained pipeline into a few-step one: writes a LoRA"),
-    "pretrain": ("scfm.commands.pretrain:main", "train a flow on pictures that samples in few steps, or distil a finished one"),
+    "pretrain": ("scfm.commands.pretrain:main", "train a flow on images that samples in few steps, or distil a finished one"),
     "dial": ("scfm.commands.dial:main", "find the LoRA's strength for each step count, and store it with the LoRA"),
-    "sample": ("scfm.commands.sample:main", "paint prompts with a LoRA, at the strength that its dial says"),
-    "evaluate": ("scfm.commands.evaluate:main", "student, teacher and rivals by one protocol: numbers, pictures, a report"),
+    "sample": ("scfm.commands.sample:main", "generate prompts with a LoRA, at the strength that its dial says"),
+    "evaluate": ("scfm.commands.evaluate:main", "student, teacher and rivals by one protocol: numbers, images, a report"),
     "export": ("scfm.commands.export:main", "a fused pipeline, or one LoRA of step and style, checked against its parts"),
 }
 

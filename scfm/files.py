@@ -3,7 +3,7 @@ import os
 import uuid
 
 
-def write_whole(path, write):
+def atomic_write(path, write):
     """Calls write(a temporary path) and renames the result: `path` is whole or not there, also when two write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")

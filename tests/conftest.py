@@ -36,7 +36,7 @@ def bench(request, folder, monkeypatch):
 
     def run(*words, out=script):
         monkeypatch.syspath_prepend(str(BENCH))
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--smoke", "--cache", str(folder / "cells"), "--out", str(folder / out), *words])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--smoke", "--cache_dir", str(folder / "cells"), "--output_dir", str(folder / out), *words])
         runpy.run_path(str(BENCH / f"{script}.py"), run_name="__main__")
         return json.loads((folder / f"{out}.json").read_text())
     return run

@@ -23,7 +23,7 @@ def test_a_small_run_writes_everything_and_a_lost_cell_alone_is_made_again(bench
     assert decays[0] == "fast decay, slow decay" and sum(map(len, decays[1].values())) == 10
     assert two[0] == ", ".join(row["family"] for row in record["sensitivity"][:2]) and sum(map(len, two[1].values())) >= 12
     assert set(record["flux"]) == {"k/N", "rank"} and {"0", "1"} == set(record["flux"]["k/N"]) and record["flux_teacher"]["3.0"]
-    for who in ("student", "slow"):
+    for who in ("student", "ema_slow"):
         first, last = (look[who] for look in record["flux"]["k/N"]["0"]["looks"].values())
         assert set(first) == {"raw"} and set(last) == {"raw", "dialled", "scales"}
     assert "tiny Flux, slow EMA" in capsys.readouterr().out
@@ -58,7 +58,7 @@ def test_nothing_is_chosen_for_the_grid_before_all_is_measured(monkeypatch):
 def test_the_rule_restarts_both_averages_when_the_student_has_stopped_leaving_the_slow_one(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     from ablation_cells import RestartWhenStalled
-    weights = {name: [torch.zeros(2), torch.zeros(1)] for name in ("student", "fast", "slow")}
+    weights = {name: [torch.zeros(2), torch.zeros(1)] for name in ("student", "ema_fast", "ema_slow")}
     rule = RestartWhenStalled(SimpleNamespace(parameters=weights.get), every=2, patience=3)
     away = [1, 2, 3, 4, 5, 6, 6, 6, 6, 5, 5, 4, 9]                       # looked at after 2, 4, ...: 2 4 6 6 5 4
     for updates, distance in enumerate(away, 1):
@@ -66,8 +66,8 @@ def test_the_rule_restarts_both_averages_when_the_student_has_stopped_leaving_th
         rule(updates)
         assert rule.restarts == ([12] if updates >= 12 else [])
         if updates == 12:
-            assert all(torch.equal(a, b) for name in ("fast", "slow") for a, b in zip(weights[name], weights["student"]))
-    assert weights["slow"][0][0] == 4 and rule.largest == 0              # and from there on it counts anew
+            assert all(torch.equal(a, b) for name in ("ema_fast", "ema_slow") for a, b in zip(weights[name], weights["student"]))
+    assert weights["ema_slow"][0][0] == 4 and rule.largest == 0              # and from there on it counts anew
 
 
 def test_a_run_that_loses_its_head_is_a_result_and_no_crash(monkeypatch):
@@ -75,14 +75,14 @@ def test_a_run_that_loses_its_head_is_a_result_and_no_crash(monkeypatch):
     from ablation_cells import OURS, run
     from plane_cells import FAR, judged
 
-    from scfm.method.distill import DistillConfig, FullSpeakers
+    from scfm.method.distill import SCFMConfig, CopiedModels
     from toy.plane import MLP, checkerboard
-    speakers = FullSpeakers(MLP(4, 1))
+    models = CopiedModels(MLP(4, 1))
 
     def batch_of(generator, rows):
         return checkerboard(rows, generator) * (math.inf if len(looked) else 1.)
     looked = []
-    found = run(speakers, batch_of, DistillConfig(updates=6, batch=4), OURS, (2, 6), lambda updates: looked.append(updates) or updates)
+    found = run(models, batch_of, SCFMConfig(max_train_steps=6, global_batch_size=4), OURS, (2, 6), lambda updates: looked.append(updates) or updates)
     assert found["done"] == 2 and found["looks"] == {2: 2, 6: 6} == {n: n for n in looked}
 
     def measure(field, steps, shift):

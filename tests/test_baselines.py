@@ -12,9 +12,9 @@ from scfm.method.baselines import (
     COSTS, SHORTCUT_GRIDS, MeanFlowRows, denoise, distillation_loss, distillation_target, fit,
     make_pairs, meanflow_loss, meanflow_target, multistep, neighbours, network_evaluations,
     progressive, progressive_loss, progressive_target, reflow_loss, regress, sample_renoised,
-    sample_told, shortcut_loss, shortcut_target, step_of, updates_for)
-from scfm.method.consistency import Jumps, Speakers, draw_jumps, scfm_loss
-from scfm.method.distill import DistillConfig, FullSpeakers
+    sample_with_step_size, shortcut_loss, shortcut_target, step_of, updates_for)
+from scfm.method.consistency import Jumps, DistillModels, draw_jumps, scfm_loss
+from scfm.method.distill import SCFMConfig, CopiedModels
 from scfm.method.flow import interpolate, per_row, sample, time_grid
 from scfm.method.metrics import curvature
 from toy.plane import MLP, gaussian_slope, ring_mixture, with_step
@@ -75,7 +75,7 @@ def test_reflow_of_a_gaussian_is_a_known_straight_field(s):
     def straightened(x, t, cond=None):
         return (1 - s) / ((1 - per_row(t, x)) * s + per_row(t, x)) * x
     noise = points()
-    losses = reflow_loss(Speakers(straightened, None, None, None), s * noise, noise, seeded())
+    losses = reflow_loss(DistillModels(straightened, None, None, None), s * noise, noise, seeded())
     assert losses.shape == (16,) and losses.max() < 1e-12
     assert torch.allclose(sample(straightened, noise, time_grid(1)), s * noise)
     assert curvature(straightened, noise, time_grid(7)) < 1e-12
@@ -83,7 +83,7 @@ def test_reflow_of_a_gaussian_is_a_known_straight_field(s):
 
 def test_reflow_loss_is_not_zero_for_another_field():
     noise = points()
-    assert reflow_loss(Speakers(linear(1.)[0], None, None, None), .3 * noise, noise, seeded()).mean() > .01
+    assert reflow_loss(DistillModels(linear(1.)[0], None, None, None), .3 * noise, noise, seeded()).mean() > .01
 
 
 # Progressive distillation
@@ -114,21 +114,21 @@ def test_every_stage_of_progressive_sees_rows_of_its_own():
         noise = torch.randn(rows, 2, generator=generator)
         seen.append(noise)
         return torch.zeros(rows, 2), noise
-    progressive(MLP(8, 1), flat, DistillConfig(updates=2, batch=4, lr=1e-3), stages=(4, 2, 1))
+    progressive(MLP(8, 1), flat, SCFMConfig(max_train_steps=2, global_batch_size=4, learning_rate=1e-3), stages=(4, 2, 1))
     assert len(seen) == 6 and len({tuple(noise.flatten().tolist()) for noise in seen}) == 6
 
 
 def test_progressive_asks_on_its_own_grid_only_and_leaves_the_teacher_alone():
     network = MLP(8, 1)
     before = copy.deepcopy(network.state_dict())
-    made = progressive(network, flat, DistillConfig(updates=1, batch=4, lr=1e-2), stages=(2, 1))
+    made = progressive(network, flat, SCFMConfig(max_train_steps=1, global_batch_size=4, learning_rate=1e-2), stages=(2, 1))
     assert list(made) == [2, 1] and all(isinstance(n, MLP) for n in made.values())
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     seen = []
     def spy(x, t, cond=None):
         seen.append(t)
         return x
-    progressive_loss(Speakers(spy, spy, None, None), points(64).float(), points(64).float(), seeded(), 4)
+    progressive_loss(DistillModels(spy, spy, None, None), points(64).float(), points(64).float(), seeded(), 4)
     assert {round(v, 3) for t in seen for v in t.tolist()} == {i / 8 for i in range(1, 9)}
 
 
@@ -201,7 +201,7 @@ def test_a_told_network_starts_as_the_one_it_came_from():
 @given(widths, st.integers(1, 5), st.floats(.5, 3))
 def test_the_mean_velocity_lands_exactly_in_any_number_of_steps(s, steps, shift):
     noise, (_, mean, _) = points(), gaussian(s)
-    assert torch.allclose(sample_told(mean, noise, time_grid(steps, shift).double()), s * noise, atol=1e-9)
+    assert torch.allclose(sample_with_step_size(mean, noise, time_grid(steps, shift).double()), s * noise, atol=1e-9)
 
 
 # Shortcut Models
@@ -212,7 +212,7 @@ def test_the_mean_velocity_lands_exactly_in_any_number_of_steps(s, steps, shift)
 def test_the_exact_mean_velocity_is_self_consistent(s):
     """Shortcut's own condition: two exact halves make the exact whole, and step 0 is the teacher's word."""
     teacher, mean, _ = gaussian(s)
-    jumps, x = draw_jumps(32, 0., self_grids=(2, 4, 8), shift=(1., 1.), generator=seeded(), flow_share=.5), points(32)
+    jumps, x = draw_jumps(32, 0., self_grids=(2, 4, 8), shift=(1., 1.), generator=seeded(), non_shortcut_ratio=.5), points(32)
     d = step_of(jumps).double()
     assert (d == 0).sum() == 16 and {round(v, 3) for v in d.tolist()} <= {0., 1., .5, .25}
     target = shortcut_target(x, jumps, teacher, mean)
@@ -244,7 +244,7 @@ def test_shortcut_s_smallest_halves_are_asked_as_no_step_at_all():
     assert told == {0., *(round(1 / n, 4) for n in (2, 4, 8, 16))} and torch.equal(asked[0] == 0, jumps.steps == 32)
     for steps, wanted in ((32, 0.), (16, 1 / 16)):
         heard = []
-        sample_told(lambda x, t, d: heard.append(d) or x, points(2), time_grid(steps), 1 / 32)
+        sample_with_step_size(lambda x, t, d: heard.append(d) or x, points(2), time_grid(steps), 1 / 32)
         assert len(heard) == steps and torch.allclose(torch.stack(heard), torch.tensor(wanted), atol=1e-6)
 
 
@@ -332,10 +332,10 @@ def flat(generator, rows):
 
 
 class Counted:
-    """Speakers that count the rows that each is shown."""
+    """DistillModels that count the rows that each is shown."""
     def __init__(self):
-        self.rows = dict.fromkeys(Speakers._fields, 0)
-        for name in Speakers._fields:
+        self.rows = dict.fromkeys(DistillModels._fields, 0)
+        for name in DistillModels._fields:
             setattr(self, name, partial(self.say, name))
 
     def say(self, name, x, t, cond=None):
@@ -345,25 +345,25 @@ class Counted:
 
 LOSSES = {"reflow": reflow_loss, "progressive": partial(progressive_loss, steps=4), "consistency": distillation_loss,
           "shortcut": shortcut_loss, "meanflow": meanflow_loss,
-          "scfm": lambda speakers, data, noise, g: scfm_loss(data, noise, draw_jumps(len(data), generator=g), speakers)}
+          "scfm": lambda models, data, noise, g: scfm_loss(data, noise, draw_jumps(len(data), generator=g), models)}
 
 
 @pytest.mark.parametrize("method", COSTS)
 def test_the_cost_is_what_is_counted(method):
-    speakers, rows = Counted(), 64
-    losses = LOSSES[method](speakers, *flat(seeded(), rows), seeded())
+    models, rows = Counted(), 64
+    losses = LOSSES[method](models, *flat(seeded(), rows), seeded())
     assert losses.shape == (rows,)
     derivative = rows if method == "meanflow" else 0                    # rides along with the forward, unseen by the count
-    assert sum(speakers.rows.values()) + derivative + 2 * rows == network_evaluations(method, rows)
+    assert sum(models.rows.values()) + derivative + 2 * rows == network_evaluations(method, rows)
     assert network_evaluations(method, rows, lora=True) == network_evaluations(method, rows) - rows
 
 
-@pytest.mark.parametrize("method, asked", [("reflow", {}), ("progressive", {"teacher": 128}), ("consistency", {"teacher": 64, "fast": 64}),
-                                           ("shortcut", {"teacher": 48, "fast": 32}), ("meanflow", {"teacher": 64})])
+@pytest.mark.parametrize("method, asked", [("reflow", {}), ("progressive", {"teacher": 128}), ("consistency", {"teacher": 64, "ema_fast": 64}),
+                                           ("shortcut", {"teacher": 48, "ema_fast": 32}), ("meanflow", {"teacher": 64})])
 def test_each_target_is_said_by_its_own_speakers(method, asked):
-    speakers = Counted()
-    LOSSES[method](speakers, *flat(seeded(), 64), seeded())
-    assert speakers.rows == {"student": 64, "teacher": 0, "fast": 0, "slow": 0} | asked
+    models = Counted()
+    LOSSES[method](models, *flat(seeded(), 64), seeded())
+    assert models.rows == {"student": 64, "teacher": 0, "ema_fast": 0, "ema_slow": 0} | asked
 
 
 def test_meanflows_loss_is_each_rows_error_over_its_own_size_and_half_of_its_rows_have_no_length():
@@ -376,7 +376,7 @@ def test_meanflows_loss_is_each_rows_error_over_its_own_size_and_half_of_its_row
     def teacher(x, t, step=None):
         return torch.cos(x)
     data, noise = flat(seeded(), 2000)
-    losses = meanflow_loss(Speakers(student, teacher, None, None), data, noise, seeded())
+    losses = meanflow_loss(DistillModels(student, teacher, None, None), data, noise, seeded())
     x, t, d = (part.detach() for part in asked[0])
     assert .46 < (d == 0).float().mean() < .54 and (d <= t).all() and torch.allclose(x, interpolate(data, noise, t))
     v = teacher(x, t)                                                          # u = x t (1 + d): along the road v t (1 + d) + x (1 + d) + x t
@@ -402,8 +402,8 @@ def test_every_loss_trains_the_student_alone_and_the_same_each_time(method):
     def run():
         torch.manual_seed(0)
         network = with_step(MLP(8, 1))
-        speakers = fit(FullSpeakers(network), flat, DistillConfig(updates=2, batch=8, lr=1e-2), LOSSES[method])
-        return [[p.clone() for p in speakers.parameters(name)] for name in ("teacher", "student")]
+        models = fit(CopiedModels(network), flat, SCFMConfig(max_train_steps=2, global_batch_size=8, learning_rate=1e-2), LOSSES[method])
+        return [[p.clone() for p in models.parameters(name)] for name in ("teacher", "student")]
     (teacher, student), (_, again) = run(), run()
     torch.manual_seed(0)
     assert all(torch.equal(a, b) for a, b in zip(teacher, with_step(MLP(8, 1)).parameters()))
@@ -413,12 +413,12 @@ def test_every_loss_trains_the_student_alone_and_the_same_each_time(method):
 
 def test_regress_is_the_mean_square_of_each_row():
     x = points()
-    assert torch.allclose(regress(Speakers(linear(2.)[0], None, None, None), x, torch.ones(16), x), x.square().mean(1))
+    assert torch.allclose(regress(DistillModels(linear(2.)[0], None, None, None), x, torch.ones(16), x), x.square().mean(1))
 
 
 def test_a_config_that_makes_no_sense_is_refused_before_any_update():
-    with pytest.raises(ValueError, match="updates=0"):
-        fit(FullSpeakers(MLP(8, 1)), flat, DistillConfig(updates=0), reflow_loss)
+    with pytest.raises(ValueError, match="max_train_steps=0"):
+        fit(CopiedModels(MLP(8, 1)), flat, SCFMConfig(max_train_steps=0), reflow_loss)
 
 
 def test_the_losses_agree_with_interpolate():
@@ -428,6 +428,6 @@ def test_the_losses_agree_with_interpolate():
         seen.append((x, t))
         return x
     noise = points().float()
-    distillation_loss(Speakers(spy, spy, spy, spy), torch.zeros(16, 2), noise, seeded())
+    distillation_loss(DistillModels(spy, spy, spy, spy), torch.zeros(16, 2), noise, seeded())
     x, t = seen[-1]
     assert torch.allclose(x, interpolate(torch.zeros(16, 2), noise, t))

@@ -16,10 +16,10 @@ CURVES = {"Reflow raw", "progressive own stage", "progressive last stage", "cons
 def test_a_small_run_writes_every_method_at_every_budget(bench, folder, capsys):
     record = bench()
     assert list(record["budgets"]) == ["small", "medium", "large"] and not record["missing"]
-    tuned = record["budgets"]["small"]["main"]["tiny Flux"]
+    step_lora = record["budgets"]["small"]["main"]["tiny Flux"]
     for name in ("Reflow raw", "progressive own stage", "consistency re-noised", "SCFM, Algorithm 2 raw", "SCFM, damped dialled"):
-        assert [int(n) for n in tuned[name]] == [int(n) for n in tuned[f"{name} accuracy"]] == list(STEPS), name
-    assert tuned["SCFM, damped dialled"]["32"] == record["free"]["tiny Flux"]["teacher euler"]["32"]      # beyond the dial: the teacher
+        assert [int(n) for n in step_lora[name]] == [int(n) for n in step_lora[f"{name} accuracy"]] == list(STEPS), name
+    assert step_lora["SCFM, damped dialled"]["32"] == record["free"]["tiny Flux"]["teacher euler"]["32"]      # beyond the dial: the teacher
     assert all(0 < cost["evaluations"] <= 200 for cost in record["budgets"]["small"]["flux_methods"].values())
     for budget in record["budgets"].values():
         curves = budget["main"]["moons"]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm.method.consistency import (
-    CAST, LOSSES, Jumps, Speakers, consistency_target, draw_jumps, draw_teacher_rows, keyed_generator,
-    scfm_loss, snap_times, speak, take_rows)
+    TARGET_MODELS, LOSSES, Jumps, DistillModels, consistency_target, draw_jumps, draw_teacher_mask, keyed_generator,
+    scfm_loss, snap_times, velocity_by_row, index_cond)
 from scfm.method.flow import interpolate, shift_time
 
 ALGORITHMS = ("one_ema", "dual", "dual_pure")
@@ -20,7 +20,7 @@ shifts = st.floats(1., 4.5).flatmap(lambda low: st.tuples(st.just(low), st.float
 
 
 def all_say(field):
-    return Speakers(*[field] * 4)
+    return DistillModels(*[field] * 4)
 
 
 def constant(value):
@@ -31,7 +31,7 @@ def linear(a):
     return lambda x, t, cond=None: a * x
 
 
-def jumps_of(times, teacher=False):
+def jumps_from_config(times, teacher=False):
     times = torch.tensor(times, dtype=torch.float64)
     return Jumps(times, torch.full((len(times),), teacher), torch.full((len(times),), 8))
 
@@ -82,7 +82,7 @@ def test_grids_below_t_skip_are_dropped_and_bad_ones_named():
     assert set(jumps.steps.tolist()) == {4, 8, 16}
     for settings_, word in ((dict(self_grids=(2, 9)), "9"), (dict(teacher_grid=31), "31"), (dict(t_skip=3), "t_skip=3"),
                             (dict(self_grids=(2,), t_skip=4), "self_grids"), (dict(shift=(2, 1)), "shift"),
-                            (dict(shift=(0, 1)), "shift"), (dict(teacher_share=1.2), "teacher_share"),
+                            (dict(shift=(0, 1)), "shift"), (dict(teacher_ratio=1.2), "teacher_ratio"),
                             (dict(teacher_grid=2, t_skip=4, self_grids=(4,)), "teacher_grid")):
         with pytest.raises(ValueError, match=word):
             draw_jumps(4, **settings_)
@@ -92,14 +92,14 @@ def test_grids_below_t_skip_are_dropped_and_bad_ones_named():
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 64), shares, st.integers(0, 1000))
 def test_count_of_teacher_rows_is_a_neighbour_of_its_mean(rows, share, seed):
-    count = int(draw_teacher_rows(rows, share, keyed_generator(seed, 0)).sum())
+    count = int(draw_teacher_mask(rows, share, keyed_generator(seed, 0)).sum())
     assert math.floor(rows * share) <= count <= math.ceil(rows * share)
 
 
 @pytest.mark.parametrize("rows, share", [(1, .4), (8, .4), (3, .25), (5, .2)])
 def test_mean_count_of_teacher_rows_is_exact(rows, share):
     draws = 4000
-    masks = torch.stack([draw_teacher_rows(rows, share, keyed_generator(0, update)) for update in range(draws)]).float()
+    masks = torch.stack([draw_teacher_mask(rows, share, keyed_generator(0, update)) for update in range(draws)]).float()
     # the count is one of two neighbours, so its deviation is at most .5: five standard errors
     assert masks.sum(1).mean() == pytest.approx(rows * share, abs=5 * .5 / draws ** .5)
     assert (masks.mean(0) - share).abs().max() < 5 * .5 / draws ** .5      # and every place is as likely
@@ -129,9 +129,9 @@ def test_snapping_names_the_mend():
                                                                ("dual_pure", (1., 1.), (2., 3.))])
 @pytest.mark.parametrize("t_skip", [2, 4])
 def test_casting(algorithm, teacher_row, self_row, t_skip):
-    speakers = Speakers(*map(constant, (0., 1., 2., 3.)))            # student 0, teacher 1, fast 2, slow 3
+    models = DistillModels(*map(constant, (0., 1., 2., 3.)))            # student 0, teacher 1, fast 2, slow 3
     jumps = draw_jumps(20, .5, t_skip=t_skip, generator=keyed_generator(0, 0))
-    target = consistency_target(torch.randn(20, 2), jumps, speakers, algorithm=algorithm)
+    target = consistency_target(torch.randn(20, 2), jumps, models, algorithm=algorithm)
     half = jumps.times[:, t_skip // 2]
     first = (jumps.times[:, 0] - half) / (jumps.times[:, 0] - jumps.times[:, -1])          # A's share of the jump
     for kind, (a, b) in ((True, teacher_row), (False, self_row)):
@@ -142,10 +142,10 @@ def test_casting(algorithm, teacher_row, self_row, t_skip):
 
 
 def test_the_table_is_the_papers():
-    assert CAST["one_ema"] == {"teacher": ("teacher", "teacher"), "self": ("slow", "slow")}
-    assert CAST["dual"] == {"teacher": ("teacher", "slow"), "self": ("fast", "slow")}
+    assert TARGET_MODELS["one_ema"] == {"teacher": ("teacher", "teacher"), "self": ("ema_slow", "ema_slow")}
+    assert TARGET_MODELS["dual"] == {"teacher": ("teacher", "ema_slow"), "self": ("ema_fast", "ema_slow")}
     with pytest.raises(ValueError, match="triple.*one_ema, dual"):
-        consistency_target(torch.zeros(1, 2), jumps_of([[.5, .4, .3]]), all_say(constant(0.)), algorithm="triple")
+        consistency_target(torch.zeros(1, 2), jumps_from_config([[.5, .4, .3]]), all_say(constant(0.)), algorithm="triple")
 
 
 def test_speak_asks_each_speaker_once_and_for_its_own_rows():
@@ -156,36 +156,36 @@ def test_speak_asks_each_speaker_once_and_for_its_own_rows():
             asked.append((name, len(x)))
             return x * 0 + cond["w"][:, None] * t[:, None]
         return field
-    speakers = Speakers(*map(speaker, Speakers._fields))
+    models = DistillModels(*map(speaker, DistillModels._fields))
     x, t, w = torch.randn(6, 2), torch.rand(6), torch.arange(6.)
     mask = torch.tensor([True, False, True, False, False, False])
-    v = speak(speakers, ("teacher", "fast"), mask, x, t, {"w": w})
-    assert asked == [("teacher", 2), ("fast", 4)]
+    v = velocity_by_row(models, ("teacher", "ema_fast"), mask, x, t, {"w": w})
+    assert asked == [("teacher", 2), ("ema_fast", 4)]
     torch.testing.assert_close(v, (w * t)[:, None].expand(-1, 2))
     asked.clear()
-    speak(speakers, ("slow", "slow"), mask, x, t, {"w": w})
-    speak(speakers, ("teacher", "fast"), ~mask & mask, x, t, {"w": w})
-    assert asked == [("slow", 6), ("fast", 6)]
+    velocity_by_row(models, ("ema_slow", "ema_slow"), mask, x, t, {"w": w})
+    velocity_by_row(models, ("teacher", "ema_fast"), ~mask & mask, x, t, {"w": w})
+    assert asked == [("ema_slow", 6), ("ema_fast", 6)]
 
 
 def test_speak_answers_in_the_dtype_of_x():
-    speakers = all_say(lambda x, t, cond: x.bfloat16())
+    models = all_say(lambda x, t, cond: x.bfloat16())
     mask = torch.tensor([True, False])
-    for names in (("teacher", "slow"), ("slow", "slow")):
-        assert speak(speakers, names, mask, torch.zeros(2, 3), torch.ones(2)).dtype == torch.float32
+    for names in (("teacher", "ema_slow"), ("ema_slow", "ema_slow")):
+        assert velocity_by_row(models, names, mask, torch.zeros(2, 3), torch.ones(2)).dtype == torch.float32
 
 
 def test_take_rows():
     x = torch.arange(6).reshape(3, 2)
     for index in (slice(1, 3), torch.tensor([False, True, True]), torch.tensor([1, 2])):
-        assert torch.equal(take_rows(x, index), x[1:])
-        taken = take_rows({"a": x, "b": (x, None), "c": [x]}, index)
+        assert torch.equal(index_cond(x, index), x[1:])
+        taken = index_cond({"a": x, "b": (x, None), "c": [x]}, index)
         assert torch.equal(taken["a"], x[1:]) and torch.equal(taken["b"][0], x[1:]) and taken["b"][1] is None
         assert isinstance(taken["b"], tuple) and isinstance(taken["c"], list)
     named = Jumps(x, x, x)
-    assert isinstance(take_rows(named, slice(1)), Jumps)
+    assert isinstance(index_cond(named, slice(1)), Jumps)
     with pytest.raises(TypeError, match="str"):
-        take_rows("a prompt", slice(1))
+        index_cond("a prompt", slice(1))
 
 
 def test_jumps_rows_are_the_same_rows():
@@ -203,16 +203,16 @@ def test_target_on_linear_fields(a, hops, seed):
     """v = a x: two Euler hops multiply x by (1 - h1 a)(1 - h2 a), so the target is x (1 - that) / (h1 + h2)."""
     h1, h2 = hops
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)).double()
-    target = consistency_target(x, jumps_of([[.9, .9 - h1, .9 - h1 - h2]] * 3), all_say(linear(a)))
+    target = consistency_target(x, jumps_from_config([[.9, .9 - h1, .9 - h1 - h2]] * 3), all_say(linear(a)))
     torch.testing.assert_close(target, x * (a - a * a * h1 * h2 / (h1 + h2)), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("algorithm, a, b", [("one_ema", 5., 5.), ("dual", 7., 5.)])
 def test_target_of_four_hops_gives_each_speaker_half(algorithm, a, b):
-    speakers = Speakers(linear(2.), linear(3.), linear(7.), linear(5.))
+    models = DistillModels(linear(2.), linear(3.), linear(7.), linear(5.))
     x = torch.ones(1, 2, dtype=torch.float64)
     times = [.9, .75, .55, .4, .1]
-    target = consistency_target(x, jumps_of([times]), speakers, algorithm=algorithm)
+    target = consistency_target(x, jumps_from_config([times]), models, algorithm=algorithm)
     factor = (1 - .15 * a) * (1 - .2 * a) * (1 - .15 * b) * (1 - .3 * b)
     torch.testing.assert_close(target, x * (1 - factor) / .8, rtol=1e-9, atol=0)
 
@@ -241,12 +241,12 @@ def test_the_target_lands_where_the_two_hops_land():
     torch.testing.assert_close(x1 - (t1 - t3) * consistency_target(x1, jumps, all_say(field)), x3)
 
 
-def test_pictures_and_points_share_the_loss():
+def test_images_and_points_share_the_loss():
     data, noise = torch.randn(2, 4, 3, 5, 5)
     jumps = draw_jumps(4, generator=keyed_generator(0, 0))
-    speakers = Speakers(linear(.5), *[linear(1.)] * 3)
-    flat = scfm_loss(data.flatten(1), noise.flatten(1), jumps, speakers)
-    torch.testing.assert_close(scfm_loss(data, noise, jumps, speakers), flat)
+    models = DistillModels(linear(.5), *[linear(1.)] * 3)
+    flat = scfm_loss(data.flatten(1), noise.flatten(1), jumps, models)
+    torch.testing.assert_close(scfm_loss(data, noise, jumps, models), flat)
 
 
 # ---------------------------------------------------------------- the gradient
@@ -254,22 +254,22 @@ def test_pictures_and_points_share_the_loss():
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_gradient_is_plain_autograd_with_a_detached_target(algorithm):
     torch.manual_seed(0)
-    nets = {name: torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)) for name in Speakers._fields}
-    fields = Speakers(*[lambda x, t, cond, n=n: n(torch.cat([x, t[:, None]], 1)) for n in nets.values()])
+    nets = {name: torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)) for name in DistillModels._fields}
+    fields = DistillModels(*[lambda x, t, cond, n=n: n(torch.cat([x, t[:, None]], 1)) for n in nets.values()])
     data, noise = torch.randn(2, 12, 2)
     jumps = draw_jumps(12, generator=keyed_generator(0, 0))
     scfm_loss(data, noise, jumps, fields, algorithm=algorithm).mean().backward()
     got = [p.grad.clone() for p in nets["student"].parameters()]
-    assert all(p.grad is None for name in ("teacher", "fast", "slow") for p in nets[name].parameters())
+    assert all(p.grad is None for name in ("teacher", "ema_fast", "ema_slow") for p in nets[name].parameters())
 
     t1, t2, t3 = jumps.times[..., None].unbind(1)
     x1 = interpolate(data, noise, jumps.t1)
-    said = {name: fields._asdict()[name](x1, t1[:, 0], None).detach() for name in Speakers._fields}
-    who = lambda hop: torch.where(jumps.is_teacher[:, None], *[said_at[CAST[algorithm][kind][hop]] for kind in ("teacher", "self")])
+    said = {name: fields._asdict()[name](x1, t1[:, 0], None).detach() for name in DistillModels._fields}
+    who = lambda hop: torch.where(jumps.is_teacher[:, None], *[said_at[TARGET_MODELS[algorithm][kind][hop]] for kind in ("teacher", "self")])
     said_at = said
     v1 = who(0)
     x2 = x1 - (t1 - t2) * v1
-    said_at = {name: fields._asdict()[name](x2, t2[:, 0], None).detach() for name in Speakers._fields}
+    said_at = {name: fields._asdict()[name](x2, t2[:, 0], None).detach() for name in DistillModels._fields}
     target = ((t1 - t2) * v1 + (t2 - t3) * who(1)) / (t1 - t3)
     plain = (fields.student(x1, t1[:, 0], None) - target).square().mean()
     expected = torch.autograd.grad(plain, list(nets["student"].parameters()))
@@ -278,10 +278,10 @@ def test_gradient_is_plain_autograd_with_a_detached_target(algorithm):
 
 
 def test_targets_come_before_the_student():
-    """Speakers may share one network: nobody else may speak between the student's forward and backward."""
+    """DistillModels may share one network: nobody else may speak between the student's forward and backward."""
     order = []
-    speakers = Speakers(*[lambda x, t, cond, name=name: (order.append(name), x)[1] for name in Speakers._fields])
-    scfm_loss(torch.zeros(8, 2), torch.ones(8, 2), draw_jumps(8, .5, generator=keyed_generator(0, 0)), speakers)
+    models = DistillModels(*[lambda x, t, cond, name=name: (order.append(name), x)[1] for name in DistillModels._fields])
+    scfm_loss(torch.zeros(8, 2), torch.ones(8, 2), draw_jumps(8, .5, generator=keyed_generator(0, 0)), models)
     assert order.count("student") == 1 and order[-1] == "student"
 
 
@@ -295,9 +295,9 @@ def test_chapters_need_torch_alone(module):
 
 
 @settings(deadline=None, max_examples=30)
-@given(rows=st.integers(1, 12), share=st.floats(0, 1), teacher_share=st.floats(0, 1), seed=st.integers(0, 99))
-def test_flow_rows_have_one_time_and_no_teacher(rows, share, teacher_share, seed):
-    jumps = draw_jumps(rows, teacher_share, flow_share=share, shift=(2.5, 4.5), generator=keyed_generator(seed, 0))
+@given(rows=st.integers(1, 12), share=st.floats(0, 1), teacher_ratio=st.floats(0, 1), seed=st.integers(0, 99))
+def test_flow_rows_have_one_time_and_no_teacher(rows, share, teacher_ratio, seed):
+    jumps = draw_jumps(rows, teacher_ratio, non_shortcut_ratio=share, shift=(2.5, 4.5), generator=keyed_generator(seed, 0))
     flow = jumps.is_flow
     assert abs(int(flow.sum()) - rows * share) < 1
     assert not (flow & jumps.is_teacher).any() and (jumps.times[flow] == jumps.t1[flow, None]).all()
@@ -305,13 +305,13 @@ def test_flow_rows_have_one_time_and_no_teacher(rows, share, teacher_share, seed
 
 
 def test_flow_times_are_uniform_before_the_warp():
-    jumps = draw_jumps(40_000, 0., flow_share=1., shift=(3., 3.), generator=keyed_generator(0, 0))
+    jumps = draw_jumps(40_000, 0., non_shortcut_ratio=1., shift=(3., 3.), generator=keyed_generator(0, 0))
     u = (jumps.t1 / (3 - 2 * jumps.t1)).sort().values                  # the warp undone
     assert (u - (torch.arange(40_000) + .5) / 40_000).abs().max() < .01
 
 
 def test_a_share_of_flow_rows_changes_no_other_draw():
-    plain, mixed = (draw_jumps(64, .4, flow_share=share, generator=keyed_generator(5, 0)) for share in (0., .5))
+    plain, mixed = (draw_jumps(64, .4, non_shortcut_ratio=share, generator=keyed_generator(5, 0)) for share in (0., .5))
     kept = ~mixed.is_flow
     assert torch.equal(plain.times[kept], mixed.times[kept]) and torch.equal(plain.is_teacher[kept], mixed.is_teacher[kept])
 
@@ -319,12 +319,12 @@ def test_a_share_of_flow_rows_changes_no_other_draw():
 def test_flow_rows_train_towards_noise_minus_data_and_the_others_as_before():
     generator = torch.Generator().manual_seed(0)
     data, noise = torch.randn(2, 16, 3, generator=generator)
-    jumps = draw_jumps(16, .5, flow_share=.5, generator=keyed_generator(0, 0))
-    speakers = Speakers(linear(.3), linear(1.), linear(1.5), linear(2.))
-    losses = scfm_loss(data, noise, jumps, speakers)
+    jumps = draw_jumps(16, .5, non_shortcut_ratio=.5, generator=keyed_generator(0, 0))
+    models = DistillModels(linear(.3), linear(1.), linear(1.5), linear(2.))
+    losses = scfm_loss(data, noise, jumps, models)
     x1 = (1 - jumps.t1)[:, None] * data + jumps.t1[:, None] * noise
     for i in range(16):
-        target = noise[i:i + 1] - data[i:i + 1] if jumps.is_flow[i] else consistency_target(x1[i:i + 1], jumps.rows(slice(i, i + 1)), speakers)
+        target = noise[i:i + 1] - data[i:i + 1] if jumps.is_flow[i] else consistency_target(x1[i:i + 1], jumps.rows(slice(i, i + 1)), models)
         torch.testing.assert_close(losses[i], (.3 * x1[i] - target[0]).square().mean())
 
 
@@ -342,9 +342,9 @@ def test_losses_are_what_they_say(said, target):
 
 
 def test_a_tenth_of_the_rows_take_the_models_own_shift():
-    jumps = draw_jumps(20_000, 1., teacher_grid=4, t_skip=4, shift=(2., 2.), own_shift=8., generator=keyed_generator(0, 0))
+    jumps = draw_jumps(20_000, 1., teacher_grid=4, t_skip=4, shift=(2., 2.), dynamic_shift=8., generator=keyed_generator(0, 0))
     odds = jumps.times[:, 2] / (1 - jumps.times[:, 2])                 # the middle of the road: odds 1 before the warp
     assert set(odds.round().int().tolist()) == {2, 8}
     assert abs((odds > 5).float().mean() - .1) < .01
-    each = draw_jumps(4, 1., teacher_grid=4, t_skip=4, own_shift=torch.tensor([2., 3, 4, 5]), own_share=1., generator=keyed_generator(0, 0))
+    each = draw_jumps(4, 1., teacher_grid=4, t_skip=4, dynamic_shift=torch.tensor([2., 3, 4, 5]), dynamic_shift_prob=1., generator=keyed_generator(0, 0))
     torch.testing.assert_close(each.times[:, 2] / (1 - each.times[:, 2]), torch.tensor([2., 3, 4, 5]))

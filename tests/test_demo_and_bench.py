@@ -14,7 +14,7 @@ from toy.shapes import draw_captions
 import torch
 
 
-def test_the_demo_writes_picture_table_and_results(tmp_path, capsys):
+def test_the_demo_writes_image_table_and_results(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(draw_captions(4, torch.Generator().manual_seed(0)).text))
     out = tmp_path / "demo"
     for attempt in range(2):  # a second demo starts from nothing and must not stumble over the first

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from scfm.method.lora_scale import KEY, SCALES, STEPS, Dial, choose, endpoint_curve, read_dial, write_dial
-from scfm.method.distill import FullSpeakers
-from scfm.models.lora import ADAPTERS, LoraSpeakers
+from scfm.method.lora_scale import SCALES, STEPS, LoraScales, choose_lora_scales, endpoint_curve
+from scfm.models.lora_file import KEY, read_lora_scales, write_lora_scales
+from scfm.method.distill import CopiedModels
+from scfm.models.lora import ADAPTERS, LoraModels
 from toy.plane import MLP
 
 # Distances that collide and include 0, so that ties and the logarithm's end are tried
@@ -30,7 +31,7 @@ def curves(draw):
 def dials(draw):
     steps = sorted(draw(st.lists(st.integers(1, 128), min_size=1, max_size=6, unique=True)))
     scales = sorted(draw(st.lists(st.floats(0, 2), min_size=len(steps), max_size=len(steps))), reverse=True)
-    return Dial(tuple(steps), tuple(scales))
+    return LoraScales(tuple(steps), tuple(scales))
 
 
 def cost(curve, steps, scales):
@@ -44,35 +45,35 @@ def cost(curve, steps, scales):
 def test_the_choice_is_the_best_of_all_that_never_increase(curve):
     steps, scales = sorted({n for n, _ in curve}), sorted({s for _, s in curve})
     falling = [seq for seq in itertools.product(scales, repeat=len(steps)) if all(a >= b for a, b in itertools.pairwise(seq))]
-    chosen = choose(curve)
+    chosen = choose_lora_scales(curve)
     assert chosen.steps == tuple(steps) and chosen.scales in falling
     assert cost(curve, steps, chosen.scales) == pytest.approx(min(cost(curve, steps, seq) for seq in falling), abs=1e-9)
 
 
 def test_where_the_best_scales_fall_anyway_each_step_count_gets_its_own():
     curve = {(n, s): .1 + abs(s - 2 / n) for n in (1, 2, 4, 8) for s in (0., .25, .5, 1., 2.)}
-    assert choose(curve, shift=3.) == Dial((1, 2, 4, 8), (2., 1., .5, .25), 3.)
+    assert choose_lora_scales(curve, shift=3.) == LoraScales((1, 2, 4, 8), (2., 1., .5, .25), 3.)
 
 
 def test_one_measurement_that_is_off_does_not_lift_the_scales_of_more_steps():
     curve = {(n, s): .1 + abs(s - 1 / n) for n in (1, 2, 4) for s in (.25, .5, 1.)}
     curve[4, 1.] = .09                                                           # a lucky draw, better by little
-    assert choose(curve).scales == (1., .5, .25)
+    assert choose_lora_scales(curve).scales == (1., .5, .25)
 
 
 def test_of_equal_scales_the_one_nearer_to_the_teacher():
-    assert choose({(n, s): 1. for n in (2, 4) for s in (0., .5, 1.)}).scales == (0., 0.)
+    assert choose_lora_scales({(n, s): 1. for n in (2, 4) for s in (0., .5, 1.)}).scales == (0., 0.)
 
 
 def test_the_order_of_the_curve_does_not_matter():
     curve = {(n, s): torch.rand((), generator=torch.Generator().manual_seed(int(100 * n + 8 * s))).item() for n in STEPS for s in SCALES}
-    assert choose(curve) == choose(dict(reversed(curve.items())))
+    assert choose_lora_scales(curve) == choose_lora_scales(dict(reversed(curve.items())))
 
 
 @pytest.mark.parametrize("curve", [{}, {(2, 0.): 1., (2, 1.): 1., (4, 0.): 1.}, {(2, 0.): float("nan")}, {(2, 0.): math.inf}, {(2, 0.): -1.}])
 def test_a_curve_that_cannot_be_judged_is_refused(curve):
     with pytest.raises(ValueError):
-        choose(curve)
+        choose_lora_scales(curve)
 
 
 def test_the_curve_is_the_distance_of_endpoints_and_asks_for_each_pair_once():
@@ -102,13 +103,13 @@ def test_between_its_entries_the_scale_falls_and_stays_between(dial):
 
 
 def test_a_schedule_speaks_for_its_own_number_of_steps():
-    dial = Dial((2, 8), (1.5, .5), 1., ((1., 2.), (.1, .2, .3)))
-    assert dial.strengths(2) == (1., 2.) and dial.strengths(3) == (.1, .2, .3)
-    assert dial.strengths(4) == (dial.scale(4),) * 4 and dial.scale(2) == 1.5
+    dial = LoraScales((2, 8), (1.5, .5), 1., ((1., 2.), (.1, .2, .3)))
+    assert dial.per_step(2) == (1., 2.) and dial.per_step(3) == (.1, .2, .3)
+    assert dial.per_step(4) == (dial.scale(4),) * 4 and dial.scale(2) == 1.5
 
 
 def test_it_is_linear_in_the_logarithm_of_the_steps():
-    dial = Dial((2, 32), (2., 0.))
+    dial = LoraScales((2, 32), (2., 0.))
     assert [dial.scale(n) for n in (2, 4, 8, 16, 32)] == pytest.approx([2., 1.5, 1., .5, 0.])
     assert dial.scale(3) == pytest.approx(2 - .5 * math.log2(1.5))
 
@@ -136,8 +137,8 @@ def test_the_header_gives_the_dial_back_and_keeps_everything_else(tmp_path_facto
     path = tmp_path_factory.mktemp("dial") / "lora.safetensors"
     save_file(TENSORS, path, metadata=others)
     dial = dial._replace(shift=shift, schedules=(dial.scales, (.5, .25)))
-    write_dial(path, dial)
-    assert read_dial(path) == dial and same_tensors(path)
+    write_lora_scales(path, dial)
+    assert read_lora_scales(path) == dial and same_tensors(path)
     assert {k: v for k, v in header(path).items() if k != KEY} == others
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -145,22 +146,22 @@ def test_the_header_gives_the_dial_back_and_keeps_everything_else(tmp_path_facto
 def test_a_second_dial_replaces_the_first(tmp_path):
     path = tmp_path / "lora.safetensors"
     save_file(TENSORS, path)
-    assert read_dial(path) is None
-    write_dial(path, Dial((2, 4), (1., .5)))
-    write_dial(str(path), Dial((3,), (.75,), 3.))
-    assert read_dial(str(path)) == Dial((3,), (.75,), 3.) and same_tensors(path)
+    assert read_lora_scales(path) is None
+    write_lora_scales(path, LoraScales((2, 4), (1., .5)))
+    write_lora_scales(str(path), LoraScales((3,), (.75,), 3.))
+    assert read_lora_scales(str(path)) == LoraScales((3,), (.75,), 3.) and same_tensors(path)
     assert json.loads(header(path)[KEY])["scales"] == [.75]
 
 
 def test_a_dial_from_before_there_were_schedules_is_read(tmp_path):
     path = tmp_path / "lora.safetensors"
     save_file(TENSORS, path, metadata={KEY: json.dumps({"steps": [2, 4], "scales": [1., .5], "shift": 3.})})
-    assert read_dial(path) == Dial((2, 4), (1., .5), 3., ())
+    assert read_lora_scales(path) == LoraScales((2, 4), (1., .5), 3., ())
 
 
 def test_a_file_that_is_not_there_is_an_error_and_is_not_made(tmp_path):
     with pytest.raises(FileNotFoundError):
-        write_dial(tmp_path / "no.safetensors", Dial((2,), (1.,)))
+        write_lora_scales(tmp_path / "no.safetensors", LoraScales((2,), (1.,)))
     assert not list(tmp_path.iterdir())
 
 
@@ -175,10 +176,10 @@ def shaken(parameters):
 
 def full():
     torch.manual_seed(0)
-    speakers = FullSpeakers(MLP(16, 2))
-    for name in ("student", "fast", "slow"):
-        shaken(speakers.parameters(name))
-    return speakers, torch.randn(6, 2), torch.rand(6)
+    models = CopiedModels(MLP(16, 2))
+    for name in ("student", "ema_fast", "ema_slow"):
+        shaken(models.parameters(name))
+    return models, torch.randn(6, 2), torch.rand(6)
 
 
 class Attention(torch.nn.Module):
@@ -205,39 +206,39 @@ def lora():
             return self.block(x, t)
 
     torch.manual_seed(0)
-    speakers = LoraSpeakers(Model(), lambda model, x, t, cond: model(x, t), ["to_q"], rank=2, alpha=4)
+    models = LoraModels(Model(), lambda model, x, t, cond: model(x, t), ["to_q"], rank=2, alpha=4)
     for name in ADAPTERS:
-        shaken(speakers.parameters(name))
-    return speakers, torch.randn(6, 2), torch.rand(6)
+        shaken(models.parameters(name))
+    return models, torch.randn(6, 2), torch.rand(6)
 
 
 @pytest.mark.parametrize("made", [full, lora])
-@pytest.mark.parametrize("name", ["student", "fast", "slow"])
+@pytest.mark.parametrize("name", ["student", "ema_fast", "ema_slow"])
 def test_scale_0_is_the_teacher_and_scale_1_the_speaker(made, name):
-    speakers, x, t = made()
-    teacher, own = speakers.teacher(x, t), getattr(speakers, name)(x, t).detach()
+    models, x, t = made()
+    teacher, own = models.teacher(x, t), getattr(models, name)(x, t).detach()
     assert not torch.allclose(teacher, own, atol=1e-3)
-    torch.testing.assert_close(speakers.field(name, 0.)(x, t), teacher, atol=1e-6, rtol=0)
-    torch.testing.assert_close(speakers.field(name, 1.)(x, t), own, atol=0, rtol=0)
-    torch.testing.assert_close(speakers.field(name)(x, t), own, atol=0, rtol=0)
-    half = speakers.field(name, .5)(x, t)
+    torch.testing.assert_close(models.field(name, 0.)(x, t), teacher, atol=1e-6, rtol=0)
+    torch.testing.assert_close(models.field(name, 1.)(x, t), own, atol=0, rtol=0)
+    torch.testing.assert_close(models.field(name)(x, t), own, atol=0, rtol=0)
+    half = models.field(name, .5)(x, t)
     assert not half.requires_grad and not torch.allclose(half, teacher, atol=1e-4) and not torch.allclose(half, own, atol=1e-4)
 
 
 @pytest.mark.parametrize("made", [full, lora])
 def test_a_field_at_a_scale_leaves_no_trace(made):
-    speakers, x, t = made()
-    before = {name: getattr(speakers, name)(x, t).detach() for name in ("teacher", "student", "fast", "slow")}
-    speakers.field("student", .3)(x, t), speakers.field("slow", 1.7)(x, t)
-    assert all(torch.equal(getattr(speakers, name)(x, t), said) for name, said in before.items())
+    models, x, t = made()
+    before = {name: getattr(models, name)(x, t).detach() for name in ("teacher", "student", "ema_fast", "ema_slow")}
+    models.field("student", .3)(x, t), models.field("ema_slow", 1.7)(x, t)
+    assert all(torch.equal(getattr(models, name)(x, t), said) for name, said in before.items())
 
 
 def test_the_scale_of_a_lora_is_an_interpolation_of_weights():
-    speakers, x, t = lora()
-    layer = speakers.transformer.block.to_q
+    models, x, t = lora()
+    layer = models.transformer.block.to_q
     delta = layer.scaling["student"] * layer.lora_B["student"].weight @ layer.lora_A["student"].weight
     for scale in (0., .375, 1., 1.5):
         folded = Attention()
         folded.to_q.load_state_dict({"weight": layer.base_layer.weight + scale * delta, "bias": layer.base_layer.bias})
-        folded.out.load_state_dict(speakers.transformer.block.out.state_dict())
-        torch.testing.assert_close(speakers.field("student", scale)(x, t), folded(x, t).detach(), atol=1e-6, rtol=1e-5)
+        folded.out.load_state_dict(models.transformer.block.out.state_dict())
+        torch.testing.assert_close(models.field("student", scale)(x, t), folded(x, t).detach(), atol=1e-6, rtol=1e-5)

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_table_of_errors_is_what_the_commands_say(tmp_path):
-    words = [sys.executable, "bench/bad_inputs.py", "--out", str(tmp_path / "errors.md")]
+    words = [sys.executable, "bench/bad_inputs.py", "--output_dir", str(tmp_path / "errors.md")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "errors.md").read_text() == (ROOT / "docs/errors.md").read_text()

@@ -15,20 +15,20 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from scfm.cli import main
-from scfm.evaluation.image_metrics import Missing, clip, frechet, inception, own_eye
+from scfm.evaluation.image_metrics import MetricUnavailable, clip, frechet, inception, custom_metric
 from scfm.models.flux import Flux
 from scfm.models.sd3 import SD3
-from scfm.evaluation.image_store import latency, paint_set
+from scfm.evaluation.image_store import latency, generate_set
 from scfm.models.lora import save_lora
-from scfm.evaluation.samplers import asked, multistep, own_samplers, read_peer, second_order
+from scfm.evaluation.samplers import conditioned_field, dpm_solver_pp, reference_samplers, parse_external_model, second_order
 from scfm.models.sampling import stock_latents
 from scfm.evaluation.report import best_of, groups_of
-from scfm.inference.step_lora import StepLora, UseConfig, fixed_shift
+from scfm.inference.step_lora import StepLora, InferenceConfig, fixed_shift
 from scfm.models.sampling import start_noise
 from toy.pipelines import FLUX, TOKENS, WEIGHTS, build_flux, build_sd3, clip_tokenizer, load_flux
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a pink star"]
-TINY = ["--count", "3", "--steps", "2", "--teacher_steps", "4", "--repeats", "1", "--batch", "2"]
+TINY = ["--num_images", "3", "--steps", "2", "--teacher_steps", "4", "--latency_repeats", "1", "--batch_size", "2"]
 BLIND = ["--inception", "none", "--clip", "none"]
 
 
@@ -49,7 +49,7 @@ def lora(tmp_path):
     folder = tmp_path / "lora"
     shutil.copytree(WEIGHTS / "lora", folder)
     settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**settings, "pipeline": str(FLUX)}))
+    (folder / "config.json").write_text(json.dumps({**settings, "pretrained_model_name_or_path": str(FLUX)}))
     return folder
 
 
@@ -68,19 +68,19 @@ def noise_for(family):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_samplers_of_a_lora_are_the_stock_pipelines(lora, steps):
-    tuned = StepLora(UseConfig(lora=str(lora)), "cpu")
-    found = {s.name: s for s in own_samplers(tuned, [steps], 4)}
-    noise, family, pipe = noise_for(tuned.family), tuned.family, load_flux()
+    step_lora = StepLora(InferenceConfig(lora=str(lora)), "cpu")
+    found = {s.name: s for s in reference_samplers(step_lora, [steps], 4)}
+    noise, family, pipe = noise_for(step_lora.family), step_lora.family, load_flux()
     plain = Flux(pipe, 32, 32, TOKENS)
     mine = {name: family.decode(s.latents(CAPTIONS, noise)) for name, s in found.items()}
-    theirs = {f"teacher-{n}": plain.stock_pictures(CAPTIONS, noise, n, 2.5, 3.) for n in (4, steps)}
+    theirs = {f"teacher-{n}": plain.sample_stock(CAPTIONS, noise, n, 2.5, 3.) for n in (4, steps)}
     theirs[f"teacher-stock-{steps}"] = pipe(CAPTIONS, height=32, width=32, num_inference_steps=steps, guidance_scale=2.5, latents=noise,
                                             max_sequence_length=TOKENS, output_type="pt").images * 2 - 1
     pipe.load_lora_weights(str(lora), adapter_name="a")
-    pipe.set_adapters(["a"], [tuned.dial.scale(steps)])
-    theirs[f"student-{steps}"] = plain.stock_pictures(CAPTIONS, noise, steps, 2.5, 3.)
-    for name, picture in theirs.items():
-        torch.testing.assert_close(mine[name], picture, rtol=0, atol=2e-5, msg=name)
+    pipe.set_adapters(["a"], [step_lora.lora_scales.scale(steps)])
+    theirs[f"student-{steps}"] = plain.sample_stock(CAPTIONS, noise, steps, 2.5, 3.)
+    for name, image in theirs.items():
+        torch.testing.assert_close(mine[name], image, rtol=0, atol=2e-5, msg=name)
     assert not torch.allclose(mine[f"student-{steps}"], mine[f"teacher-{steps}"], atol=.1)
 
 
@@ -102,7 +102,7 @@ def test_heun_is_diffusers_heun(flux, evaluations):
     times = torch.tensor([3 * t / (1 + 2 * t) for t in (1 - i / steps for i in range(steps))] + [0.])
     solver.sigmas = torch.cat([times[:1], times[1:-1].repeat_interleave(2), times[-1:]])
     solver.timesteps = 1000 * solver.sigmas[:-1]
-    field, x = asked(flux, CAPTIONS, 2.5), noise
+    field, x = conditioned_field(flux, CAPTIONS, 2.5), noise
     with torch.no_grad():
         for t in solver.timesteps:
             x = solver.step(field(x, (t / 1000).expand(3)), t, x).prev_sample
@@ -116,7 +116,7 @@ def test_the_multistep_solver_is_that_of_the_stock_pipeline(sd3, guidance):
     noise = noise_for(sd3)
     solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.)
     stock = stock_latents(sd3, CAPTIONS, noise, 4, guidance, solver, grid=False)
-    torch.testing.assert_close(multistep(sd3, CAPTIONS, noise, 4, guidance, 2.), stock, rtol=0, atol=.02)
+    torch.testing.assert_close(dpm_solver_pp(sd3, CAPTIONS, noise, 4, guidance, 2.), stock, rtol=0, atol=.02)
 
 
 def test_a_fixed_shift_holds_where_the_pipeline_would_choose_its_own(flux):
@@ -139,12 +139,12 @@ def test_evaluations_are_counted_and_guidance_by_a_second_row_counts_twice(sd3, 
 def test_the_negative_prompt_reaches_the_stock_pipeline(sd3):
     noise, scheduler = noise_for(sd3), sd3.pipe.scheduler
     plain = stock_latents(sd3, CAPTIONS, noise, 2, 3., scheduler)
-    sd3.negative = "a red star"
+    sd3.negative_prompt = "a red star"
     try:
         told = stock_latents(sd3, CAPTIONS, noise, 2, 3., scheduler)
-        again = sd3.stock_pictures(CAPTIONS, noise, 2, 3.)
+        again = sd3.sample_stock(CAPTIONS, noise, 2, 3.)
     finally:
-        sd3.negative = ""
+        sd3.negative_prompt = ""
     assert not torch.equal(plain, told)
     torch.testing.assert_close(sd3.decode(told), again, rtol=0, atol=1e-5)
 
@@ -161,8 +161,8 @@ class Small(torch.nn.Module):
         torch.manual_seed(0)
         self.body = torch.nn.Conv2d(3, 8, 4, 4)
 
-    def forward(self, pictures):
-        return self.body(pictures.float() / 255).square().mean((2, 3))
+    def forward(self, images):
+        return self.body(images.float() / 255).square().mean((2, 3))
 
 
 @torch.no_grad()
@@ -186,13 +186,13 @@ def test_inception_takes_weights_from_a_file_and_unpickles_no_code(tmp_path):
         state = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(tmp_path / "empty.pth")).state_dict()
     torch.save(state, tmp_path / "weights.pth")
     save_file(state, tmp_path / "weights.safetensors")
-    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    both = [inception(str(tmp_path / name)).look([(pictures, None)])[0] for name in ("weights.pth", "weights.safetensors")]
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    both = [inception(str(tmp_path / name)).look([(images, None)])[0] for name in ("weights.pth", "weights.safetensors")]
     assert both[0].shape == (2, 2048) and torch.equal(*both)
 
     torch.save({"weights": SimpleNamespace()}, tmp_path / "code.pth")
     for name, word in (("code.pth", "could not be loaded"), ("nowhere.pth", "nowhere.pth"), ("empty.pth", "Missing key")):
-        with pytest.raises(Missing, match=word):
+        with pytest.raises(MetricUnavailable, match=word):
             inception(str(tmp_path / name))
 
 
@@ -213,31 +213,31 @@ def clip_folder(tmp_path_factory):
 
 def test_the_clip_score_is_the_cosine_of_transformers(clip_folder):
     """transformers 5 wraps what torchmetrics 1.9 expects plain; a caption longer than the model keeps its end mark."""
-    pictures = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    captions = [*CAPTIONS[:2], "a picture of a small red star at the top at the top at the top"]
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    captions = [*CAPTIONS[:2], "an image of a small red star at the top at the top at the top"]
     model, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPProcessor.from_pretrained(clip_folder)
-    inputs = processor(text=captions, images=list(pictures), return_tensors="pt", padding=True, truncation=True, max_length=8)
+    inputs = processor(text=captions, images=list(images), return_tensors="pt", padding=True, truncation=True, max_length=8)
     with torch.no_grad():
         out = model(**inputs)
     cosines = (out.logits_per_image / model.logit_scale.exp()).diagonal()
-    features, scores = clip(str(clip_folder)).look([(pictures[:2], captions[:2]), (pictures[2:], captions[2:])])
+    features, scores = clip(str(clip_folder)).look([(images[:2], captions[:2]), (images[2:], captions[2:])])
     assert features is None
     assert scores["CLIP score"] == pytest.approx(max(0., 100 * cosines.mean().item()), abs=1e-3)
 
 
 def test_an_eye_of_ones_own():
-    eye = own_eye("toy.judge:look")
-    pictures = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    features, scores = eye.look([(pictures[:3], CAPTIONS), (pictures[3:], ["a red star", "nothing of the kind"])])
+    eye = custom_metric("toy.judge:look")
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    features, scores = eye.look([(images[:3], CAPTIONS), (images[3:], ["a red star", "nothing of the kind"])])
     assert features.shape == (5, 64) and 0 <= scores["prompt accuracy"] <= 1
-    assert eye.look([(pictures, None)])[1] == {}
+    assert eye.look([(images, None)])[1] == {}
 
 
 # The command
 
 
 def evaluate(lora, prompts, out, *more):
-    words = ["evaluate", "--lora", lora, "--prompts", prompts, "--out", out, *TINY, *more]
+    words = ["evaluate", "--lora", lora, "--prompts", prompts, "--output_dir", out, *TINY, *more]
     return main([str(word) for word in words])
 
 
@@ -246,7 +246,7 @@ def test_the_report_and_what_is_missing(lora, prompts, clip_folder, tmp_path, ca
     (reference / "deep").mkdir(parents=True)
     for i in range(3):
         Image.new("RGB", (40, 50), (80 * i, 20, 90)).save(reference / "deep" / f"{i}.jpg")
-    more = ["--judge", "toy.judge:look", "--clip", clip_folder, "--inception", tmp_path / "nowhere.pth", "--reference", reference]
+    more = ["--custom_metric", "toy.judge:look", "--clip", clip_folder, "--inception", tmp_path / "nowhere.pth", "--reference_dir", reference]
     assert evaluate(lora, prompts, out, *more) == 0
     said = capsys.readouterr().out
     assert "missing: Inception (FID): Inception's weights could not be loaded from" in said and said.count("missing:") == 1
@@ -280,7 +280,7 @@ def test_the_endpoint_distance_is_that_of_the_latents(lora, prompts, tmp_path, f
     assert rows["teacher-2"]["endpoint"] == pytest.approx((goal - two).square().mean().sqrt().item(), rel=1e-4)
 
 
-def test_it_resumes_and_a_picture_is_the_same_alone_and_in_a_batch(lora, prompts, tmp_path, capsys):
+def test_it_resumes_and_a_image_is_the_same_alone_and_in_a_batch(lora, prompts, tmp_path, capsys):
     out = tmp_path / "out"
     assert evaluate(lora, prompts, out, *BLIND) == 0
     first = {p: p.read_bytes() for p in out.rglob("*.png") if p.parent != out}
@@ -299,15 +299,15 @@ def test_it_resumes_and_a_picture_is_the_same_alone_and_in_a_batch(lora, prompts
     capsys.readouterr()
     assert evaluate(lora, prompts, out, *BLIND, "--seed", "3") == 2
     assert capsys.readouterr().err.strip().splitlines()[-1] == (
-        f"scfm evaluate: {out} holds pictures of another seed: take another --out, or delete it")
+        f"scfm evaluate: {out} holds images of another seed: take another --output_dir, or delete it")
 
 
-def test_pictures_of_another_sampler_are_refused(tmp_path, flux):
-    sampler = SimpleNamespace(settings={"scale": 1}, latents=lambda c, x: x, pictures=None)
-    paint_set(sampler, flux, CAPTIONS, tmp_path / "a", 0)
+def test_images_of_another_sampler_are_refused(tmp_path, flux):
+    sampler = SimpleNamespace(settings={"scale": 1}, latents=lambda c, x: x, images=None)
+    generate_set(sampler, flux, CAPTIONS, tmp_path / "a", 0)
     sampler.settings = {"scale": .5}
-    with pytest.raises(ValueError, match="pictures of another scale"):
-        paint_set(sampler, flux, CAPTIONS, tmp_path / "a", 0)
+    with pytest.raises(ValueError, match="images of another scale"):
+        generate_set(sampler, flux, CAPTIONS, tmp_path / "a", 0)
 
 
 def pixels(file):
@@ -332,18 +332,18 @@ def test_peers_come_through_the_same_door(lora, prompts, tmp_path):
     before = tmp_path / "alone"
     assert evaluate(lora, prompts, before, *BLIND) == 0
     out = tmp_path / "out"
-    assert evaluate(lora, prompts, out, *BLIND, "--peer", f"hyper={tmp_path / 'hyper'},scale=.5,steps=1+2,guidance=3.5",
-                    "--peer", f"schnell={tmp_path / 'schnell'},steps=1,guidance=0") == 0
+    assert evaluate(lora, prompts, out, *BLIND, "--external_model", f"hyper={tmp_path / 'hyper'},scale=.5,steps=1+2,guidance=3.5",
+                    "--external_model", f"schnell={tmp_path / 'schnell'},steps=1,guidance=0") == 0
     record = json.loads((out / "report.json").read_text())
     rows = {row["name"]: row for row in record["rows"]}
     assert {"hyper-1", "hyper-2", "schnell-1"} <= set(rows)
     assert rows["schnell-1"]["endpoint"] is None and rows["hyper-1"]["endpoint"] > 0 and rows["schnell-1"]["evaluations"] == 1
-    assert [heading for heading, _ in groups_of(record)] == ["the teacher at its steps", "1 evaluation a picture",
-                                                            "2 evaluations a picture"]
+    assert [heading for heading, _ in groups_of(record)] == ["the teacher at its steps", "1 evaluation an image",
+                                                            "2 evaluations an image"]
     for name in ("student-2", "teacher-2"):                     # a third adapter in the pipeline changes nobody else
         assert Image.open(out / name / "00000.png").tobytes() == Image.open(before / name / "00000.png").tobytes()
 
-    pipe = load_flux()                                           # and the peer is what a stock pipeline paints with it
+    pipe = load_flux()                                           # and the peer is what a stock pipeline generates with it
     pipe.load_lora_weights(str(tmp_path / "hyper"), adapter_name="x")
     pipe.set_adapters(["x"], [.5])
     noise = start_noise(Flux(pipe, 32, 32, TOKENS), range(1), 0)
@@ -366,47 +366,47 @@ def test_the_best_of_a_column_is_marked_among_equals_only():
 
 @pytest.mark.parametrize("change, message", [
     (["--lora", "nowhere"], "no LoRA at nowhere"),
-    (["--count", "0"], "--count is 0: give 1 or more"),
+    (["--num_images", "0"], "--num_images is 0: give 1 or more"),
     (["--steps", "0,2"], "give step counts of 1 or more"),
     (["--teacher_steps", "0"], "--teacher_steps is 0"),
-    (["--batch", "-1"], "--batch is -1"),
-    (["--repeats", "0"], "--repeats is 0"),
+    (["--batch_size", "-1"], "--batch_size is -1"),
+    (["--latency_repeats", "0"], "--latency_repeats is 0"),
     (["--prompts", "nowhere.txt"], "no captions at nowhere.txt"),
-    (["--pipeline", "nowhere"], "no pipeline in nowhere"),
-    (["--reference", "nowhere"], "no pictures in nowhere"),
-    (["--reference", str(FLUX)], "no pictures in"),
-    (["--judge", "toy.judge:nobody"], "no such function"),
-    (["--judge", "toy.judge"], "no such function"),
-    (["--negative", "ugly"], "a negative prompt means nothing to Flux"),
-    (["--peer", "hyper"], "say NAME=PATH"),
-    (["--peer", "teacher=x.safetensors"], "none of teacher, student"),
-    (["--peer", "a-b=x.safetensors"], "letters, digits"),
-    (["--peer", "hyper=nowhere.safetensors"], "no LoRA and no pipeline at nowhere.safetensors"),
-    (["--peer", f"hyper={WEIGHTS / 'lora'},weight=1"], "no option 'weight'; there are scale, steps, guidance, shift"),
-    (["--peer", f"hyper={WEIGHTS / 'lora'},scale=much"], "scale is 'much'"),
-    (["--peer", f"hyper={WEIGHTS / 'lora'},steps=0"], "steps are 1 or more"),
-    (["--peer", f"hyper={FLUX},scale=1"], "a pipeline has no scale"),
-    (["--peer", f"hyper={FLUX / 'vae'}"], "holds no LoRA"),
-    (["--peer", f"hyper={FLUX / 'model_index.json'}"], "no safetensors file"),
-    (["--peer", f"a={WEIGHTS / 'lora'}", "--peer", f"a={FLUX}"], "two peers are called a"),
+    (["--pretrained_model_name_or_path", "nowhere"], "no pipeline in nowhere"),
+    (["--reference_dir", "nowhere"], "no images in nowhere"),
+    (["--reference_dir", str(FLUX)], "no images in"),
+    (["--custom_metric", "toy.judge:nobody"], "no such function"),
+    (["--custom_metric", "toy.judge"], "no such function"),
+    (["--negative_prompt", "ugly"], "a negative prompt means nothing to Flux"),
+    (["--external_model", "hyper"], "say NAME=PATH"),
+    (["--external_model", "teacher=x.safetensors"], "none of teacher, student"),
+    (["--external_model", "a-b=x.safetensors"], "letters, digits"),
+    (["--external_model", "hyper=nowhere.safetensors"], "no LoRA and no pipeline at nowhere.safetensors"),
+    (["--external_model", f"hyper={WEIGHTS / 'lora'},weight=1"], "no option 'weight'; there are scale, steps, guidance, shift"),
+    (["--external_model", f"hyper={WEIGHTS / 'lora'},scale=much"], "scale is 'much'"),
+    (["--external_model", f"hyper={WEIGHTS / 'lora'},steps=0"], "steps are 1 or more"),
+    (["--external_model", f"hyper={FLUX},scale=1"], "a pipeline has no scale"),
+    (["--external_model", f"hyper={FLUX / 'vae'}"], "holds no LoRA"),
+    (["--external_model", f"hyper={FLUX / 'model_index.json'}"], "no safetensors file"),
+    (["--external_model", f"a={WEIGHTS / 'lora'}", "--external_model", f"a={FLUX}"], "two external models are called a"),
 ])
 def test_bad_input_is_one_line_and_code_2(lora, prompts, tmp_path, capsys, monkeypatch, change, message):
-    if "--negative" not in change:
+    if "--negative_prompt" not in change:
         monkeypatch.setattr("scfm.inference.step_lora.load_pipeline", lambda *_, **__: pytest.fail("something was loaded"))
-    words = ["evaluate", "--lora", str(lora), "--prompts", str(prompts), "--out", str(tmp_path / "out"), *TINY, *BLIND, *change]
+    words = ["evaluate", "--lora", str(lora), "--prompts", str(prompts), "--output_dir", str(tmp_path / "out"), *TINY, *BLIND, *change]
     assert main(words) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("scfm evaluate: ") and message in said
 
 
 def test_a_peer_in_full():
-    peer = read_peer(f"hyper={WEIGHTS / 'lora'},scale=.125,steps=4+8,guidance=3.5,shift=3")
+    peer = parse_external_model(f"hyper={WEIGHTS / 'lora'},scale=.125,steps=4+8,guidance=3.5,shift=3")
     assert (peer.name, peer.scale, peer.steps, peer.guidance, peer.shift, peer.is_pipeline) == ("hyper", .125, (4, 8), 3.5, 3., False)
-    assert peer.path.name == "pytorch_lora_weights.safetensors" and read_peer(f"schnell={FLUX}").is_pipeline
+    assert peer.path.name == "pytorch_lora_weights.safetensors" and parse_external_model(f"schnell={FLUX}").is_pipeline
 
 
 def test_a_lora_that_fits_nothing_is_named(lora, prompts, tmp_path, capsys):
     save_file({"transformer.elsewhere.lora_A.weight": torch.zeros(2, 4), "transformer.elsewhere.lora_B.weight": torch.zeros(4, 2)},
               tmp_path / "x.safetensors")
-    assert evaluate(lora, prompts, tmp_path / "out", *BLIND, "--peer", f"x={tmp_path / 'x.safetensors'}") == 2
+    assert evaluate(lora, prompts, tmp_path / "out", *BLIND, "--external_model", f"x={tmp_path / 'x.safetensors'}") == 2
     assert "x.safetensors" in capsys.readouterr().err.strip().splitlines()[-1]

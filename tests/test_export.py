@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import scfm.inference.export
 from scfm.cli import main
-from scfm.method.lora_scale import Dial, write_dial
+from scfm.method.lora_scale import LoraScales
+from scfm.models.lora_file import write_lora_scales
 from scfm.inference.export import concatenated
 from scfm.models.lora import WEIGHT_NAME, save_lora
 from scfm.models.sampling import stock_latents
@@ -26,7 +27,7 @@ def add_random(pipe, name, rank, alpha, targets, seed):
     torch.manual_seed(seed)
     pipe.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=False,
                                             use_dora=name == "dora"), name)
-    for module in pipe.transformer.modules():           # PEFT's random LoRAs would drown the pictures
+    for module in pipe.transformer.modules():           # PEFT's random LoRAs would drown the images
         if isinstance(module, LoraLayer) and name in module.lora_B:
             module.lora_B[name].weight.data *= .3
 
@@ -34,9 +35,9 @@ def add_random(pipe, name, rank, alpha, targets, seed):
 def run_folder(folder, pipe, pipeline, rank=4, **told):
     """A folder as `scfm distill` leaves it, with a random LoRA."""
     add_random(pipe, "step", rank, rank, ("to_q", "to_v", "proj_out", "linear"), 1)
-    write_dial(save_lora(type(pipe), pipe.transformer, folder, "step"), Dial((2, 8), (.75, .25), 3.))
-    (folder / "config.json").write_text(json.dumps({"pipeline": str(pipeline), "height": 32, "width": 32, "max_tokens": TOKENS,
-                                                    "teacher_guidance": 2.5, **told}))
+    write_lora_scales(save_lora(type(pipe), pipe.transformer, folder, "step"), LoraScales((2, 8), (.75, .25), 3.))
+    (folder / "config.json").write_text(json.dumps({"pretrained_model_name_or_path": str(pipeline), "height": 32, "width": 32, "max_sequence_length": TOKENS,
+                                                    "teacher_guidance_scale": 2.5, **told}))
     return folder
 
 
@@ -54,13 +55,13 @@ def place(request, tmp_path_factory):
     if request.param == "flux":
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=True)
     pipe.save_pretrained(folder / "base")
-    run_folder(folder / "run", build(), folder / "base", negative="" if request.param == "flux" else "a ring")
+    run_folder(folder / "run", build(), folder / "base", negative_prompt="" if request.param == "flux" else "a ring")
     style_file(folder / "style", build())
     return folder
 
 
-def stock(folder, adapters=None, shift=3., steps=2, negative=""):
-    """Pictures (2, 3, 32, 32) in [0, 1] by stock diffusers; adapters: [(file's folder, strength)]."""
+def stock(folder, adapters=None, shift=3., steps=2, negative_prompt=""):
+    """Images (2, 3, 32, 32) in [0, 1] by stock diffusers; adapters: [(file's folder, strength)]."""
     pipe = DiffusionPipeline.from_pretrained(str(folder))
     pipe.set_progress_bar_config(disable=True)
     if shift:
@@ -71,16 +72,16 @@ def stock(folder, adapters=None, shift=3., steps=2, negative=""):
         pipe.set_adapters([f"a{k}" for k in range(len(adapters))], [scale for _, scale in adapters])
     shape = (256 // 4, 16) if "Flux" in type(pipe).__name__ else (4, 16, 16)
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(4))
-    extra = {"negative_prompt": [negative] * 2} if negative else {}
+    extra = {"negative_prompt": [negative_prompt] * 2} if negative_prompt else {}
     return pipe(CAPTIONS, height=32, width=32, num_inference_steps=steps, sigmas=[1 - i / steps for i in range(steps)], guidance_scale=2.5,
                 latents=noise, max_sequence_length=TOKENS, output_type="pt", **extra).images
 
 
 def export(place, out, *more):
-    return main([str(word) for word in ("export", "--lora", place / "run", "--out", out, *more)])
+    return main([str(word) for word in ("export", "--lora", place / "run", "--output_dir", out, *more)])
 
 
-@pytest.mark.parametrize("words, scale", [(["--steps", 2], .75), (["--steps", 2, "--scale", "1.5"], 1.5)])
+@pytest.mark.parametrize("words, scale", [(["--steps", 2], .75), (["--steps", 2, "--lora_scale", "1.5"], 1.5)])
 def test_a_fused_pipeline_is_the_lora_at_its_strength_with_the_shift_of_training(place, tmp_path, capsys, words, scale):
     assert export(place, tmp_path / "fused", *words) == 0
     assert f"strength {scale:g}" in capsys.readouterr().out
@@ -98,7 +99,7 @@ def test_a_fused_pipeline_is_the_lora_at_its_strength_with_the_shift_of_training
 
 def test_a_merged_lora_is_both_at_their_strengths(place, tmp_path):
     """Ranks 4 and 3, alphas 4 and 7, targets that overlap in part."""
-    assert export(place, tmp_path / "merged", "--steps", 2, "--style", place / "style", "--style_scale", .6) == 0
+    assert export(place, tmp_path / "merged", "--steps", 2, "--style_lora", place / "style", "--style_lora_scale", .6) == 0
     both = stock(place / "base", [(place / "run", .75), (place / "style", .6)])
     torch.testing.assert_close(stock(place / "base", [(tmp_path / "merged", 1.)]), both, rtol=0, atol=2e-5)
     for one in ([(place / "run", .75)], [(place / "style", .6)]):
@@ -120,20 +121,20 @@ def test_dora_is_no_sum_of_products():
         concatenated(pipe.transformer)
 
 
-def test_nothing_is_written_that_paints_something_else(place, tmp_path, capsys, monkeypatch):
+def test_nothing_is_written_that_generates_something_else(place, tmp_path, capsys, monkeypatch):
     real = scfm.inference.export.reloaded
 
-    def broken(tuned, folder):
-        family = real(tuned, folder)
+    def broken(step_lora, folder):
+        family = real(step_lora, folder)
         family.pipe.transformer.proj_out.weight.data *= 1.5
         return family
     monkeypatch.setattr(scfm.inference.export, "reloaded", broken)
     assert export(place, tmp_path / "fused", "--steps", 2) == 1
-    assert "paints other pictures" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "generates other images" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_bf16_is_checked_with_a_wider_tolerance(place, tmp_path):
-    assert export(place, tmp_path / "fused", "--steps", 2, "--precision", "bf16") == 0
+    assert export(place, tmp_path / "fused", "--steps", 2, "--weight_dtype", "bf16") == 0
     gap = json.loads((tmp_path / "fused/export.json").read_text())["differences"]
     assert 0 < gap["mean"] < .03
 
@@ -146,26 +147,26 @@ def lora(tmp_path):
     folder = tmp_path / "lora"
     shutil.copytree(WEIGHTS / "lora", folder)
     settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**settings, "pipeline": str(FLUX)}))
+    (folder / "config.json").write_text(json.dumps({**settings, "pretrained_model_name_or_path": str(FLUX)}))
     return folder
 
 
 @pytest.mark.parametrize("change, message", [
     ({"--lora": "nowhere"}, "no LoRA at nowhere"),
-    ({"--out": ""}, "no place to write"),
-    ({"--out": str(FLUX)}, "not empty"),
-    ({"--out": str(FLUX / "model_index.json")}, "not empty"),
+    ({"--output_dir": ""}, "no place to write"),
+    ({"--output_dir": str(FLUX)}, "not empty"),
+    ({"--output_dir": str(FLUX / "model_index.json")}, "not empty"),
     ({"--steps": "0"}, "--steps is 0"),
-    ({"--pipeline": "nowhere"}, "no pipeline in nowhere"),
-    ({"--style": "nowhere"}, "no LoRA and no pipeline at nowhere"),
-    ({"--style": str(FLUX / "vae")}, "holds no LoRA"),
-    ({"--style": str(FLUX / "model_index.json")}, "no safetensors file"),
-    ({"--shift": "-1"}, "shift is -1"),
-    ({"--precision": "fp8"}, "fp32, bf16"),
+    ({"--pretrained_model_name_or_path": "nowhere"}, "no pipeline in nowhere"),
+    ({"--style_lora": "nowhere"}, "no LoRA and no pipeline at nowhere"),
+    ({"--style_lora": str(FLUX / "vae")}, "holds no LoRA"),
+    ({"--style_lora": str(FLUX / "model_index.json")}, "no safetensors file"),
+    ({"--inference_shift": "-1"}, "inference_shift is -1"),
+    ({"--weight_dtype": "fp8"}, "fp32, bf16"),
 ])
 def test_bad_input_is_one_line_and_code_2(lora, tmp_path, capsys, monkeypatch, change, message):
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("weights were loaded"))
-    words = {"--lora": str(lora), "--out": str(tmp_path / "out"), **change}
+    words = {"--lora": str(lora), "--output_dir": str(tmp_path / "out"), **change}
     assert main(["export", *[w for pair in words.items() for w in pair]]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("scfm export: ") and message in said and not (tmp_path / "out").exists()
@@ -174,7 +175,7 @@ def test_bad_input_is_one_line_and_code_2(lora, tmp_path, capsys, monkeypatch, c
 def test_a_style_that_fits_nothing_leaves_nothing(lora, tmp_path, capsys):
     save_file({"transformer.elsewhere.lora_A.weight": torch.zeros(2, 4), "transformer.elsewhere.lora_B.weight": torch.zeros(4, 2)},
               tmp_path / "x.safetensors")
-    assert main(["export", "--lora", str(lora), "--out", str(tmp_path / "out"), "--style", str(tmp_path / "x.safetensors")]) == 2
+    assert main(["export", "--lora", str(lora), "--output_dir", str(tmp_path / "out"), "--style_lora", str(tmp_path / "x.safetensors")]) == 2
     assert "x.safetensors" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.new"))
 
@@ -189,7 +190,7 @@ def test_a_style_that_speaks_to_a_text_encoder_is_refused(place, tmp_path, capsy
     text = {k.replace(".style.", "."): v for k, v in pipe.text_encoder.named_parameters() if "lora" in k}
     save_file({**load_file(style_file_of(pipe, tmp_path)), **{f"text_encoder.{k}": v.detach().contiguous() for k, v in text.items()}},
               tmp_path / "both.safetensors")
-    assert export(place, tmp_path / "out", "--style", tmp_path / "both.safetensors") == 2
+    assert export(place, tmp_path / "out", "--style_lora", tmp_path / "both.safetensors") == 2
     assert "also changes text_encoder" in capsys.readouterr().err.strip().splitlines()[-1]
 
 

@@ -1,7 +1,7 @@
-"""What every family owes: the stock pipeline's pictures, its scheduler's sign and times, LoRA on every linear layer.
+"""What every family owes: the stock pipeline's images, its scheduler's sign and times, LoRA on every linear layer.
 
 A new family is one more line in `BUILD`; the checks are those of `scfm.models.check`, which tests/test_new_family.py holds to
-what they promise. Weights are random: a contract does not need pictures that mean something.
+what they promise. Weights are random: a contract does not need images that mean something.
 """
 import json
 
@@ -12,22 +12,22 @@ from safetensors.torch import load_file
 
 from scfm.training.selection import endpoints
 from scfm.cli import main
-from scfm.training.config import RunConfig
+from scfm.training.config import DistillConfig
 from scfm.method.consistency import consistency_target, draw_jumps, keyed_generator
-from scfm.method.lora_scale import read_dial
+from scfm.models.lora_file import read_lora_scales
 from scfm.models.family import FAMILIES, family_of, velocities
 from scfm.models.loading import load_pipeline
 from scfm.models.check import (
-    LAYERS, check_latents, check_lora, check_pictures, check_text, check_velocity, left_out)
+    LAYERS, check_latents, check_lora, check_images, check_text, check_velocity, left_out)
 from scfm.models.pixels import pipeline_of
 from scfm.models.sd3 import SD3
 from scfm.method.flow import euler_step, sample, time_grid
-from scfm.models.lora import ADAPTERS, LoraSpeakers, attach
+from scfm.models.lora import ADAPTERS, LoraModels, add_adapters
 from scfm.method.metrics import endpoint_distance
-from scfm.training.distill_trainer import Run
-from scfm.inference.step_lora import UseConfig
+from scfm.training.distill_trainer import DistillTrainer
+from scfm.inference.step_lora import InferenceConfig
 from scfm.models.sampling import start_noise
-from scfm.models.unet import PictureFlow
+from scfm.models.unet import UNetFlow
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]
@@ -38,7 +38,7 @@ BUILD = {"FluxPipeline": build_flux, "StableDiffusion3Pipeline": build_sd3,
 
 def build_pixels():
     torch.manual_seed(0)
-    return pipeline_of(PictureFlow("nano", classes=4).eval(), ("circle", "cross", "ring", "star"))
+    return pipeline_of(UNetFlow("nano", classes=4).eval(), ("circle", "cross", "ring", "star"))
 
 
 each_family = pytest.mark.parametrize("family", BUILD, indirect=True)
@@ -76,7 +76,7 @@ def test_every_family_is_held_to_its_contract():
 @pytest.mark.parametrize("steps", [1, 3, 8])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_our_sampler_is_the_stock_pipeline(family, guidance, steps, shift):
-    assert check_pictures(family, CAPTIONS, [steps], [guidance], shift)
+    assert check_images(family, CAPTIONS, [steps], [guidance], shift)
 
 
 @each_family
@@ -100,12 +100,12 @@ def test_the_schedulers_step_is_our_euler_step(family):
 @each_family
 def test_lora_sits_on_every_linear_layer_and_on_nothing_else(family):
     assert check_lora(family) and left_out(family) == []
-    convolutions = type(family.pipe.transformer) is PictureFlow       # where most of its weights are; SD3's one is a linear layer of patches
+    convolutions = type(family.pipe.transformer) is UNetFlow       # where most of its weights are; SD3's one is a linear layer of patches
     linear = {n for n, m in family.pipe.transformer.named_modules() if isinstance(m, LAYERS if convolutions else torch.nn.Linear)}
     transformer = type(family.pipe.transformer).from_config(family.pipe.transformer.config)
-    attach(transformer, family.lora_targets, 1)                 # PEFT's own idea of what the targets reach
-    tuned = {n.split(".lora_A.")[0] for n, _ in transformer.named_parameters() if ".lora_A.student." in n}
-    assert tuned == linear
+    add_adapters(transformer, family.lora_targets, 1)                 # PEFT's own idea of what the targets reach
+    step_lora = {n.split(".lora_A.")[0] for n, _ in transformer.named_parameters() if ".lora_A.student." in n}
+    assert step_lora == linear
 
 
 @each_family
@@ -173,7 +173,7 @@ def test_bfloat16_tells_close_times_apart(sd3):
     assert v.dtype == torch.float32 and len({tuple(row.flatten().tolist()) for row in v}) == 3
 
 
-def test_a_picture_larger_than_the_table_of_positions_is_refused(sd3):
+def test_a_image_larger_than_the_table_of_positions_is_refused(sd3):
     assert SD3(sd3.pipe, 48, 32, TOKENS).latent_shape == (4, 24, 16)
     with pytest.raises(ValueError, match="at most 48 a side"):
         SD3(sd3.pipe, 52, 32, TOKENS)
@@ -181,12 +181,12 @@ def test_a_picture_larger_than_the_table_of_positions_is_refused(sd3):
         SD3(sd3.pipe, 32, 32, 513)
 
 
-def test_pictures_need_not_be_square(sd3):
+def test_images_need_not_be_square(sd3):
     wide = SD3(sd3.pipe, 24, 40, TOKENS)
     noise = noise_for(wide)
     ours = wide.decode(sample(field_of(wide), noise, time_grid(2, 3.), cond_for(wide, 4.)))
     assert ours.shape == (4, 3, 24, 40)
-    torch.testing.assert_close(ours, wide.stock_pictures(CAPTIONS, noise, 2, 4., 3.), rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours, wide.sample_stock(CAPTIONS, noise, 2, 4., 3.), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("t5", [True, False])
@@ -197,7 +197,7 @@ def test_it_saves_and_reloads(tmp_path, t5):
     assert family_class is SD3 and (pipe.text_encoder_3 is None) == (not t5)
     again, made = SD3(pipe, 32, 32, TOKENS), SD3(build_sd3(seed=1, t5=t5), 32, 32, TOKENS)
     noise = noise_for(again)
-    assert torch.equal(again.stock_pictures(CAPTIONS, noise, 2, 4.), made.stock_pictures(CAPTIONS, noise, 2, 4.))
+    assert torch.equal(again.sample_stock(CAPTIONS, noise, 2, 4.), made.sample_stock(CAPTIONS, noise, 2, 4.))
 
 
 # SD3 by the command line
@@ -212,9 +212,9 @@ def folder(tmp_path_factory):
 
 
 def distill(folder, out, **more):
-    settings = {"pipeline": folder / "pipeline", "prompts": folder / "prompts.txt", "out": out, "height": 32, "width": 32,
-                "max_tokens": TOKENS, "rank": 2, "lr": 1e-2, "updates": 2, "batch": 2, "teacher_steps": 2, "judge": 2,
-                "guidance": "4.5,4.5", "teacher_guidance": 4.5, "clip": 2, "tracker": "none", **more}
+    settings = {"pretrained_model_name_or_path": folder / "pipeline", "prompts": folder / "prompts.txt", "output_dir": out, "height": 32, "width": 32,
+                "max_sequence_length": TOKENS, "rank": 2, "learning_rate": 1e-2, "max_train_steps": 2, "global_batch_size": 2, "teacher_steps": 2, "num_eval_prompts": 2,
+                "guidance_scale_range": "4.5,4.5", "teacher_guidance_scale": 4.5, "max_grad_norm": 2, "report_to": "none", **more}
     return main(["distill", *(word for k, v in settings.items() for word in (f"--{k}", str(v)))])
 
 
@@ -234,11 +234,11 @@ def stock_of(folder, lora=None):
 
 def config_of(out):
     told = json.loads((out / "config.json").read_text())
-    return RunConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+    return DistillConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
 
 
 def test_a_stock_pipeline_loads_what_distill_wrote(folder, distilled):
-    run = Run(config_of(distilled), progress=False)
+    run = DistillTrainer(config_of(distilled), progress=False)
     assert run.resume() == 2
     whole = stock_of(folder)
     x, t = noise_for(whole), torch.tensor([.99, .8, .5, .1])
@@ -247,11 +247,11 @@ def test_a_stock_pipeline_loads_what_distill_wrote(folder, distilled):
     for name in ADAPTERS:
         theirs = stock_of(folder, distilled / name)
         for guidance in (1., 4.5):
-            ours = run.speakers.field(name)(x, t, cond_for(whole, guidance))
+            ours = run.models.field(name)(x, t, cond_for(whole, guidance))
             assert torch.equal(ours, field_of(theirs)(x, t, cond_for(theirs, guidance)))
-        with run.speakers.speaking(name):
-            pictures = whole.stock_pictures(CAPTIONS, x, 3, 4.5)
-        assert torch.equal(pictures, theirs.stock_pictures(CAPTIONS, x, 3, 4.5))
+        with run.models.using(name):
+            images = whole.sample_stock(CAPTIONS, x, 3, 4.5)
+        assert torch.equal(images, theirs.sample_stock(CAPTIONS, x, 3, 4.5))
         assert name != "student" or (ours - plain).abs().max() > 1e-3           # and it is not the teacher
 
 
@@ -266,26 +266,26 @@ def test_a_run_in_two_parts_is_the_run_in_one(folder, distilled):
 def test_it_runs_in_bfloat16_without_t5_and_with_checkpointing(tmp_path):
     build_sd3(t5=False).save_pretrained(tmp_path / "pipeline")
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
-    assert distill(tmp_path, tmp_path / "run", precision="bf16", preview_every=0) == 0
+    assert distill(tmp_path, tmp_path / "run", precision="bf16", validation_steps=0) == 0
 
 
 def test_sample_and_dial_know_it(folder, distilled, tmp_path, capsys):
     assert main(["dial", "--lora", str(distilled), "--count", "2", "--steps", "1,2", "--scales", "1", "--goal_steps", "3"]) == 0
-    assert set(read_dial(distilled / "pytorch_lora_weights.safetensors").scales) <= {0., 1.}
-    words = ["sample", "--lora", str(distilled), "--prompt", "a red star", "--steps", "2", "--out", str(tmp_path / "a.png")]
+    assert set(read_lora_scales(distilled / "pytorch_lora_weights.safetensors").scales) <= {0., 1.}
+    words = ["sample", "--lora", str(distilled), "--prompt", "a red star", "--steps", "2", "--output", str(tmp_path / "a.png")]
     assert main(words) == 0 and (tmp_path / "a.png").is_file()
     assert "guidance_scale=4.5" in (distilled / "README.md").read_text()
 
 
 def test_kept_guidance_is_heard_by_every_speaker(sd3):
-    """All four speakers evaluate empty + g (caption - empty) with the row's own g."""
+    """All four models evaluate empty + g (caption - empty) with the row's own g."""
     net = build_sd3().transformer
-    speakers = LoraSpeakers(net, sd3.velocity, sd3.lora_targets, 2)
+    models = LoraModels(net, sd3.velocity, sd3.lora_targets, 2)
     x, t = noise_for(sd3), torch.full((4,), .5)
-    for name in ("student", "teacher", "fast", "slow"):
+    for name in ("student", "teacher", "ema_fast", "ema_slow"):
         with torch.no_grad():
-            plain, guided = (getattr(speakers, name)(x, t, cond_for(sd3, g)) for g in (1., 4.))
-            nothing = getattr(speakers, name)(x, t, {**sd3.encode_text([""] * 4), "guidance": torch.ones(4)})
+            plain, guided = (getattr(models, name)(x, t, cond_for(sd3, g)) for g in (1., 4.))
+            nothing = getattr(models, name)(x, t, {**sd3.encode_text([""] * 4), "guidance": torch.ones(4)})
         torch.testing.assert_close(guided, nothing + 4 * (plain - nothing), rtol=0, atol=1e-5)
 
 
@@ -293,18 +293,18 @@ def test_kept_guidance_is_heard_by_every_speaker(sd3):
 
 
 def speakers_with_voices(sd3):
-    """Speakers of the distilled kind whose three adapters all say something of their own."""
+    """DistillModels of the distilled kind whose three adapters all say something of their own."""
     velocity, teachers = velocities(sd3, "distilled")
-    speakers = LoraSpeakers(build_sd3().transformer, velocity, sd3.lora_targets, 2, teacher_velocity=teachers)
+    models = LoraModels(build_sd3().transformer, velocity, sd3.lora_targets, 2, teacher_velocity=teachers)
     with torch.no_grad():
         for i, name in enumerate(ADAPTERS):
-            for weight in speakers.parameters(name):
+            for weight in models.parameters(name):
                 weight.normal_(std=.05, generator=torch.Generator().manual_seed(i))
-    return speakers
+    return models
 
 
 def test_the_teachers_rows_aim_at_the_guided_teacher_and_the_others_know_no_guidance(sd3):
-    speakers, scales = speakers_with_voices(sd3), torch.tensor([4., 2., 7.5, 4.])
+    models, scales = speakers_with_voices(sd3), torch.tensor([4., 2., 7.5, 4.])
     jumps = draw_jumps(4, 1., shift=(2.5, 4.5), generator=keyed_generator(0, 0))
     x, cond, text = noise_for(sd3), cond_for(sd3, scales), sd3.encode_text(CAPTIONS)
 
@@ -322,23 +322,23 @@ def test_the_teachers_rows_aim_at_the_guided_teacher_and_the_others_know_no_guid
     v2 = guided(x - (t1 - t2) * v1, jumps.times[:, 1])
     want = ((t1 - t2) * v1 + (t2 - t3) * v2) / (t1 - t3)
     for algorithm in ("dual_pure", "one_ema"):
-        torch.testing.assert_close(consistency_target(x, jumps, speakers, cond, algorithm), want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(consistency_target(x, jumps, models, cond, algorithm), want, rtol=0, atol=1e-4)
 
     own = jumps._replace(is_teacher=torch.zeros(4, dtype=torch.bool))
     ones = {**cond, "guidance": torch.ones(4)}
-    fast = speakers.field("fast")(x, own.times[:, 0], ones)
-    slow = speakers.field("slow")(x - (t1 - t2) * fast, own.times[:, 1], ones)
+    fast = models.field("ema_fast")(x, own.times[:, 0], ones)
+    slow = models.field("ema_slow")(x - (t1 - t2) * fast, own.times[:, 1], ones)
     want = ((t1 - t2) * fast + (t2 - t3) * slow) / (t1 - t3)
-    torch.testing.assert_close(consistency_target(x, own, speakers, cond, "dual_pure"), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(consistency_target(x, own, models, cond, "dual_pure"), want, rtol=0, atol=1e-5)
 
 
 def test_the_distilled_student_is_asked_once_and_the_kept_one_twice(sd3):
     x, t, cond = noise_for(sd3), torch.full((4,), .5), cond_for(sd3, 4.)
-    kept = LoraSpeakers(build_sd3().transformer, sd3.velocity, sd3.lora_targets, 2)
-    for speakers, student in ((speakers_with_voices(sd3), 4), (kept, 8)):
-        rows, hook = rows_of(speakers.transformer)
-        for name in ("student", "fast", "slow", "teacher"):
-            getattr(speakers, name)(x, t, cond)
+    kept = LoraModels(build_sd3().transformer, sd3.velocity, sd3.lora_targets, 2)
+    for models, student in ((speakers_with_voices(sd3), 4), (kept, 8)):
+        rows, hook = rows_of(models.transformer)
+        for name in ("student", "ema_fast", "ema_slow", "teacher"):
+            getattr(models, name)(x, t, cond)
         hook.remove()
         assert rows == [student, student, student, 8]
 
@@ -346,9 +346,9 @@ def test_the_distilled_student_is_asked_once_and_the_kept_one_twice(sd3):
 def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
     out, one = tmp_path / "run", "pytorch_lora_weights.safetensors"
     assert distill(folder, out, guidance_mode="distilled", algorithm="dual_pure") == 0
-    record = json.loads((out / "choice.json").read_text())
+    record = json.loads((out / "selection.json").read_text())
     assert record["guidance_mode"] == "distilled"
-    run = Run(config_of(out), progress=False)
+    run = DistillTrainer(config_of(out), progress=False)
     run.resume()
     whole = stock_of(folder)
     noise = noise_for(whole)
@@ -356,20 +356,20 @@ def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
     torch.testing.assert_close(endpoints(run, "teacher", CAPTIONS, noise, 2), teacher, rtol=0, atol=1e-4)
     torch.testing.assert_close(endpoints(run, "student", CAPTIONS, noise, 2, 0.), plain, rtol=0, atol=1e-4)
     ours = whole.decode(endpoints(run, "student", CAPTIONS, noise, 2))
-    theirs = stock_of(folder, out / "student").stock_pictures(CAPTIONS, noise, 2, 1., 3.)
+    theirs = stock_of(folder, out / "student").sample_stock(CAPTIONS, noise, 2, 1., 3.)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
-    config = UseConfig(lora=str(out))
+    config = InferenceConfig(lora=str(out))
     config.check()
-    assert (config.guidance_scale, config.teacher_guidance) == (1., 4.5)
+    assert (config.guidance_scale, config.teacher_guidance_scale) == (1., 4.5)
     assert main(["dial", "--lora", str(out), "--count", "2", "--steps", "1,2", "--scales", "1", "--goal_steps", "3"]) == 0
-    assert set(read_dial(out / one).scales) == {1.}              # strength 0 is no guidance at all, hence no choice
-    rows = {(r["steps"], r["scale"]): r["distance"] for r in json.loads((out / "dial.json").read_text())["curve"]}
+    assert set(read_lora_scales(out / one).scales) == {1.}              # strength 0 is no guidance at all, hence no choice
+    rows = {(r["steps"], r["scale"]): r["distance"] for r in json.loads((out / "lora_scales.json").read_text())["curve"]}
     captions, noise = CAPTIONS[:2], start_noise(run.family, range(2), 1)
     walk = lambda steps: endpoints(run, "teacher", captions, noise, steps)
     assert rows[1, 0.] == pytest.approx(endpoint_distance(walk(1), walk(3)), abs=1e-5)
     assert "guidance_scale=1," in (out / "README.md").read_text()
-    words = ["sample", "--lora", str(out), "--prompt", "a red star", "--steps", "2", "--out", str(tmp_path / "a.png")]
+    words = ["sample", "--lora", str(out), "--prompt", "a red star", "--steps", "2", "--output", str(tmp_path / "a.png")]
     assert main(words) == 0
 
 
@@ -378,11 +378,11 @@ def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
     ("sd3", {"guidance_mode": "both"}, "kept or distilled"),
     ("sd3", {"height": 64}, "at most 48 a side"),
     ("sd3", {"height": 30}, "multiples of 4"),
-    ("sd3", {"max_tokens": 600}, "1 to 512"),
+    ("sd3", {"max_sequence_length": 600}, "1 to 512"),
     ("flux", {"guidance_mode": "distilled", "algorithm": "dual_pure"}, "guidance_mode kept"),
 ])
 def test_bad_input_is_one_line_and_code_2(folder, tmp_path, capsys, pipeline, change, message):
-    more = {"pipeline": FLUX} if pipeline == "flux" else {}
+    more = {"pretrained_model_name_or_path": FLUX} if pipeline == "flux" else {}
     assert distill(folder, tmp_path / "run", **more, **change) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("scfm distill: ") and message in said

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import stats
 
 from scfm.method.consistency import keyed_generator
-from scfm.method.distill import DistillConfig, jumps_of
+from scfm.method.distill import SCFMConfig, jumps_from_config
 from toy.judge import draw_unknown, named_in
 
 SCRIPT, BENCH = "few_shot", Path(__file__).parents[1] / "bench"
@@ -66,7 +66,7 @@ def test_intervals_are_those_of_the_textbook():
     assert (mean["mean"] - mean["half"], mean["mean"] + mean["half"]) == pytest.approx(expected, abs=2e-5)
 
 
-def test_one_run_with_all_pictures_is_compared_by_a_prediction_interval():
+def test_one_run_with_all_images_is_compared_by_a_prediction_interval():
     few = [.31, .36, .29, .35, .33]
     told = report.worse_by(few, [.30], -1)
     half = stats.t.ppf(.975, 4) * stats.tstd(few) * (1 + 1 / 5) ** .5
@@ -93,7 +93,7 @@ def test_the_words_of_a_size_are_holm_s_and_a_margin_s():
     assert report.worse_by([.2, .3], [.5], 1, (.05, True))["margin"] == .025
 
 
-def test_pictures_more_varied_than_the_teacher_s_are_no_gain_and_no_loss():
+def test_images_more_varied_than_the_teacher_s_are_no_gain_and_no_loss():
     curve = lambda values: {"3": {"spread": {"values": dict(enumerate(values))}}}
     sizes = {"all": curve([1.3]), "1": curve([1.1, 1.05]), "3": curve([.8, .81])}
     for steps in sizes.values():
@@ -138,10 +138,10 @@ def test_subsets_are_nested_and_differ(monkeypatch):
 def test_fine_tuning_differs_in_what_its_rows_ask_alone():
     job = lambda change: SimpleNamespace(subset=1, change=change)
     told = {name: few_shot_flux.flux_config(few_shot.Protocol().flux, job(change)) for name, change in few_shot.TRAININGS.items()}
-    scfm, tuned = (vars(told[name][0]) for name in ("scfm", "tuned"))
-    assert {name for name in scfm if scfm[name] != tuned[name]} == {"flow_share"} and told["scfm"][1:] == told["tuned"][1:]
-    is_flow = lambda fields: jumps_of(DistillConfig(**fields), 64, keyed_generator(0, 0)).is_flow
-    assert is_flow(tuned).all() and not is_flow(scfm).any()
+    scfm, step_lora = (vars(told[name][0]) for name in ("scfm", "tuned"))
+    assert {name for name in scfm if scfm[name] != step_lora[name]} == {"non_shortcut_ratio"} and told["scfm"][1:] == told["tuned"][1:]
+    is_flow = lambda fields: jumps_from_config(SCFMConfig(**fields), 64, keyed_generator(0, 0)).is_flow
+    assert is_flow(step_lora).all() and not is_flow(scfm).any()
 
 
 def test_every_size_and_subset_is_asked_of_both_trainings():
@@ -152,9 +152,9 @@ def test_every_size_and_subset_is_asked_of_both_trainings():
     assert {job.size for job in todo} == {0, 1, 3, 10, 30, 100}
 
 
-def test_the_spread_of_pictures_of_one_caption():
-    pictures = torch.tensor([0., 2., 5., 5.]).view(4, 1, 1, 1).expand(4, 3, 2, 2)       # two captions, two noises each
-    assert few_shot_flux.spread(pictures, 2) == pytest.approx(((2 + 0) / 2) ** .5)
+def test_the_spread_of_images_of_one_caption():
+    images = torch.tensor([0., 2., 5., 5.]).view(4, 1, 1, 1).expand(4, 3, 2, 2)       # two captions, two noises each
+    assert few_shot_flux.spread(images, 2) == pytest.approx(((2 + 0) / 2) ** .5)
 
 
 def test_a_seed_of_training_leaves_the_plane_s_old_cells_valid(tmp_path):

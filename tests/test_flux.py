@@ -18,8 +18,8 @@ from scfm.models.family import family_of
 from scfm.models.loading import load_pipeline
 from scfm.method.flow import sample, time_grid
 from scfm.training.checkpoint import latest
-from scfm.training.config import RunConfig
-from scfm.training.distill_trainer import Run
+from scfm.training.config import DistillConfig
+from scfm.training.distill_trainer import DistillTrainer
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, load_flux
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]
@@ -38,8 +38,8 @@ def prompts(tmp_path):
 
 
 def flags(prompts, out, **more):
-    settings = {"pipeline": FLUX, "prompts": prompts, "out": out, "height": 32, "width": 32, "max_tokens": TOKENS,
-                "rank": 2, "lr": 1e-3, "updates": 2, "batch": 2, "teacher_steps": 2, "judge": 2, "tracker": "none", **more}
+    settings = {"pretrained_model_name_or_path": FLUX, "prompts": prompts, "output_dir": out, "height": 32, "width": 32, "max_sequence_length": TOKENS,
+                "rank": 2, "learning_rate": 1e-3, "max_train_steps": 2, "global_batch_size": 2, "teacher_steps": 2, "num_eval_prompts": 2, "report_to": "none", **more}
     return [word for k, v in settings.items() for word in (f"--{k}", str(v))]
 
 
@@ -50,7 +50,7 @@ def test_our_sampler_is_the_stock_pipeline(flux, steps, shift):
     cond = {**flux.encode_text(CAPTIONS), "guidance": torch.full((4,), GUIDANCE)}
     field = lambda x, t, cond: flux.velocity(flux.pipe.transformer, x, t, cond)
     ours = flux.decode(sample(field, noise, time_grid(steps, shift), cond))
-    stock = flux.stock_pictures(CAPTIONS, noise, steps, GUIDANCE, shift)
+    stock = flux.sample_stock(CAPTIONS, noise, steps, GUIDANCE, shift)
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
 
 
@@ -64,27 +64,27 @@ def test_the_carried_pipeline_loads_without_us():
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
-def test_the_command_runs_and_a_stock_pipeline_makes_the_same_pictures(flux, prompts, tmp_path, capsys):
+def test_the_command_runs_and_a_stock_pipeline_makes_the_same_images(flux, prompts, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["distill", *flags(prompts, out)]) == 0
-    assert "ships" in capsys.readouterr().out
-    choice = json.loads((out / "choice.json").read_text())
+    assert "saved as" in capsys.readouterr().out
+    choice = json.loads((out / "selection.json").read_text())
     shipped = load_file(out / "pytorch_lora_weights.safetensors")
-    own = load_file(out / choice["ships"] / "pytorch_lora_weights.safetensors")
+    own = load_file(out / choice["selected"] / "pytorch_lora_weights.safetensors")
     assert shipped.keys() == own.keys() and all(torch.equal(shipped[k], own[k]) for k in own)
     assert (out / "previews" / "000002.png").is_file()
 
-    run = Run(RunConfig(**{**vars_of(out), "out": str(out)}), progress=False)
+    run = DistillTrainer(DistillConfig(**{**vars_of(out), "output_dir": str(out)}), progress=False)
     assert run.resume() == 2
     noise = torch.randn(4, *flux.latent_shape, generator=torch.Generator().manual_seed(0))
-    for name in ("student", "slow"):
+    for name in ("student", "ema_slow"):
         stock = load_flux()
         stock.load_lora_weights(str(out / name))
-        theirs = Flux(stock, 32, 32, TOKENS).stock_pictures(CAPTIONS, noise, 3, GUIDANCE)
+        theirs = Flux(stock, 32, 32, TOKENS).sample_stock(CAPTIONS, noise, 3, GUIDANCE)
         whole = load_flux()
         whole.transformer = run.pipe.transformer                    # the run holds no encoder and no VAE
-        with run.speakers.speaking(name):
-            ours = Flux(whole, 32, 32, TOKENS).stock_pictures(CAPTIONS, noise, 3, GUIDANCE)
+        with run.models.using(name):
+            ours = Flux(whole, 32, 32, TOKENS).sample_stock(CAPTIONS, noise, 3, GUIDANCE)
         assert torch.equal(ours, theirs)
 
 
@@ -95,7 +95,7 @@ def vars_of(out):
 
 def test_the_header_keeps_rank_and_alpha(prompts, tmp_path):
     out = tmp_path / "run"
-    main(["distill", *flags(prompts, out, alpha=6, preview_every=0)])
+    main(["distill", *flags(prompts, out, lora_alpha=6, validation_steps=0)])
     with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as opened:
         told = json.loads(opened.metadata()["lora_adapter_metadata"])
     assert (told["transformer.r"], told["transformer.lora_alpha"]) == (2, 6)
@@ -115,33 +115,33 @@ def end_by(sent, prompts, out, settings):
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_ended_by_a_signal_resumes_bit_for_bit(prompts, tmp_path, sent):
-    settings = dict(updates=30, checkpoint_every=2, preview_every=0)
+    settings = dict(max_train_steps=30, checkpointing_steps=2, validation_steps=0)
     assert main(["distill", *flags(prompts, tmp_path / "whole", **settings)]) == 0
     code = end_by(sent, prompts, tmp_path / "broken", settings)
     assert code == (143 if sent == signal.SIGTERM else -sent)      # 143: it saved, and left by itself
     assert 2 <= int(latest(tmp_path / "broken").name) < 30
-    assert not (tmp_path / "broken/choice.json").exists()
+    assert not (tmp_path / "broken/selection.json").exists()
     assert main(["distill", *flags(prompts, tmp_path / "broken", **settings)]) == 0
-    for name in ("student", "fast", "slow"):
+    for name in ("student", "ema_fast", "ema_slow"):
         a, b = (load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors") for run in ("whole", "broken"))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"pipeline": "nowhere"}, "no pipeline in nowhere"),
-    ({"pipeline": ""}, "--pipeline"),
+    ({"pretrained_model_name_or_path": "nowhere"}, "no pipeline in nowhere"),
+    ({"pretrained_model_name_or_path": ""}, "--pretrained_model_name_or_path"),
     ({"prompts": "nowhere.txt"}, "no captions at nowhere.txt"),
     ({"prompts": ""}, "--prompts"),
-    ({"pictures": "x"}, "either --prompts"),
+    ({"train_data_dir": "x"}, "either --prompts"),
     ({"height": 30}, "multiples of 4"),
     ({"rank": 0}, "rank"),
-    ({"updates": 0}, "updates"),
-    ({"lr": -1}, "lr"),
-    ({"precision": "fp8"}, "fp32 or bf16"),
+    ({"max_train_steps": 0}, "max_train_steps"),
+    ({"learning_rate": -1}, "learning_rate"),
+    ({"weight_dtype": "fp8"}, "fp32 or bf16"),
     ({"algorithm": "triple"}, "dual"),
-    ({"teacher_share": 1.5}, "teacher_share"),
-    ({"guidance": "7,0"}, "guidance"),
-    ({"student_steps": "0,3"}, "student_steps"),
+    ({"teacher_ratio": 1.5}, "teacher_ratio"),
+    ({"guidance_scale_range": "7,0"}, "guidance"),
+    ({"eval_num_steps": "0,3"}, "eval_num_steps"),
 ])
 def test_bad_input_is_one_line_and_code_2(prompts, tmp_path, capsys, change, message):
     assert main(["distill", *flags(**{"prompts": prompts, "out": tmp_path / "run", **change})]) == 2
@@ -151,7 +151,7 @@ def test_bad_input_is_one_line_and_code_2(prompts, tmp_path, capsys, change, mes
 
 
 def test_a_folder_of_another_run_is_refused(prompts, tmp_path, capsys):
-    main(["distill", *flags(prompts, tmp_path / "run", preview_every=0)])
+    main(["distill", *flags(prompts, tmp_path / "run", validation_steps=0)])
     assert main(["distill", *flags(prompts, tmp_path / "run", rank=3)]) == 2
     assert "another rank" in capsys.readouterr().err
 
@@ -168,5 +168,5 @@ def test_help_explains_every_setting(capsys):
         main(["distill", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name, f in RunConfig.__dataclass_fields__.items():
+    for name, f in DistillConfig.__dataclass_fields__.items():
         assert f"--{name}" in text and f.metadata["help"], name

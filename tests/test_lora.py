@@ -1,11 +1,11 @@
-"""Four speakers on one base: the adapter trap, precision, and files that a stock model loads."""
+"""Four models on one base: the adapter trap, precision, and files that a stock model loads."""
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from scfm.method.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
+from scfm.method.distill import SCFMConfig, sample_batch, make_emas, make_optimizer, train_step
 from scfm.models.flux import Flux
-from scfm.models.lora import ADAPTERS, LoraSpeakers, adapter_parameters, attach, save_lora
+from scfm.models.lora import ADAPTERS, LoraModels, adapter_parameters, add_adapters, save_lora
 from toy.pipelines import build_flux
 
 N, TEXT = 16, 8
@@ -33,8 +33,8 @@ def inputs(rows=4, dtype=torch.float32):
     return torch.randn(rows, N, 16, generator=g), torch.rand(rows, generator=g), cond
 
 
-def speakers(dtype=torch.float32, **options):
-    made = LoraSpeakers(transformer(dtype=dtype), velocity, Flux.lora_targets, **{"rank": 4, **options})
+def models(dtype=torch.float32, **options):
+    made = LoraModels(transformer(dtype=dtype), velocity, Flux.lora_targets, **{"rank": 4, **options})
     g = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name in ADAPTERS:
@@ -54,17 +54,17 @@ def active(model):
 
 
 def test_all_speakers_start_as_the_teacher():
-    fresh = LoraSpeakers(transformer(), velocity, Flux.lora_targets, rank=4)
+    fresh = LoraModels(transformer(), velocity, Flux.lora_targets, rank=4)
     x, t, cond = inputs()
     said = [getattr(fresh, n)(x, t, cond) for n in ("teacher", *ADAPTERS)]
     assert all(torch.equal(said[0], v) for v in said[1:])
     assert torch.equal(said[0], velocity(transformer(), x, t, cond))
-    for a, b in (("student", "fast"), ("student", "slow")):
+    for a, b in (("student", "ema_fast"), ("student", "ema_slow")):
         assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(a), fresh.parameters(b)))
 
 
 def test_every_speaker_speaks_for_itself_and_hands_back_to_the_student():
-    four = speakers()
+    four = models()
     x, t, cond = inputs()
     said = [getattr(four, n)(x, t, cond) for n in ("teacher", *ADAPTERS)]
     for i in range(4):
@@ -76,10 +76,10 @@ def test_every_speaker_speaks_for_itself_and_hands_back_to_the_student():
 
 
 def test_the_student_is_active_again_after_an_error():
-    four = speakers()
-    for name in ("teacher", "fast", "slow"):
+    four = models()
+    for name in ("teacher", "ema_fast", "ema_slow"):
         with pytest.raises(RuntimeError):
-            with four.speaking(name):
+            with four.using(name):
                 raise RuntimeError("as when memory runs out")
         assert active(four.transformer) == {("student",)}
     assert {n.split(".")[-2] for n, p in four.transformer.named_parameters() if p.requires_grad} == {"student"}
@@ -87,14 +87,14 @@ def test_the_student_is_active_again_after_an_error():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_equal_plain_autograd_on_a_merged_copy(checkpointing):
-    four = speakers(alpha=8)
+    four = models(alpha=8)
     x, t, cond = inputs()
     if checkpointing:
         four.transformer.enable_gradient_checkpointing()
         four.transformer.train()
-    goal = four.slow(x, t, cond)
+    goal = four.ema_slow(x, t, cond)
     loss = (four.student(x, t, cond) - goal).square().mean()
-    four.teacher(x, t, cond), four.fast(x, t, cond)  # others speak between forward and backward
+    four.teacher(x, t, cond), four.ema_fast(x, t, cond)  # others speak between forward and backward
     loss.backward()
     ours = [p.grad for p in four.parameters("student")]
     assert all(g is not None for g in ours)
@@ -109,43 +109,43 @@ def test_gradients_equal_plain_autograd_on_a_merged_copy(checkpointing):
     (said - goal).square().mean().backward()
     for mine, theirs in zip(ours, (p.grad for p in leaves)):
         assert (mine - theirs).norm() <= 1e-3 * theirs.norm() + 1e-9
-    assert all(p.grad is None for n in ("fast", "slow") for p in four.parameters(n))
+    assert all(p.grad is None for n in ("ema_fast", "ema_slow") for p in four.parameters(n))
 
 
 def test_targets_cover_every_linear_layer_of_flux():
     model = transformer()
     linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules())
-    attach(model, Flux.lora_targets, 2)
+    add_adapters(model, Flux.lora_targets, 2)
     assert len(adapter_parameters(model, "student")) == 2 * linears
 
 
 def test_adapters_are_fp32_on_a_bf16_base_and_the_slow_ema_moves():
-    four = LoraSpeakers(transformer(dtype=torch.bfloat16), velocity, Flux.lora_targets, rank=4)
+    four = LoraModels(transformer(dtype=torch.bfloat16), velocity, Flux.lora_targets, rank=4)
     assert {p.dtype for n in ADAPTERS for p in four.parameters(n)} == {torch.float32}
-    config = DistillConfig(updates=3, lr=1e-3, batch=4, shift=(1., 2.))
+    config = SCFMConfig(max_train_steps=3, learning_rate=1e-3, global_batch_size=4, shift=(1., 2.))
     (optimizer, _), emas = make_optimizer(four, config), make_emas(four, config)
     x, _, cond = inputs(dtype=torch.bfloat16)
-    before = [p.detach().clone() for p in four.parameters("slow")]
+    before = [p.detach().clone() for p in four.parameters("ema_slow")]
     expected = before
     for update in range(3):
-        noise, jumps = draw_update(config, update, 4, (N, 16), dtype=torch.bfloat16)
-        one_update(four, emas, optimizer, x, noise, jumps, config, cond)
+        noise, jumps = sample_batch(config, update, 4, (N, 16), dtype=torch.bfloat16)
+        train_step(four, emas, optimizer, x, noise, jumps, config, cond)
         expected = [e + .001 * (p.detach() - e) for e, p in zip(expected, four.parameters("student"))]
-    after = four.parameters("slow")
+    after = four.parameters("ema_slow")
     assert any(not torch.equal(a, b) for a, b in zip(before, after))
     for e, a in zip(expected, after):
         torch.testing.assert_close(a.detach(), e, rtol=1e-5, atol=1e-9)
 
 
 def test_one_update_moves_adapters_only():
-    four = speakers()
+    four = models()
     base = {n: p.clone() for n, p in four.transformer.named_parameters() if "lora" not in n}
-    config = DistillConfig(updates=1, lr=1e-2, batch=4, shift=(1., 2.), fast_decay=.5, slow_decay=.9)
+    config = SCFMConfig(max_train_steps=1, learning_rate=1e-2, global_batch_size=4, shift=(1., 2.), ema_decay_fast=.5, ema_decay_slow=.9)
     (optimizer, _), emas = make_optimizer(four, config), make_emas(four, config)
     x, _, cond = inputs()
     before = {n: [p.detach().clone() for p in four.parameters(n)] for n in ADAPTERS}
-    noise, jumps = draw_update(config, 0, 4, (N, 16))
-    one_update(four, emas, optimizer, x, noise, jumps, config, cond)
+    noise, jumps = sample_batch(config, 0, 4, (N, 16))
+    train_step(four, emas, optimizer, x, noise, jumps, config, cond)
     assert all(torch.equal(base[n], p) for n, p in four.transformer.named_parameters() if "lora" not in n)
     for name in ADAPTERS:
         assert any(not torch.equal(p, q) for p, q in zip(before[name], four.parameters(name)))
@@ -160,8 +160,8 @@ def test_bf16_flux_tells_the_snapped_times_apart():
     say = lambda t: flux.velocity(model, x, torch.as_tensor(t).reshape(1), cond)
     with torch.no_grad():
         assert torch.equal(say(.750), say(.751))
-        config = DistillConfig(batch=8)
-        _, jumps = draw_update(config, 0, 8, tuple(x.shape[1:]), dtype=torch.bfloat16)
+        config = SCFMConfig(global_batch_size=8)
+        _, jumps = sample_batch(config, 0, 8, tuple(x.shape[1:]), dtype=torch.bfloat16)
         for t1, t2, t3 in jumps.times:
             assert t1 > t2 > t3 and not torch.equal(say(t1), say(t2))
             assert torch.equal(t1.bfloat16().float(), t1) and torch.equal(t2.bfloat16().float(), t2)
@@ -169,7 +169,7 @@ def test_bf16_flux_tells_the_snapped_times_apart():
 
 @pytest.mark.parametrize("alpha", [4, 8])
 def test_a_stock_model_loads_what_we_save(tmp_path, alpha):
-    four = speakers(alpha=alpha)
+    four = models(alpha=alpha)
     x, t, cond = inputs()
     for name in ADAPTERS:
         path = save_lora(FluxPipeline, four.transformer, tmp_path / name, name)
@@ -181,10 +181,10 @@ def test_a_stock_model_loads_what_we_save(tmp_path, alpha):
 
 def test_attach_refuses_what_cannot_work():
     with pytest.raises(ValueError, match="rank"):
-        attach(transformer(), Flux.lora_targets, 0)
+        add_adapters(transformer(), Flux.lora_targets, 0)
     with pytest.raises(ValueError, match="[Tt]arget"):
-        attach(transformer(), ["no_such_layer"], 4)
+        add_adapters(transformer(), ["no_such_layer"], 4)
     twice = transformer()
-    attach(twice, Flux.lora_targets, 4)
+    add_adapters(twice, Flux.lora_targets, 4)
     with pytest.raises(ValueError, match="carries adapters already"):
-        attach(twice, Flux.lora_targets, 4)
+        add_adapters(twice, Flux.lora_targets, 4)

@@ -16,11 +16,11 @@ from diffusers.utils import logging
 
 from scfm.models import family as families
 from scfm.cli import main
-from scfm.models.family import FAMILIES, family_called, family_of, offered, register
+from scfm.models.family import FAMILIES, find_family, family_of, installed_families, register
 from scfm.models.loading import load_pipeline, with_vae
 from scfm.models.source import empty_transformer, without_weights
 from scfm.models.check import (
-    CONTRACT, check_family, check_latents, check_lora, check_pictures, check_text, check_velocity,
+    CONTRACT, check_family, check_latents, check_lora, check_images, check_text, check_velocity,
     left_out, stock_walk)
 from scfm.models.flux import Flux
 from scfm.models.sd3 import SD3
@@ -108,17 +108,17 @@ def install(site, points, name="outside"):
 
 def test_an_installed_family_is_found_and_imported_only_when_it_is_asked_for(site):
     install(site, {"Lumina2Pipeline": "outside_lumina:Lumina2"})
-    assert family_called("FluxPipeline") is Flux and "Lumina2Pipeline" in offered()
+    assert find_family("FluxPipeline") is Flux and "Lumina2Pipeline" in installed_families()
     assert "outside_lumina" not in sys.modules
-    found = family_called("Lumina2Pipeline")
-    assert found.__module__ == "outside_lumina" and found is family_called("Lumina2Pipeline")
+    found = find_family("Lumina2Pipeline")
+    assert found.__module__ == "outside_lumina" and found is find_family("Lumina2Pipeline")
     assert register(found) is found                                      # the same class twice is no clash
 
 
 def test_a_registered_family_may_be_defined_again(outside):
     first = register(outside.Lumina2)
     again = type("Lumina2", (outside.Lumina2Parts,), {**vars(outside.Lumina2)})     # a cell that is run a second time
-    assert register(again) is again is not first and family_called("Lumina2Pipeline") is again
+    assert register(again) is again is not first and find_family("Lumina2Pipeline") is again
 
 
 def test_the_families_of_scfm_have_every_member():
@@ -150,8 +150,8 @@ def test_a_second_family_of_a_pipeline_is_refused(outside, site):
 def test_an_installed_family_that_cannot_be_used_is_one_line(site, points, message):
     install(site, points)
     with pytest.raises(ValueError, match=message):
-        family_called("Lumina2Pipeline")
-    assert family_called("FluxPipeline") is Flux                          # the others are not harmed
+        find_family("Lumina2Pipeline")
+    assert find_family("FluxPipeline") is Flux                          # the others are not harmed
 
 
 def test_two_packages_for_one_pipeline_are_refused(site):
@@ -159,7 +159,7 @@ def test_two_packages_for_one_pipeline_are_refused(site):
     install(site, {"Lumina2Pipeline": "another:Lumina2", "FluxPipeline": "another:Flux"}, "another")
     for name in ("Lumina2Pipeline", "FluxPipeline"):
         with pytest.raises(ValueError, match=f"{name} has more than one family: .*another:"):
-            family_called(name)
+            find_family(name)
     with pytest.raises(ValueError, match="more than one family"):
         family_of(FLUX)
 
@@ -190,7 +190,7 @@ def test_pipelines_and_parts_may_come_from_outside_diffusers(outside, tmp_path):
         assert type(bare.vae) is type(made.vae)
     x = torch.randn(3, *family(pipe, *SIZE).latent_shape, generator=torch.Generator().manual_seed(0))
     mine, theirs = family(pipe, *SIZE), outside.Lumina2(made, *SIZE)
-    assert torch.equal(mine.stock_pictures(CAPTIONS, x, 2, 4.), theirs.stock_pictures(CAPTIONS, x, 2, 4.))
+    assert torch.equal(mine.sample_stock(CAPTIONS, x, 2, 4.), theirs.sample_stock(CAPTIONS, x, 2, 4.))
 
 
 def test_a_part_that_cannot_be_imported_is_one_line(tmp_path):
@@ -214,9 +214,9 @@ def test_distill_takes_it_and_the_stock_pipeline_takes_the_lora(site, tmp_path, 
     source.build_lumina2().save_pretrained(tmp_path / "pipeline")
     del sys.modules["outside_lumina"]
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS))
-    settings = {"pipeline": tmp_path / "pipeline", "prompts": tmp_path / "prompts.txt", "out": tmp_path / "run", "height": 64, "width": 64,
-                "max_tokens": 48, "rank": 2, "lr": 1e-2, "updates": 2, "batch": 2, "teacher_steps": 2, "judge": 2, "guidance": "4,4",
-                "teacher_guidance": 4, "ship": "student", "tracker": "none", "preview_every": 0}
+    settings = {"pretrained_model_name_or_path": tmp_path / "pipeline", "prompts": tmp_path / "prompts.txt", "output_dir": tmp_path / "run", "height": 64, "width": 64,
+                "max_sequence_length": 48, "rank": 2, "learning_rate": 1e-2, "max_train_steps": 2, "global_batch_size": 2, "teacher_steps": 2, "num_eval_prompts": 2, "guidance_scale_range": "4,4",
+                "teacher_guidance_scale": 4, "select_adapter": "student", "report_to": "none", "validation_steps": 0}
     words = ["distill", *(word for k, v in settings.items() for word in (f"--{k}", str(v)))]
     assert main(words) == 2 and not (tmp_path / "run").exists()           # nobody has told of the family yet
     assert "holds a Lumina2Pipeline, which scfm does not know" in capsys.readouterr().err.strip().splitlines()[-1]
@@ -225,13 +225,13 @@ def test_distill_takes_it_and_the_stock_pipeline_takes_the_lora(site, tmp_path, 
 
     stock = Lumina2Pipeline.from_pretrained(str(tmp_path / "pipeline"), dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
-    family = family_called("Lumina2Pipeline")(stock, *SIZE)
+    family = find_family("Lumina2Pipeline")(stock, *SIZE)
     x = torch.randn(3, *family.latent_shape, generator=torch.Generator().manual_seed(0))
-    before = family.stock_pictures(CAPTIONS, x, 2, 4.)
+    before = family.sample_stock(CAPTIONS, x, 2, 4.)
     stock.load_lora_weights(str(tmp_path / "run"))
-    assert (family.stock_pictures(CAPTIONS, x, 2, 4.) - before).abs().max() > 1e-3
-    assert check_pictures(family, CAPTIONS, (2,)) and check_velocity(family, CAPTIONS)     # LoRA and all
-    words = ["sample", "--lora", str(tmp_path / "run"), "--prompt", "a red star", "--steps", "2", "--out", str(tmp_path / "a.png")]
+    assert (family.sample_stock(CAPTIONS, x, 2, 4.) - before).abs().max() > 1e-3
+    assert check_images(family, CAPTIONS, (2,)) and check_velocity(family, CAPTIONS)     # LoRA and all
+    words = ["sample", "--lora", str(tmp_path / "run"), "--prompt", "a red star", "--steps", "2", "--output", str(tmp_path / "a.png")]
     assert main(words) == 0 and (tmp_path / "a.png").is_file()
 
 
@@ -244,11 +244,11 @@ def test_the_right_family_passes(lumina):
 
 
 def test_watching_changes_nothing(lumina):
-    """No hook stays, the scheduler's step is the class's own again, and the pictures are the same."""
+    """No hook stays, the scheduler's step is the class's own again, and the images are the same."""
     x = torch.randn(3, *lumina.latent_shape, generator=torch.Generator().manual_seed(0))
-    before = lumina.stock_pictures(CAPTIONS, x, 2, 4.)
+    before = lumina.sample_stock(CAPTIONS, x, 2, 4.)
     walk = stock_walk(lumina, CAPTIONS, x, 2, 4.)
-    assert torch.equal(lumina.stock_pictures(CAPTIONS, x, 2, 4.), before)
+    assert torch.equal(lumina.sample_stock(CAPTIONS, x, 2, 4.), before)
     assert torch.equal(walk[0].x, x) and not hasattr(lumina.pipe.scheduler.step, "__wrapped__")
     assert not lumina.pipe.transformer._forward_pre_hooks
     first = x + (walk[1].t - walk[0].t) * walk[0].v                        # Euler, in the scheduler's own numbers
@@ -286,16 +286,16 @@ def test_a_wrong_clock_is_named_with_the_right_one(lumina, clock):
     ({"velocity": lambda self, right, *a: 1.01 * right(*a)}, "guidance 1, t = 1 is 0.01 of the largest away"),
     ({"velocity": lambda self, right, net, x, t, cond: right(net, x, t, {**cond, "guidance": torch.ones(3)})}, "so it is the guidance"),
     ({"velocity": lambda self, right, *a: right(*a).flatten(1)}, r"velocity gives \(3, 256\)"),
-    ({"decode": lambda self, right, x: right(x * .9)}, "decode does not undo encode_pictures"),
-    ({"encode_pictures": lambda self, right, p: right(p) + torch.randn(len(p), 4, 8, 8)}, "something else the second time"),
-    ({"encode_pictures": lambda self, right, p: right(p).flatten(1)}, r"encode_pictures gives \(256,\), latent_shape says \(4, 8, 8\)"),
+    ({"decode": lambda self, right, x: right(x * .9)}, "decode does not undo encode_images"),
+    ({"encode_images": lambda self, right, p: right(p) + torch.randn(len(p), 4, 8, 8)}, "something else the second time"),
+    ({"encode_images": lambda self, right, p: right(p).flatten(1)}, r"encode_images gives \(256,\), latent_shape says \(4, 8, 8\)"),
     ({"encode_text": lambda self, right, c: {k: v[:1] for k, v in right(c).items()}}, "tokens has 1 rows for 3 captions"),
     ({"encode_text": lambda self, right, c: {"tokens": torch.zeros(len(c), 7 * len(c))}}, "pad every caption"),
     ({"encode_text": lambda self, right, c: {"tokens": torch.full((len(c), 2), float(len(c)))}}, "depends on the captions beside it"),
     ({"encode_text": lambda self, right, c: right(c) | {"empty_mask": right(c)["mask"]}}, "empty_mask of a caption depends"),
     ({"lora_targets": ("to_q", "to_qq")}, "lora_targets: to_qq reaches no layer"),
     ({"lora_targets": ("to_q", "norm1")}, "norm1, which is no linear layer and no convolution"),
-    ({"own_shift": 2.}, r"stock_pictures walks \[1.0, 0.923, 0.75\] instead of"),
+    ({"dynamic_shift": 2.}, r"sample_stock walks \[1.0, 0.923, 0.75\] instead of"),
 ])
 def test_each_mistake_has_its_line(lumina, members, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -303,11 +303,11 @@ def test_each_mistake_has_its_line(lumina, members, message):
     assert "\n" not in str(caught.value)
 
 
-def test_pictures_that_differ_although_the_velocity_is_right_are_found(lumina):
+def test_images_that_differ_although_the_velocity_is_right_are_found(lumina):
     wrong = changed(lumina, decode=lambda self, right, x: right(x).flip(-1))
     assert check_velocity(wrong, CAPTIONS)
-    with pytest.raises(ValueError, match="pictures of 1 steps at guidance 1 differ from the stock pipeline's"):
-        check_pictures(wrong, CAPTIONS)
+    with pytest.raises(ValueError, match="images of 1 steps at guidance 1 differ from the stock pipeline's"):
+        check_images(wrong, CAPTIONS)
 
 
 def test_a_grid_that_the_pipeline_chose_itself_is_found(lumina):
@@ -315,7 +315,7 @@ def test_a_grid_that_the_pipeline_chose_itself_is_found(lumina):
         captions, height=64, width=64, num_inference_steps=steps, sigmas=[1, .7, .01][:steps], latents=noise, max_sequence_length=48,
         output_type="pt").images * 2 - 1
     with pytest.raises(ValueError, match="give the pipeline sigmas"):
-        check_velocity(changed(lumina, stock_pictures=pipe_call), CAPTIONS)
+        check_velocity(changed(lumina, sample_stock=pipe_call), CAPTIONS)
 
 
 def test_layers_without_lora_are_reported_and_allowed(lumina):
@@ -329,12 +329,12 @@ def test_flux_passes_also_with_a_shift_of_its_own():
     flux = Flux(pipe, 32, 32, TOKENS)
     assert len(check_family(flux, CAPTIONS).splitlines()) == 5
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_dynamic_shifting=True)
-    assert check_velocity(flux, CAPTIONS) and check_pictures(flux, CAPTIONS, (2,))          # the model's own shift
+    assert check_velocity(flux, CAPTIONS) and check_images(flux, CAPTIONS, (2,))          # the model's own shift
 
 
 def test_an_instance_that_forgot_its_size_is_told(lumina):
-    del lumina.max_tokens, lumina.negative
-    with pytest.raises(ValueError, match="Lumina2 lacks max_tokens, negative "):
+    del lumina.max_sequence_length, lumina.negative_prompt
+    with pytest.raises(ValueError, match="Lumina2 lacks max_sequence_length, negative "):
         check_family(lumina, CAPTIONS)
 
 

@@ -87,7 +87,7 @@ def shown(cell):
 
 
 def texts(output):
-    """What an output says in words: its stream, its traceback and the text of its results, not its pictures."""
+    """What an output says in words: its stream, its traceback and the text of its results, not its images."""
     yield output.get("text", "")
     yield from output.get("traceback", [])
     for kind, data in output.get("data", {}).items():

@@ -1,4 +1,4 @@
-"""Pictures from parquet files: exact pixels, and mistakes that are named. The files are made on the spot."""
+"""Images from parquet files: exact pixels, and mistakes that are named. The files are made on the spot."""
 import io
 import json
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scfm.data.labelled_images import load_pictures
+from scfm.data.labelled_images import load_labelled_images
 
 NAMES = ["cat", "dog", "ship"]
 
@@ -39,7 +39,7 @@ def test_every_pixel_and_label_of_all_files_in_order(tmp_path, pixels):
     write(tmp_path / "data", "train-00000-of-00002.parquet", map(png, pixels[:4]), labels[:4])
     write(tmp_path / "data", "train-00001-of-00002.parquet", map(png, pixels[4:]), labels[4:])
     write(tmp_path / "data", "test-00000-of-00001.parquet", map(png, pixels[:1]), labels[:1])
-    train, test = load_pictures(tmp_path), load_pictures(tmp_path, "test")            # folders below count
+    train, test = load_labelled_images(tmp_path), load_labelled_images(tmp_path, "test")            # folders below count
     assert torch.equal(train.pixels, pixels) and train.pixels.dtype == torch.uint8
     assert train.labels.tolist() == labels and train.labels.dtype == torch.int64
     assert train.names == test.names == tuple(NAMES) and torch.equal(test.pixels, pixels[:1])
@@ -47,60 +47,60 @@ def test_every_pixel_and_label_of_all_files_in_order(tmp_path, pixels):
 
 def test_without_the_hubs_note_classes_are_numbered(tmp_path, pixels):
     write(tmp_path, "train-0.parquet", map(png, pixels[:2]), [0, 4], note=False)
-    assert load_pictures(tmp_path).names == ("0", "1", "2", "3", "4")
+    assert load_labelled_images(tmp_path).names == ("0", "1", "2", "3", "4")
 
 
 def test_other_columns_and_sizes(tmp_path):
     wide = torch.zeros(3, 40, 60, dtype=torch.uint8)
     wide[:, :, 10:50] = 200                                                           # the middle square is even
     write(tmp_path, "train-0.parquet", [png(wide)], [1], columns=("image", "what"))
-    data = load_pictures(tmp_path, size=20, columns=("image", "what"))
+    data = load_labelled_images(tmp_path, size=20, columns=("image", "what"))
     assert data.pixels.shape == (1, 3, 20, 20) and data.pixels[..., 2:-2].unique().tolist() == [200]
 
 
-def test_a_grey_picture_gets_three_channels(tmp_path):
+def test_a_grey_image_gets_three_channels(tmp_path):
     file = io.BytesIO()
     Image.new("L", (32, 32), 77).save(file, "png")
     write(tmp_path, "train-0.parquet", [file.getvalue()], [0])
-    assert load_pictures(tmp_path).pixels.unique().tolist() == [77]
+    assert load_labelled_images(tmp_path).pixels.unique().tolist() == [77]
 
 
 def test_no_folder_and_no_file_of_the_split(tmp_path, pixels):
     with pytest.raises(FileNotFoundError, match="nowhere is no folder.*hub:OWNER/NAME"):
-        load_pictures(tmp_path / "nowhere")
+        load_labelled_images(tmp_path / "nowhere")
     write(tmp_path, "train-0.parquet", map(png, pixels[:1]), [0])
     with pytest.raises(FileNotFoundError, match=r"no test-\*\.parquet"):
-        load_pictures(tmp_path, "test")
+        load_labelled_images(tmp_path, "test")
 
 
 def test_wrong_columns_are_listed(tmp_path, pixels):
     write(tmp_path, "train-0.parquet", map(png, pixels[:1]), [0], columns=("image", "label"))
     with pytest.raises(ValueError, match="no column img: its columns are image, label"):
-        load_pictures(tmp_path)
+        load_labelled_images(tmp_path)
 
 
-def test_a_broken_picture_is_named(tmp_path, pixels):
+def test_a_broken_image_is_named(tmp_path, pixels):
     good = png(pixels[0])
-    for bad in (b"", b"no picture", good[:60], None):
+    for bad in (b"", b"no image", good[:60], None):
         write(tmp_path, "train-00003.parquet", [good, bad], [0, 0])
-        with pytest.raises(ValueError, match=r"train-00003\.parquet, row 1 is no picture"):
-            load_pictures(tmp_path)
+        with pytest.raises(ValueError, match=r"train-00003\.parquet, row 1 is no image"):
+            load_labelled_images(tmp_path)
 
 
 def test_a_label_must_be_a_class(tmp_path, pixels):
     for label in (-1, None):
         write(tmp_path, "train-0.parquet", map(png, pixels[:2]), [0, label])
         with pytest.raises(ValueError, match="row 1: the label"):
-            load_pictures(tmp_path)
+            load_labelled_images(tmp_path)
 
 
 def test_a_file_that_is_no_parquet_and_one_without_rows(tmp_path):
     (tmp_path / "train-0.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="is no parquet file"):
-        load_pictures(tmp_path)
+        load_labelled_images(tmp_path)
     write(tmp_path, "train-0.parquet", [], pyarrow.array([], pyarrow.int64()))
     with pytest.raises(ValueError, match="holds no row"):
-        load_pictures(tmp_path)
+        load_labelled_images(tmp_path)
 
 
 def test_a_name_on_the_hub_goes_through_datasets(tmp_path, pixels, monkeypatch):
@@ -109,6 +109,6 @@ def test_a_name_on_the_hub_goes_through_datasets(tmp_path, pixels, monkeypatch):
     made = datasets.Dataset.from_dict({"img": [{"bytes": png(p), "path": None} for p in pixels[:3]], "label": [2, 0, 1]}, features)
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or made)
-    data = load_pictures("hub:owner/set", "test")
+    data = load_labelled_images("hub:owner/set", "test")
     assert asked == [("owner/set", "test")] and torch.equal(data.pixels, pixels[:3])
     assert data.labels.tolist() == [2, 0, 1] and data.names == tuple(NAMES)

@@ -1,4 +1,4 @@
-"""The picture flow as a pipeline: captions, the folder, LoRA on convolutions, and the commands on what `scfm pretrain` leaves."""
+"""The image flow as a pipeline: captions, the folder, LoRA on convolutions, and the commands on what `scfm pretrain` leaves."""
 import io
 import json
 
@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
 
 from scfm.cli import main
-from scfm.training.config import RunConfig
-from scfm.method.lora_scale import read_dial
+from scfm.training.config import DistillConfig
+from scfm.models.lora_file import read_lora_scales
 from scfm.models.loading import load_pipeline
-from scfm.models.pixels import ClassNames, NoVAE, PixelPipeline, Pixels, pipeline_of, save_pipeline
-from scfm.models.lora import WEIGHT_NAME, LoraSpeakers, adapter_parameters, save_lora
-from scfm.training.distill_trainer import Run
-from scfm.inference.step_lora import StepLora, UseConfig
-from scfm.models.unet import PictureFlow, generate, guided, load_flow
+from scfm.models.pixels import ClassLabelEncoder, IdentityVAE, PixelPipeline, Pixels, pipeline_of, save_pipeline
+from scfm.models.lora import WEIGHT_NAME, LoraModels, adapter_parameters, save_lora
+from scfm.training.distill_trainer import DistillTrainer
+from scfm.inference.step_lora import StepLora, InferenceConfig
+from scfm.models.unet import UNetFlow, generate, guided, load_flow
 
 NAMES = ("cat", "dog", "fire engine", "engine")
 
@@ -28,7 +28,7 @@ NAMES = ("cat", "dog", "fire engine", "engine")
 @pytest.fixture
 def pipe():
     torch.manual_seed(0)
-    return pipeline_of(PictureFlow("tiny", classes=4).eval(), NAMES)
+    return pipeline_of(UNetFlow("tiny", classes=4).eval(), NAMES)
 
 
 # Captions
@@ -37,21 +37,21 @@ def pipe():
 @settings(deadline=None, max_examples=30)
 @given(st.permutations(["ant", "bee", "cow", "door"]), st.integers(0, 3), st.sampled_from(["{}", "a {}", "one {}, please", "the {}."]))
 def test_a_caption_is_the_class_that_it_names_wherever_it_stands(names, which, phrase):
-    assert ClassNames(tuple(names))([phrase.format(names[which]), ""]).tolist() == [which, len(names)]
+    assert ClassLabelEncoder(tuple(names))([phrase.format(names[which]), ""]).tolist() == [which, len(names)]
 
 
 @pytest.mark.parametrize("caption, message", [("a zebra", "names no class: it has to name one of cat, dog"), ("concatenate", "names no class"),
                                               ("a cat and a dog", "more than one class"), ("fire engine", "more than one class")])
 def test_other_captions_are_errors(caption, message):
     with pytest.raises(ValueError, match=message):
-        ClassNames(NAMES)([caption])
+        ClassLabelEncoder(NAMES)([caption])
 
 
 # The pipeline
 
 
 @pytest.mark.parametrize("scale", [1., 3.])
-def test_the_pipeline_paints_what_generate_paints(pipe, scale):
+def test_the_pipeline_generates_what_generate_generates(pipe, scale):
     noise = torch.randn(3, 3, 32, 32)
     theirs = pipe(["cat", "a dog", ""], num_inference_steps=5, guidance_scale=scale, latents=noise, output_type="pt").images * 2 - 1
     ours = generate(pipe.transformer, torch.tensor([0, 1, 4]), noise, 5, guidance=scale).clamp(-1, 1)
@@ -65,14 +65,14 @@ def test_the_pipeline_calls_back_after_each_step(pipe):
 
 
 def test_a_negative_class_takes_the_place_of_nobody(pipe):
-    family, noise = Pixels(pipe, 32, 32, negative="a dog"), torch.randn(2, 3, 32, 32)
+    family, noise = Pixels(pipe, 32, 32, negative_prompt="a dog"), torch.randn(2, 3, 32, 32)
     cond = {**family.encode_text(["cat", "cat"]), "guidance": torch.tensor([2., 1.])}
     said = family.velocity(pipe.transformer, noise, torch.full((2,), .5), cond)
     by_hand = guided(pipe.transformer, 2., nobody=1)(noise, torch.full((2,), .5), torch.tensor([0, 0]))
     with torch.no_grad():
         assert torch.allclose(said[0], by_hand[0], atol=1e-5) and torch.allclose(said[1], pipe.transformer(noise[1:], torch.tensor([.5]), torch.tensor([0]))[0], atol=1e-5)
-    stock = family.stock_pictures(["cat", "cat"], noise, 2, 2.)
-    assert (stock - Pixels(pipe, 32, 32).stock_pictures(["cat", "cat"], noise, 2, 2.)).abs().max() > 1e-4
+    stock = family.sample_stock(["cat", "cat"], noise, 2, 2.)
+    assert (stock - Pixels(pipe, 32, 32).sample_stock(["cat", "cat"], noise, 2, 2.)).abs().max() > 1e-4
 
 
 def test_a_folder_comes_back_whole_and_in_parts(pipe, tmp_path):
@@ -95,12 +95,12 @@ def test_a_folder_comes_back_whole_and_in_parts(pipe, tmp_path):
 
 def test_a_network_that_is_told_the_step_size_has_no_pipeline():
     with pytest.raises(ValueError, match="told the step size"):
-        pipeline_of(PictureFlow("tiny", levels=8), NAMES)
+        pipeline_of(UNetFlow("tiny", levels=8), NAMES)
 
 
 def test_pixels_are_their_own_latents():
-    pictures = torch.rand(2, 3, 8, 8) * 2 - 1
-    assert torch.equal(NoVAE().encode(pictures).latent, pictures) and torch.equal(NoVAE().decode(pictures).sample, pictures)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert torch.equal(IdentityVAE().encode(images).latent, images) and torch.equal(IdentityVAE().decode(images).sample, images)
 
 
 # LoRA
@@ -110,7 +110,7 @@ def test_a_lora_on_convolutions_is_the_weights_it_stands_for(pipe, tmp_path):
     """File, stock loader and strength against the base with the product of the two factors added by hand."""
     save_pipeline(pipe.transformer, NAMES, tmp_path / "pipe")
     family, targets = Pixels(pipe, 32, 32), ("conv1", "conv2", "linear_1")
-    speakers = LoraSpeakers(pipe.transformer, family.velocity, targets, rank=2)
+    models = LoraModels(pipe.transformer, family.velocity, targets, rank=2)
     for weight in adapter_parameters(pipe.transformer, "student"):
         torch.nn.init.normal_(weight, std=.1)
     save_lora(PixelPipeline, pipe.transformer, tmp_path)
@@ -130,9 +130,9 @@ def test_a_lora_on_convolutions_is_the_weights_it_stands_for(pipe, tmp_path):
     stock.set_adapters(["step"], [.5])
     with torch.no_grad():
         want = by_hand(x, t, cond["label"])
-        assert torch.allclose(speakers.field("student", .5)(x, t, cond), want, atol=1e-5)
+        assert torch.allclose(models.field("student", .5)(x, t, cond), want, atol=1e-5)
         assert torch.allclose(stock.transformer.eval()(x, t, cond["label"]), want, atol=1e-5)
-        assert not torch.allclose(want, speakers.teacher(x, t, cond), atol=1e-2)
+        assert not torch.allclose(want, models.teacher(x, t, cond), atol=1e-2)
 
 
 # The commands
@@ -140,13 +140,13 @@ def test_a_lora_on_convolutions_is_the_weights_it_stands_for(pipe, tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    """CIFAR's layout with noise in it, and the same pictures as a picture folder."""
+    """CIFAR's layout with noise in it, and the same images as an image folder."""
     folder, mine, cells, rows = tmp_path / "data", tmp_path / "mine", [], []
     folder.mkdir(), mine.mkdir()
     for i in range(12):
-        picture = to_pil_image(torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)))
-        picture.save(mine / f"{i}.png")
-        picture.save(file := io.BytesIO(), "png")
+        image = to_pil_image(torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)))
+        image.save(mine / f"{i}.png")
+        image.save(file := io.BytesIO(), "png")
         cells.append({"bytes": file.getvalue(), "path": None})
         rows.append(json.dumps({"file_name": f"{i}.png", "text": f"a {'cat' if i % 2 else 'dog'}"}))
     (mine / "metadata.jsonl").write_text("\n".join(rows))
@@ -162,30 +162,30 @@ def run(*words):
 
 def test_pretrain_distill_kill_resume_dial_sample_evaluate_export(data):
     """What a person does on one small data set, by the commands; a run that was cut in two equals an unbroken one bit by bit."""
-    run("pretrain", "--data", data / "data", "--out", data / "flow", "--size", "tiny", "--updates", 2, "--batch", 4, "--warmup", 1, "--preview_every", 0)
+    run("pretrain", "--train_data_dir", data / "data", "--output_dir", data / "flow", "--size", "tiny", "--max_train_steps", 2, "--global_batch_size", 4, "--lr_warmup_steps", 1, "--validation_steps", 0)
     pipe = PixelPipeline.from_pretrained(data / "flow" / "pipeline")
     shipped = load_flow(data / "flow" / "flow.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(pipe.transformer.parameters(), shipped.parameters()))
-    told = ("--pipeline", data / "flow" / "pipeline", "--pictures", data / "mine", "--height", 32, "--width", 32, "--max_tokens", 1, "--rank", 2, "--batch", 4,
-            "--guidance", "1,3", "--teacher_guidance", 1, "--sample_shift", 1, "--checkpoint_every", 2, "--preview_every", 0, "--judge", 2, "--tracker", "none",
-            "--targets", "conv1,conv2,linear_1", "--lr", "1e-3")
-    run("distill", *told, "--updates", 4, "--out", data / "whole")
+    told = ("--pretrained_model_name_or_path", data / "flow" / "pipeline", "--train_data_dir", data / "mine", "--height", 32, "--width", 32, "--max_sequence_length", 1, "--rank", 2, "--global_batch_size", 4,
+            "--guidance", "1,3", "--teacher_guidance_scale", 1, "--inference_shift", 1, "--checkpointing_steps", 2, "--validation_steps", 0, "--num_eval_prompts", 2, "--report_to", "none",
+            "--lora_layers", "conv1,conv2,linear_1", "--learning_rate", "1e-3")
+    run("distill", *told, "--max_train_steps", 4, "--output_dir", data / "whole")
     settings = json.loads((data / "whole" / "config.json").read_text())
-    Run(RunConfig(**{**settings, "out": str(data / "cut")}), progress=False).train(until=2)       # and no end: as if it had been killed
-    run("distill", *told, "--updates", 4, "--out", data / "cut")
+    DistillTrainer(DistillConfig(**{**settings, "output_dir": str(data / "cut")}), progress=False).train(until=2)       # and no end: as if it had been killed
+    run("distill", *told, "--max_train_steps", 4, "--output_dir", data / "cut")
     ours, theirs = (load(data / name) for name in ("whole", "cut"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     run("dial", "--lora", data / "whole", "--prompts", captions(data), "--steps", "1,2")
-    assert read_dial(data / "whole" / WEIGHT_NAME) is not None
-    run("sample", "--lora", data / "whole", "--prompt", "a cat", "--prompt", "a dog", "--steps", 2, "--out", data / "two.png")
+    assert read_lora_scales(data / "whole" / WEIGHT_NAME) is not None
+    run("sample", "--lora", data / "whole", "--prompt", "a cat", "--prompt", "a dog", "--steps", 2, "--output", data / "two.png")
     assert Image.open(data / "two.png").size == (64, 32)
-    run("evaluate", "--lora", data / "whole", "--prompts", captions(data), "--count", 2, "--steps", 2, "--teacher_steps", 4, "--inception", "none", "--clip", "none",
+    run("evaluate", "--lora", data / "whole", "--prompts", captions(data), "--count", 2, "--steps", 2, "--teacher_steps", 4, "--inception", "none", "--max_grad_norm", "none",
         "--repeats", 1)
     rows = {(row["label"], row["steps"]): row["endpoint"] for row in json.loads((data / "whole" / "evaluation" / "report.json").read_text())["rows"]}
     assert rows["teacher, Euler", 2] > 0.01 and rows["teacher, Euler", 2] != rows["teacher, Midpoint", 2]
-    run("export", "--lora", data / "whole", "--steps", 2, "--out", data / "fused")
+    run("export", "--lora", data / "whole", "--steps", 2, "--output_dir", data / "fused")
     fused, noise = PixelPipeline.from_pretrained(data / "fused"), torch.randn(2, 3, 32, 32)
-    step = StepLora(UseConfig(lora=str(data / "whole")), "cpu")
+    step = StepLora(InferenceConfig(lora=str(data / "whole")), "cpu")
     step.set_scale(step.dial.scale(2))
     ours, theirs = (p(["a cat", "a dog"], num_inference_steps=2, latents=noise, output_type="pt").images for p in (step.pipe, fused))
     assert torch.allclose(ours, theirs, atol=1e-4)

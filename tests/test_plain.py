@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from scfm.method import flow
-from scfm.method.consistency import Jumps, Speakers, consistency_target, draw_jumps, keyed_generator
+from scfm.method.consistency import Jumps, DistillModels, consistency_target, draw_jumps, keyed_generator
 from scfm.method.distill import (
-    DistillConfig, FullSpeakers, draw_update, make_emas, make_optimizer, one_update)
+    SCFMConfig, CopiedModels, sample_batch, make_emas, make_optimizer, train_step)
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "learn/plain_scfm.ipynb"
 CODE = ["".join(c["source"]) for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
@@ -35,11 +35,11 @@ def test_it_stands_alone_and_is_short():
 
 
 def pair(plain, seed=0):
-    """The library's four speakers, and the same four networks for the notebook; the speakers already differ."""
+    """The library's four models, and the same four networks for the notebook; the models already differ."""
     torch.manual_seed(seed)
-    ours = FullSpeakers(plain["Net"](width=16))
+    ours = CopiedModels(plain["Net"](width=16))
     with torch.no_grad():
-        for name in ("student", "fast", "slow"):
+        for name in ("student", "ema_fast", "ema_slow"):
             for p in ours.parameters(name):
                 p.add_(.05 * torch.randn_like(p))
     theirs = {}
@@ -50,39 +50,39 @@ def pair(plain, seed=0):
 
 
 def batch(config, update):
-    data = torch.randn(config.batch, 2, generator=keyed_generator(0, update, stream=1))
-    return data, *draw_update(config, update, config.batch, (2,))
+    data = torch.randn(config.global_batch_size, 2, generator=keyed_generator(0, update, stream=1))
+    return data, *sample_batch(config, update, config.global_batch_size, (2,))
 
 
 def test_the_target_is_the_librarys(plain):
     ours, theirs = pair(plain)
-    data, noise, jumps = batch(DistillConfig(batch=64, shift=(1., 2.)), 0)
+    data, noise, jumps = batch(SCFMConfig(global_batch_size=64, shift=(1., 2.)), 0)
     x1 = flow.interpolate(data, noise, jumps.t1)
     torch.testing.assert_close(plain["interpolate"](data, noise, jumps.t1), x1, atol=0, rtol=0)
-    speakers = Speakers(ours.student, ours.teacher, ours.fast, ours.slow)
-    goal = plain["target"](x1, jumps.times, jumps.is_teacher, theirs["teacher"], theirs["fast"], theirs["slow"])
-    torch.testing.assert_close(goal, consistency_target(x1, jumps, speakers), atol=2e-6, rtol=1e-5)
+    models = DistillModels(ours.student, ours.teacher, ours.ema_fast, ours.ema_slow)
+    goal = plain["target"](x1, jumps.times, jumps.is_teacher, theirs["teacher"], theirs["ema_fast"], theirs["ema_slow"])
+    torch.testing.assert_close(goal, consistency_target(x1, jumps, models), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lr", [0., 5e-4])
 def test_loss_gradient_and_weights_are_the_librarys(plain, lr):
-    config = DistillConfig(batch=64, lr=5e-4, shift=(1., 2.), fast_decay=DECAYS[0], slow_decay=DECAYS[1], updates=20)
+    config = SCFMConfig(global_batch_size=64, learning_rate=5e-4, shift=(1., 2.), ema_decay_fast=DECAYS[0], ema_decay_slow=DECAYS[1], max_train_steps=20)
     ours, theirs = pair(plain)
-    kept = {name: [p.clone() for p in ours.parameters(name)] for name in ("fast", "slow")}
+    kept = {name: [p.clone() for p in ours.parameters(name)] for name in ("ema_fast", "ema_slow")}
     (optimizer, _), emas = make_optimizer(ours, config), make_emas(ours, config)
     with torch.no_grad():                                      # make_emas restarts them; here they are to differ
         for name, tensors in kept.items():
             for p, q in zip(ours.parameters(name), tensors):
                 p.copy_(q)
     optimizer.param_groups[0]["lr"] = lr
-    other = torch.optim.AdamW(theirs["student"].parameters(), lr, weight_decay=config.weight_decay)
+    other = torch.optim.AdamW(theirs["student"].parameters(), lr, weight_decay=config.adam_weight_decay)
     for update in range(8):
         data, noise, jumps = batch(config, update)
         gradients = []
         for parameters, opt in ((ours.parameters("student"), optimizer), (list(theirs["student"].parameters()), other)):
             opt.register_step_pre_hook(lambda *_, p=parameters: gradients.append([q.grad.clone() for q in p]))
-        result = one_update(ours, emas, optimizer, data, noise, jumps, config)
-        loss = plain["update"](*(theirs[n] for n in ("student", "teacher", "fast", "slow")), other, data, noise, jumps.times,
+        result = train_step(ours, emas, optimizer, data, noise, jumps, config)
+        loss = plain["update"](*(theirs[n] for n in ("student", "teacher", "ema_fast", "ema_slow")), other, data, noise, jumps.times,
                                jumps.is_teacher, DECAYS)
         assert loss == pytest.approx(result.losses.mean().item(), rel=2e-5)
         for a, b in zip(gradients[0], gradients[-1]):
@@ -95,9 +95,9 @@ def test_loss_gradient_and_weights_are_the_librarys(plain, lr):
 
 def test_a_teacher_that_moved_would_be_noticed(plain):
     ours, theirs = pair(plain)
-    data, noise, jumps = batch(DistillConfig(batch=64, shift=(1., 2.)), 0)
-    swapped = plain["target"](data, jumps.times, jumps.is_teacher, theirs["slow"], theirs["fast"], theirs["slow"])
-    right = plain["target"](data, jumps.times, jumps.is_teacher, theirs["teacher"], theirs["fast"], theirs["slow"])
+    data, noise, jumps = batch(SCFMConfig(global_batch_size=64, shift=(1., 2.)), 0)
+    swapped = plain["target"](data, jumps.times, jumps.is_teacher, theirs["ema_slow"], theirs["ema_fast"], theirs["ema_slow"])
+    right = plain["target"](data, jumps.times, jumps.is_teacher, theirs["teacher"], theirs["ema_fast"], theirs["ema_slow"])
     assert not torch.allclose(swapped[jumps.is_teacher], right[jumps.is_teacher], atol=1e-4)
     assert torch.equal(swapped[~jumps.is_teacher], right[~jumps.is_teacher])
 

@@ -20,40 +20,40 @@ from safetensors.torch import load_file, save_file
 import scfm.method.distill
 from scfm.commands.pretrain import main
 from scfm.method.consistency import Jumps
-from scfm.method.distill import draw_update
+from scfm.method.distill import sample_batch
 from scfm.method.flow import interpolate
-from scfm.data.labelled_images import Pictures
+from scfm.data.labelled_images import LabelledImages
 from scfm.training.flow_trainer import (
-    SHORTCUT, FlowSpeakers, PretrainConfig, Pretraining, batch_of, evaluations, pretrain, with_level)
+    SHORTCUT, FlowModels, FlowConfig, FlowTrainer, batch_of, evaluations, pretrain, with_level)
 from scfm.models.unet import (
-    SIZES, PictureFlow, drop_labels, field_of, generate, guided, header_of, load_flow, save_flow)
+    SIZES, UNetFlow, drop_labels, field_of, generate, guided, header_of, load_flow, save_flow)
 
-QUICK = {"size": "tiny", "updates": 4, "batch": 8, "checkpoint_every": 2, "preview_every": 0, "warmup": 3, "data": "noise"}
+QUICK = {"size": "tiny", "max_train_steps": 4, "global_batch_size": 8, "checkpointing_steps": 2, "validation_steps": 0, "lr_warmup_steps": 3, "train_data_dir": "noise"}
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     g = torch.Generator().manual_seed(0)
-    return Pictures(torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(40) % 10, tuple("abcdefghij"))
+    return LabelledImages(torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(40) % 10, tuple("abcdefghij"))
 
 
 @pytest.fixture
-def run(tmp_path, pictures):
+def run(tmp_path, images):
     """Makes a run in a folder of its own; settings as keywords."""
-    return lambda out="run", **told: Pretraining(PretrainConfig(**{**QUICK, **told}, out=str(tmp_path / out)), False, pictures)
+    return lambda out="run", **told: FlowTrainer(FlowConfig(**{**QUICK, **told}, output_dir=str(tmp_path / out)), False, images)
 
 
 def weights(run):
-    return {f"{n} {k}": v.clone() for n, net in run.speakers.networks.items() for k, v in net.state_dict().items()}
+    return {f"{n} {k}": v.clone() for n, net in run.models.networks.items() for k, v in net.state_dict().items()}
 
 
-def write(folder, pictures):
-    """The pictures as a parquet file."""
+def write(folder, images):
+    """The images as a parquet file."""
     cells = []
-    for pixels in pictures.pixels:
+    for pixels in images.pixels:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file := io.BytesIO(), "png")
         cells.append({"bytes": file.getvalue(), "path": None})
-    pyarrow.parquet.write_table(pyarrow.table({"img": cells, "label": pictures.labels.tolist()}), folder / "train-0.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"img": cells, "label": images.labels.tolist()}), folder / "train-0.parquet")
 
 
 def same(a, b):
@@ -64,7 +64,7 @@ def same(a, b):
 
 
 def test_sampling_is_that_of_the_stock_scheduler():
-    network, noise, labels = PictureFlow("tiny").eval(), torch.randn(3, 3, 32, 32), torch.tensor([0, 4, 10])
+    network, noise, labels = UNetFlow("tiny").eval(), torch.randn(3, 3, 32, 32), torch.tensor([0, 4, 10])
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 5, 5).tolist())
     x = noise
@@ -77,12 +77,12 @@ def test_sampling_is_that_of_the_stock_scheduler():
 @pytest.mark.parametrize("size", list(SIZES))
 def test_every_attention_has_its_norm(size):
     """Without one the middle's logits run away; diffusers leaves it out with scale and shift unless it is asked for by name."""
-    found = [m for m in PictureFlow(size).modules() if isinstance(m, Attention)]
+    found = [m for m in UNetFlow(size).modules() if isinstance(m, Attention)]
     assert found and all(m.group_norm is not None for m in found)
 
 
 def test_guidance_asks_without_the_label_too():
-    network, x, t, labels = PictureFlow("tiny").eval(), torch.randn(2, 3, 32, 32), torch.rand(2), torch.tensor([1, 2])
+    network, x, t, labels = UNetFlow("tiny").eval(), torch.randn(2, 3, 32, 32), torch.rand(2), torch.tensor([1, 2])
     with torch.no_grad():
         yes, no = network(x, t, labels), network(x, t)
         assert torch.allclose(guided(network, 3.)(x, t, labels), no + 3 * (yes - no), atol=1e-5)
@@ -98,7 +98,7 @@ def test_labels_are_dropped_at_their_share():
 
 
 def test_a_told_network_hears_the_level_of_the_walk():
-    network, heard = PictureFlow("tiny", levels=8).eval(), []
+    network, heard = UNetFlow("tiny", levels=8).eval(), []
     network.register_forward_pre_hook(lambda module, args: heard.append(args[2][:, 1].tolist()))
     for steps in (1, 4, 64, 1000):
         field_of(network, steps)(torch.randn(2, 3, 32, 32), torch.rand(2), torch.tensor([1, 2]))
@@ -106,41 +106,41 @@ def test_a_told_network_hears_the_level_of_the_walk():
 
 
 def test_a_file_comes_back_and_others_are_refused(tmp_path):
-    network = PictureFlow("tiny", classes=3, levels=4, picture=16)
-    save_flow(network, tmp_path / "flow.safetensors", notes={"updates": 5})
+    network = UNetFlow("tiny", classes=3, levels=4, resolution=16)
+    save_flow(network, tmp_path / "flow.safetensors", notes={"max_train_steps": 5})
     again = load_flow(tmp_path / "flow.safetensors")
-    assert same(network.state_dict(), again.state_dict()) and again.told == network.told
-    assert json.loads(header_of(tmp_path / "flow.safetensors")["notes"]) == {"updates": 5}
+    assert same(network.state_dict(), again.state_dict()) and again.init_kwargs == network.init_kwargs
+    assert json.loads(header_of(tmp_path / "flow.safetensors")["notes"]) == {"max_train_steps": 5}
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="no flow on pictures"):
+    with pytest.raises(ValueError, match="no flow on images"):
         load_flow(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError, match="flow.safetensors of a run"):
         load_flow(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="size='huge': one of tiny, nano"):
-        PictureFlow("huge")
+        UNetFlow("huge")
 
 
 # The rows
 
 
-def test_two_parts_are_the_rows_of_one(pictures):
-    config = PretrainConfig(**QUICK)
-    data, labels = batch_of(config, 3, pictures)
-    halves = [batch_of(config, 3, pictures, (i, 2)) for i in range(2)]
+def test_two_parts_are_the_rows_of_one(images):
+    config = FlowConfig(**QUICK)
+    data, labels = batch_of(config, 3, images)
+    halves = [batch_of(config, 3, images, (i, 2)) for i in range(2)]
     assert torch.equal(data, torch.cat([d for d, _ in halves])) and torch.equal(labels, torch.cat([y for _, y in halves]))
-    assert not torch.equal(data, batch_of(config, 4, pictures)[0])
+    assert not torch.equal(data, batch_of(config, 4, images)[0])
 
 
-def test_every_row_is_a_picture_or_its_mirror_with_its_label(pictures):
-    config = PretrainConfig(**{**QUICK, "batch": 64})
-    known = pictures.pixels.float() / 127.5 - 1
+def test_every_row_is_a_image_or_its_mirror_with_its_label(images):
+    config = FlowConfig(**{**QUICK, "global_batch_size": 64})
+    known = images.pixels.float() / 127.5 - 1
     mirrored = 0
-    for row, label in zip(*batch_of(config, 0, pictures)):
+    for row, label in zip(*batch_of(config, 0, images)):
         straight, turned = (known == row).flatten(1).all(1), (known == row.flip(-1)).flatten(1).all(1)
         mirrored += bool(turned.any())
-        assert label in (10, *pictures.labels[straight | turned])
+        assert label in (10, *images.labels[straight | turned])
     assert 16 < mirrored < 48
-    plain, _ = batch_of(replace(config, flip=False), 0, pictures)
+    plain, _ = batch_of(replace(config, random_flip=False), 0, images)
     assert all((known == row).flatten(1).all(1).any() for row in plain)
 
 
@@ -148,19 +148,19 @@ def test_every_row_is_a_picture_or_its_mirror_with_its_label(pictures):
 
 
 def test_plain_flow_matching_is_plain_flow_matching(run):
-    """One update with flow_share 1 against the loss, AdamW and clipping written out."""
-    ours, by_hand = run("ours", flow_share=1.), run("hand", flow_share=1.)
-    config, network = by_hand.config, by_hand.speakers.networks["student"]
-    data, labels = batch_of(config, 0, by_hand.pictures)
-    noise, jumps = draw_update(config, 0, 8, (3, 32, 32))
+    """One update with non_shortcut_ratio 1 against the loss, AdamW and clipping written out."""
+    ours, by_hand = run("ours", non_shortcut_ratio=1.), run("hand", non_shortcut_ratio=1.)
+    config, network = by_hand.config, by_hand.models.networks["student"]
+    data, labels = batch_of(config, 0, by_hand.images)
+    noise, jumps = sample_batch(config, 0, 8, (3, 32, 32))
     assert jumps.is_flow.all()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr / config.warmup, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate / config.lr_warmup_steps, weight_decay=config.adam_weight_decay)
     error = network(interpolate(data, noise, jumps.t1), jumps.t1, labels) - (noise - data)
     error.square().mean().backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+    torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
     optimizer.step()
     ours.one()
-    for a, b in zip(ours.speakers.parameters("student"), network.parameters()):
+    for a, b in zip(ours.models.parameters("student"), network.parameters()):
         assert torch.allclose(a, b, atol=1e-6)
     assert ours.evaluations == 3 * 8
 
@@ -180,7 +180,7 @@ def test_a_shortcut_model_is_told_its_jump_and_its_target_half_of_it():
     cond = with_level(torch.tensor([3, 5]), jumps)
     assert cond.tolist() == [[3, 1], [5, 7]]                       # half of the road; a flow row: the smallest step
     data, noise = torch.randn(2, 6), torch.randn(2, 6)
-    losses = scfm_loss(data, noise, jumps, FlowSpeakers(Told()), cond, "one_ema")
+    losses = scfm_loss(data, noise, jumps, FlowModels(Told()), cond, "one_ema")
     assert heard == [[[3, 2]], [[3, 2]], [[3, 1], [5, 7]]]         # the speaker twice at a quarter, then the student
     x = interpolate(data, noise, jumps.t1)
     v1 = x[0] * 1. * 3
@@ -189,10 +189,10 @@ def test_a_shortcut_model_is_told_its_jump_and_its_target_half_of_it():
     assert torch.allclose(losses[1], (x[1] * .4 * 8 - (noise[1] - data[1])).square().mean())
 
 
-@pytest.mark.parametrize("told, share", [({"flow_share": 1.}, 0), ({}, .25), ({"flow_share": .5}, .5), (SHORTCUT, .25)])
+@pytest.mark.parametrize("told, share", [({"non_shortcut_ratio": 1.}, 0), ({}, .25), ({"non_shortcut_ratio": .5}, .5), (SHORTCUT, .25)])
 def test_the_cost_is_what_the_networks_were_asked(run, told, share):
     r, asked = run(**told), []
-    for name, network in r.speakers.networks.items():
+    for name, network in r.models.networks.items():
         network.register_forward_pre_hook(lambda module, args, name=name: asked.append((3 if name == "student" else 1) * len(args[0])))
     r.one()
     assert r.evaluations == sum(asked) == 8 * 3 + 2 * 8 * share
@@ -204,20 +204,20 @@ def test_flow_rows_cost_three_and_self_rows_five():
 
 
 def test_the_average_ships_and_follows_its_decay(run):
-    r = run(slow_decay=.5)
-    before = r.speakers.parameters("slow")[0].clone()
-    assert torch.equal(before, r.speakers.parameters("student")[0])
+    r = run(ema_decay_slow=.5)
+    before = r.models.parameters("ema_slow")[0].clone()
+    assert torch.equal(before, r.models.parameters("student")[0])
     r.one()
-    student, slow = (r.speakers.parameters(name)[0] for name in ("student", "slow"))
+    student, slow = (r.models.parameters(name)[0] for name in ("student", "ema_slow"))
     assert torch.allclose(slow, (before + student) / 2, atol=1e-7) and not torch.equal(slow, student)
     r.save()
-    assert same(load_file(r.out / "flow.safetensors"), dict(r.speakers.networks["slow"].state_dict()))
+    assert same(load_file(r.out / "flow.safetensors"), dict(r.models.networks["ema_slow"].state_dict()))
 
 
 # The run
 
 
-@pytest.mark.parametrize("told", [{}, SHORTCUT, {"precision": "bf16"}], ids=["scfm", "shortcut", "bf16"])
+@pytest.mark.parametrize("told", [{}, SHORTCUT, {"weight_dtype": "bf16"}], ids=["scfm", "shortcut", "bf16"])
 def test_kill_and_resume_is_bitwise_the_unbroken_run(run, told):
     whole, broken = run("whole", **told), run("broken", **told)
     whole.train()
@@ -234,7 +234,7 @@ def test_kill_and_resume_is_bitwise_the_unbroken_run(run, told):
 def test_a_finished_flow_is_distilled_and_the_run_resumes(run, tmp_path):
     first = run("first")
     first.train()
-    told = {"teacher": str(tmp_path / "first" / "flow.safetensors"), "flow_share": 0., "teacher_share": .4, "algorithm": "dual"}
+    told = {"teacher": str(tmp_path / "first" / "flow.safetensors"), "non_shortcut_ratio": 0., "teacher_ratio": .4, "algorithm": "dual"}
     whole, broken = run("whole", **told), run("broken", **told)
     teacher = weights(whole)
     whole.train()
@@ -245,13 +245,13 @@ def test_a_finished_flow_is_distilled_and_the_run_resumes(run, tmp_path):
     again.train()
     assert same(weights(whole), weights(again)) and again.emas.updates == 4
     for name, tensor in load_file(told["teacher"]).items():
-        assert torch.equal(whole.speakers.networks["teacher"].state_dict()[name], tensor)
+        assert torch.equal(whole.models.networks["teacher"].state_dict()[name], tensor)
         assert torch.equal(teacher[f"student {name}"], tensor)                            # the student starts as the teacher
     assert whole.evaluations == 4 * 8 * 5
 
 
 def test_previews_show_every_step_count_and_say_how_far_they_are(run):
-    r = run(preview_every=2, preview_steps=(1, 2, 4))
+    r = run(validation_steps=2, eval_num_steps=(1, 2, 4))
     r.train()
     assert sorted(p.name for p in (r.out / "previews").iterdir()) == ["000002.png", "000004.png", "quality.jsonl"]
     assert Image.open(r.out / "previews" / "000004.png").size == (10 * 33 + 1, 3 * 33 + 1)
@@ -271,30 +271,30 @@ def test_a_gradient_that_is_no_number_stops_and_names_the_last_good_state(run, m
     assert r.update == 3 and all(w.isfinite().all() for w in weights(r).values())
 
 
-def test_the_folder_of_another_run_is_refused(run, tmp_path, pictures):
+def test_the_folder_of_another_run_is_refused(run, tmp_path, images):
     run().train()
-    with pytest.raises(ValueError, match="run with another flow_share"):
-        run(flow_share=1.)
+    with pytest.raises(ValueError, match="run with another non_shortcut_ratio"):
+        run(non_shortcut_ratio=1.)
     with pytest.raises(ValueError, match="at 4 already"):
-        pretrain(PretrainConfig(**{**QUICK, "updates": 2}, out=str(tmp_path / "run")), progress=False, pictures=pictures)
-    assert pretrain(PretrainConfig(**{**QUICK, "updates": 6}, out=str(tmp_path / "run")), progress=False, pictures=pictures).update == 6
+        pretrain(FlowConfig(**{**QUICK, "max_train_steps": 2}, output_dir=str(tmp_path / "run")), progress=False, images=images)
+    assert pretrain(FlowConfig(**{**QUICK, "max_train_steps": 6}, output_dir=str(tmp_path / "run")), progress=False, images=images).update == 6
 
 
 @pytest.mark.parametrize("told, message", [
-    ({"data": ""}, "say --data FOLDER"), ({"size": "big"}, "one of tiny, nano, small, full"), ({"method": "reflow"}, "scfm or shortcut"),
-    ({"method": "shortcut"}, "needs --shift 1,1"), ({"teacher_share": .4}, "there is no teacher"),
-    ({"algorithm": "dual"}, "take one_ema"), ({"label_dropout": 1.}, "in .0, 1"), ({"warmup": -1}, "0 for none"),
-    ({"precision": "fp16"}, "fp32 or bf16"), ({"preview_steps": (0, 4)}, "as 1,4,64"), ({"flow_share": 1.5}, "a share of the rows")])
+    ({"train_data_dir": ""}, "say --train_data_dir FOLDER"), ({"size": "big"}, "one of tiny, nano, small, full"), ({"method": "reflow"}, "scfm or shortcut"),
+    ({"method": "shortcut"}, "needs --shift 1,1"), ({"teacher_ratio": .4}, "there is no teacher"),
+    ({"algorithm": "dual"}, "take one_ema"), ({"label_dropout": 1.}, "in .0, 1"), ({"lr_warmup_steps": -1}, "0 for none"),
+    ({"weight_dtype": "fp16"}, "fp32 or bf16"), ({"eval_num_steps": (0, 4)}, "as 1,4,64"), ({"non_shortcut_ratio": 1.5}, "a share of the rows")])
 def test_a_mistake_is_named_with_its_mend(told, message):
     with pytest.raises(ValueError, match=f"{next(iter(told))}=.*{message}"):
-        PretrainConfig(**{**QUICK, **told}).check()
+        FlowConfig(**{**QUICK, **told}).check()
 
 
-def test_the_command_is_killed_and_goes_on(tmp_path, pictures):
+def test_the_command_is_killed_and_goes_on(tmp_path, images):
     """The real command: SIGTERM saves and leaves with 143, and the same command ends where an unbroken run ends."""
-    write(tmp_path, pictures)
-    told = {**QUICK, "data": str(tmp_path), "checkpoint_every": 1}
-    argv = lambda out, updates: [word for k, v in {**told, "updates": updates, "out": tmp_path / out}.items() for word in (f"--{k}", str(v))]
+    write(tmp_path, images)
+    told = {**QUICK, "train_data_dir": str(tmp_path), "checkpointing_steps": 1}
+    argv = lambda out, updates: [word for k, v in {**told, "max_train_steps": updates, "output_dir": tmp_path / out}.items() for word in (f"--{k}", str(v))]
     process = subprocess.Popen([sys.executable, "-m", "scfm.cli", "pretrain", *argv("killed", 100_000)], stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     began = time.monotonic()
@@ -309,12 +309,12 @@ def test_the_command_is_killed_and_goes_on(tmp_path, pictures):
     assert same(load_file(killed), load_file(unbroken)) and header_of(killed) == header_of(unbroken)
 
 
-def test_two_processes_are_one(tmp_path, pictures):
+def test_two_processes_are_one(tmp_path, images):
     """The real command under torchrun: the same updates, evaluations counted over both, weights equal up to rounding."""
-    write(tmp_path, pictures)
-    told = {**QUICK, "data": str(tmp_path), "updates": 3}
+    write(tmp_path, images)
+    told = {**QUICK, "train_data_dir": str(tmp_path), "max_train_steps": 3}
     for count in (1, 2):
-        argv = [word for k, v in {**told, "out": tmp_path / str(count)}.items() for word in (f"--{k}", str(v))]
+        argv = [word for k, v in {**told, "output_dir": tmp_path / str(count)}.items() for word in (f"--{k}", str(v))]
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "-m", "scfm.cli", "pretrain", *argv],
                        check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     one, two = (tmp_path / name / "flow.safetensors" for name in "12")

@@ -17,39 +17,39 @@ import scfm.training.distill_trainer
 from scfm.training.checkpoint import all_checkpoints, latest
 from scfm.cli import main
 from scfm.commands.distill import signals_noted
-from scfm.training.config import RunConfig, read_settings
-from scfm.method.distill import DistillConfig, draw_update, make_emas, make_optimizer, one_update
+from scfm.training.config import DistillConfig, read_settings
+from scfm.method.distill import SCFMConfig, sample_batch, make_emas, make_optimizer, train_step
 from scfm.models.flux import Flux
-from scfm.models.lora import ADAPTERS, LoraSpeakers, adapter_state
-from scfm.training.distill_trainer import Run
+from scfm.models.lora import ADAPTERS, LoraModels, adapter_state
+from scfm.training.distill_trainer import DistillTrainer
 from toy.pipelines import FLUX, TOKENS, build_flux
-from toy.shapes import draw_captions, draw_pictures
+from toy.shapes import draw_captions, draw_images
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Ten pictures, five of them wide, with captions: somebody's own folder."""
+def images(tmp_path_factory):
+    """Ten images, five of them wide, with captions: somebody's own folder."""
     folder = tmp_path_factory.mktemp("own")
     generator = torch.Generator().manual_seed(3)
     captions = draw_captions(10, generator)
-    drawn, _ = draw_pictures(captions, generator)
+    drawn, _ = draw_images(captions, generator)
     lines = []
-    for i, (picture, text) in enumerate(zip(drawn, captions.text)):
-        image = Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).byte().numpy())
+    for i, (image, text) in enumerate(zip(drawn, captions.text)):
+        image = Image.fromarray(((image.permute(1, 2, 0) + 1) * 127.5).byte().numpy())
         (image if i < 5 else image.resize((48, 24))).save(folder / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
-def settings(pictures, out, **more):
-    return {"pipeline": str(FLUX), "pictures": str(pictures), "out": str(out), "height": 32, "width": 32, "more_sizes": ("24x48",),
-            "max_tokens": TOKENS, "rank": 2, "lr": 1e-3, "updates": 6, "batch": 4, "teacher_steps": 2, "teacher_guidance": 2.5,
-            "judge": 2, "judge_scales": (1.,), "student_steps": (2,), "preview_every": 0, "checkpoint_every": 2, "tracker": "none", **more}
+def settings(images, out, **more):
+    return {"pretrained_model_name_or_path": str(FLUX), "train_data_dir": str(images), "output_dir": str(out), "height": 32, "width": 32, "more_sizes": ("24x48",),
+            "max_sequence_length": TOKENS, "rank": 2, "learning_rate": 1e-3, "max_train_steps": 6, "global_batch_size": 4, "teacher_steps": 2, "teacher_guidance_scale": 2.5,
+            "num_eval_prompts": 2, "eval_lora_scales": (1.,), "eval_num_steps": (2,), "validation_steps": 0, "checkpointing_steps": 2, "report_to": "none", **more}
 
 
-def trained(pictures, out, **more):
-    run = Run(RunConfig(**settings(pictures, out, **more)), progress=False)
+def trained(images, out, **more):
+    run = DistillTrainer(DistillConfig(**settings(images, out, **more)), progress=False)
     run.resume()
     run.train()
     return run
@@ -61,8 +61,8 @@ def flags(told):
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, tmp_path_factory):
-    return trained(pictures, tmp_path_factory.mktemp("whole") / "run")
+def whole(images, tmp_path_factory):
+    return trained(images, tmp_path_factory.mktemp("whole") / "run")
 
 
 def gap(a, b):
@@ -72,26 +72,26 @@ def gap(a, b):
 
 
 def student(run):
-    return adapter_state(run.speakers.transformer, "student")
+    return adapter_state(run.models.transformer, "student")
 
 
 # However it is cut
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3])
-def test_gradient_accumulation_is_the_same_run(whole, pictures, tmp_path, micro_batch):
-    assert gap(student(whole), student(trained(pictures, tmp_path, micro_batch=micro_batch))) < 1e-3    # Adam enlarges rounding
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_gradient_accumulation_is_the_same_run(whole, images, tmp_path, micro_batch_size):
+    assert gap(student(whole), student(trained(images, tmp_path, micro_batch_size=micro_batch_size))) < 1e-3    # Adam enlarges rounding
 
 
-def test_recomputing_activations_is_the_same_run(whole, pictures, tmp_path):
-    run = trained(pictures, tmp_path, gradient_checkpointing=True)
+def test_recomputing_activations_is_the_same_run(whole, images, tmp_path):
+    run = trained(images, tmp_path, gradient_checkpointing=True)
     assert run.pipe.transformer.is_gradient_checkpointing and gap(student(whole), student(run)) < 1e-3
 
 
 def test_updates_of_two_sizes_occur_and_every_row_is_used_once(whole):
     mixed = 0
     for whole.update in range(10):
-        index = scfm.training.distill_trainer.rows_of_update(whole.update, 4, whole.rows.size_of, 0)
+        index = scfm.training.distill_trainer.batch_indices(whole.update, 4, whole.rows.size_of, 0)
         parts = whole.parts(index)
         assert sorted(torch.cat(parts).tolist()) == [0, 1, 2, 3]
         assert all(len(whole.rows.size_of[index[part]].unique()) == 1 for part in parts)
@@ -101,19 +101,19 @@ def test_updates_of_two_sizes_occur_and_every_row_is_used_once(whole):
 
 
 @pytest.fixture(scope="module")
-def of_two(whole, pictures, tmp_path_factory):
+def of_two(whole, images, tmp_path_factory):
     """The same run by the real command under torchrun, in two processes."""
     out = tmp_path_factory.mktemp("two")
-    two(settings(pictures, out))
+    two(settings(images, out))
     return out
 
 
 def test_two_processes_are_one(whole, of_two):
-    assert json.loads((of_two / "choice.json").read_text())["updates"] == 6
+    assert json.loads((of_two / "selection.json").read_text())["train_steps"] == 6
     for name in ADAPTERS:
         theirs = load_file(of_two / name / "pytorch_lora_weights.safetensors")
         theirs = {k.removeprefix("transformer."): v for k, v in theirs.items()}
-        ours = adapter_state(whole.speakers.transformer, name)
+        ours = adapter_state(whole.models.transformer, name)
         assert ours.keys() == theirs.keys() and gap(ours, theirs) < 1e-3
 
 
@@ -125,17 +125,17 @@ def two(told):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_two_processes_resume_bit_for_bit(of_two, pictures, tmp_path):
-    shutil.copytree(of_two, tmp_path / "parts", ignore=lambda folder, names: [n for n in names if n in ("000006", "choice.json")])
-    two(settings(pictures, tmp_path / "parts"))                        # from update 4
+def test_two_processes_resume_bit_for_bit(of_two, images, tmp_path):
+    shutil.copytree(of_two, tmp_path / "parts", ignore=lambda folder, names: [n for n in names if n in ("000006", "selection.json")])
+    two(settings(images, tmp_path / "parts"))                        # from update 4
     for name in ADAPTERS:
         a, b = (load_file(run / name / "pytorch_lora_weights.safetensors") for run in (of_two, tmp_path / "parts"))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_batch_that_cannot_be_dealt_is_refused(pictures, tmp_path, capsys, monkeypatch):
+def test_a_batch_that_cannot_be_dealt_is_refused(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scfm.training.distill_trainer.Accelerator, "num_processes", 3)
-    assert main(["distill", *flags(settings(pictures, tmp_path / "run"))]) == 2
+    assert main(["distill", *flags(settings(images, tmp_path / "run"))]) == 2
     assert "batch 4 cannot be dealt evenly to 3 processes" in capsys.readouterr().err
 
 
@@ -148,24 +148,24 @@ def group(tmp_path):
 
 def test_speakers_speak_for_themselves_behind_a_wrapper(group):
     """DDP renames every parameter. The authors' swap goes by names taken before, finds none, and trains against itself."""
-    def speakers(wrap):
+    def models(wrap):
         family = Flux(build_flux(), 32, 32, TOKENS)
         torch.manual_seed(0)
-        four = LoraSpeakers(family.pipe.transformer, family.velocity, family.lora_targets, 2)
+        four = LoraModels(family.pipe.transformer, family.velocity, family.lora_targets, 2)
         if wrap:
             four.model = DistributedDataParallel(family.pipe.transformer)
             assert all(name.startswith("module.") for name, _ in four.model.named_parameters())
         cond = {**family.encode_text(["a red star"] * 4), "guidance": torch.full((4,), 2.)}
         return four, torch.randn(4, *family.latent_shape, generator=torch.Generator().manual_seed(1)), cond
 
-    config = DistillConfig(lr=1e-2, batch=4, fast_decay=.5, slow_decay=.9)
+    config = SCFMConfig(learning_rate=1e-2, global_batch_size=4, ema_decay_fast=.5, ema_decay_slow=.9)
     found = {}
     for wrap in (False, True):
-        four, x, cond = speakers(wrap)
+        four, x, cond = models(wrap)
         optimizer, _ = make_optimizer(four, config)
         emas = make_emas(four, config)
         for update in range(3):
-            one_update(four, emas, optimizer, x, *draw_update(config, update, 4, x.shape[1:]), config, cond)
+            train_step(four, emas, optimizer, x, *sample_batch(config, update, 4, x.shape[1:]), config, cond)
         said = {name: getattr(four, name)(x, torch.full((4,), .7), cond) for name in ("teacher", *ADAPTERS)}
         apart = [(said[a] - said[b]).abs().max() for a in said for b in said if a < b]
         assert min(apart) > 1e-5                                       # four voices, not one
@@ -177,8 +177,8 @@ def test_speakers_speak_for_themselves_behind_a_wrapper(group):
 # What may go wrong
 
 
-def test_a_loss_that_is_not_finite_stops_before_any_weight_is_changed(pictures, tmp_path, capsys, monkeypatch):
-    told, real = settings(pictures, tmp_path / "run"), scfm.training.distill_trainer.scfm_loss
+def test_a_loss_that_is_not_finite_stops_before_any_weight_is_changed(images, tmp_path, capsys, monkeypatch):
+    told, real = settings(images, tmp_path / "run"), scfm.training.distill_trainer.scfm_loss
     calls = []
 
     def spoiled(*args, **more):
@@ -193,8 +193,8 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_is_changed(pictures, 
     assert all(torch.isfinite(v).all() for adapter in state["adapters"].values() for v in adapter.values())
 
 
-def test_a_full_disk_costs_no_good_checkpoint(pictures, tmp_path, capsys, monkeypatch):
-    told, real = settings(pictures, tmp_path / "run", keep=1), torch.save
+def test_a_full_disk_costs_no_good_checkpoint(images, tmp_path, capsys, monkeypatch):
+    told, real = settings(images, tmp_path / "run", checkpoints_total_limit=1), torch.save
 
     def full(state, file):
         if state["update"] == 4:
@@ -210,20 +210,20 @@ def test_a_full_disk_costs_no_good_checkpoint(pictures, tmp_path, capsys, monkey
     assert [p.name for p in all_checkpoints(tmp_path / "run")] == ["000006"]
 
 
-def test_resume_can_be_refused_or_pointed_at_a_checkpoint(whole, pictures, tmp_path, capsys):
+def test_resume_can_be_refused_or_pointed_at_a_checkpoint(whole, images, tmp_path, capsys):
     out = whole.out
-    assert main(["distill", *flags(settings(pictures, out, resume="never"))]) == 2
+    assert main(["distill", *flags(settings(images, out, resume_from_checkpoint="never"))]) == 2
     assert "has checkpoints, up to 000006" in capsys.readouterr().err
-    assert main(["distill", *flags(settings(pictures, out, resume=str(tmp_path)))]) == 2
+    assert main(["distill", *flags(settings(images, out, resume_from_checkpoint=str(tmp_path)))]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
-    run = Run(RunConfig(**settings(pictures, out, resume=str(out / "checkpoints/000004"))), progress=False)
+    run = DistillTrainer(DistillConfig(**settings(images, out, resume_from_checkpoint=str(out / "checkpoints/000004"))), progress=False)
     assert run.resume() == 4
     run.train()
     assert gap(student(whole), student(run)) == 0
 
 
-def test_a_run_that_is_through_is_left_alone(pictures, tmp_path, capsys):
-    told = settings(pictures, tmp_path / "run", updates=2)
+def test_a_run_that_is_through_is_left_alone(images, tmp_path, capsys):
+    told = settings(images, tmp_path / "run", max_train_steps=2)
     assert main(["distill", *flags(told)]) == 0
     assert main(["dial", "--lora", str(tmp_path / "run"), "--count", "2", "--steps", "2", "--scales", ".5,1", "--goal_steps", "3"]) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -231,19 +231,19 @@ def test_a_run_that_is_through_is_left_alone(pictures, tmp_path, capsys):
     assert main(["distill", *flags(told)]) == 0
     assert "nothing was done" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert main(["distill", *flags({**told, "updates": 3})]) == 0      # a longer run of the same kind: it goes on, and judges anew
-    assert "nothing was done" not in capsys.readouterr().out and not (tmp_path / "run/dial.json").exists()
+    assert main(["distill", *flags({**told, "max_train_steps": 3})]) == 0      # a longer run of the same kind: it goes on, and judges anew
+    assert "nothing was done" not in capsys.readouterr().out and not (tmp_path / "run/lora_scales.json").exists()
 
 
-def test_a_schedule_that_falls_cannot_go_on(pictures, tmp_path, capsys):
-    told = settings(pictures, tmp_path / "run", updates=2, schedule="cosine")
+def test_a_schedule_that_falls_cannot_go_on(images, tmp_path, capsys):
+    told = settings(images, tmp_path / "run", max_train_steps=2, lr_scheduler="cosine")
     assert main(["distill", *flags(told)]) == 0
-    assert main(["distill", *flags({**told, "updates": 3})]) == 2
+    assert main(["distill", *flags({**told, "max_train_steps": 3})]) == 2
     assert "of a run of 2 updates, over which its learning rate falls" in capsys.readouterr().err
 
 
-def test_keep_says_how_many(pictures, tmp_path):
-    run = trained(pictures, tmp_path, keep=2, checkpoint_every=1)
+def test_keep_says_how_many(images, tmp_path):
+    run = trained(images, tmp_path, checkpoints_total_limit=2, checkpointing_steps=1)
     assert [p.name for p in all_checkpoints(run.out)] == ["000005", "000006"]
 
 
@@ -260,13 +260,13 @@ def test_nothing_but_the_transformer_stays_in_memory(whole):
 # Settings
 
 
-def test_yaml_flags_and_unknown_keys(pictures, tmp_path, capsys):
-    told = settings(pictures, tmp_path / "run", updates=1)
+def test_yaml_flags_and_unknown_keys(images, tmp_path, capsys):
+    told = settings(images, tmp_path / "run", max_train_steps=1)
     lines = [f"{k}: {json.dumps(v)}" for k, v in told.items() if k != "rank"] + ["rank: 3"]
     (tmp_path / "mine.yaml").write_text("\n".join(lines) + "\n")
-    assert main(["distill", "--config", str(tmp_path / "mine.yaml"), "--lr", "2e-3"]) == 0
+    assert main(["distill", "--config", str(tmp_path / "mine.yaml"), "--learning_rate", "2e-3"]) == 0
     kept = json.loads((tmp_path / "run/config.json").read_text())
-    assert (kept["rank"], kept["lr"], kept["more_sizes"]) == (3, 2e-3, ["24x48"])
+    assert (kept["rank"], kept["learning_rate"], kept["more_sizes"]) == (3, 2e-3, ["24x48"])
     (tmp_path / "mine.yaml").write_text("rnak: 3\n")
     assert main(["distill", "--config", str(tmp_path / "mine.yaml")]) == 2
     assert "settings that do not exist: rnak" in capsys.readouterr().err
@@ -284,7 +284,7 @@ PRESETS = ["flux-dev-a100", "flux-dev-24gb", "sd35-large-a100", "flux-authors", 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_whole(name):
-    config = RunConfig(pipeline="somewhere", prompts="some.txt", **read_settings(name))
+    config = DistillConfig(pretrained_model_name_or_path="somewhere", prompts="some.txt", **read_settings(name))
     config.check()
     text = (scfm.training.config.PRESETS / f"{name}.yaml").read_text()
     assert "TRIED" in text                                             # each says whether anybody has run it
@@ -295,38 +295,38 @@ def test_the_presets_are_these():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"targets": ("to_z",)}, "target to_z is no linear layer"),
+    ({"lora_layers": ("to_z",)}, "target to_z is no linear layer"),
     ({"more_sizes": ("24by48",)}, "HEIGHTxWIDTH"),
     ({"more_sizes": ("30x48",)}, "multiples of 4"),
     ({"quantize": "nf4"}, "nf4 needs"),
     ({"quantize": "int3"}, "nf4, or leave it out"),
-    ({"tracker": "mlflow"}, "tensorboard, wandb or none"),
-    ({"ship": "teacher"}, "best, student, fast or slow"),
-    ({"own_share": 2.0}, "own_share"), ({"micro_batch": -1}, "micro_batch"), ({"keep": 0}, "keep"),
-    ({"flow_share": 1.5}, "flow_share"), ({"loss": "l1"}, "mse or huber or cosine"),
-    ({"pipeline": "nobody/nothing-of-the-kind"}, "no pipeline"),
+    ({"report_to": "mlflow"}, "tensorboard, wandb or none"),
+    ({"select_adapter": "teacher"}, "best, student, fast or slow"),
+    ({"dynamic_shift_prob": 2.0}, "dynamic_shift_prob"), ({"micro_batch_size": -1}, "micro_batch_size"), ({"checkpoints_total_limit": 0}, "checkpoints_total_limit"),
+    ({"non_shortcut_ratio": 1.5}, "non_shortcut_ratio"), ({"loss": "l1"}, "mse or huber or cosine"),
+    ({"pretrained_model_name_or_path": "nobody/nothing-of-the-kind"}, "no pipeline"),
 ])
-def test_bad_input_is_one_line_and_code_2(pictures, tmp_path, capsys, monkeypatch, change, message):
+def test_bad_input_is_one_line_and_code_2(images, tmp_path, capsys, monkeypatch, change, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["distill", *flags(settings(pictures, tmp_path / "run", **change))]) == 2
+    assert main(["distill", *flags(settings(images, tmp_path / "run", **change))]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("scfm distill: ") and message in said
     assert not (tmp_path / "run").exists()
 
 
-def test_every_choice_trains(pictures, tmp_path):
+def test_every_choice_trains(images, tmp_path):
     """Options whose mathematics is tested elsewhere reach the update: each changes what is learned."""
-    base = {"updates": 4, "fast_decay": .2, "slow_decay": .6, "lr": 1e-2}
-    plain = trained(pictures, tmp_path / "plain", **base)
-    for i, change in enumerate(({"loss": "huber"}, {"loss": "cosine"}, {"flow_share": .5}, {"algorithm": "one_ema"}, {"algorithm": "dual_pure"},
-                   {"t_skip": 4}, {"self_grids": (2,)}, {"shift": (1., 1.)}, {"restart_every": 1}, {"speaker_scale": .5},
-                   {"teacher_grid": 8}, {"teacher_share": .8}, {"guidance": (1., 1.)}, {"targets": ("to_q",)})):
-        other = student(trained(pictures, tmp_path / str(i), **{**base, **change}))
+    base = {"max_train_steps": 4, "ema_decay_fast": .2, "ema_decay_slow": .6, "learning_rate": 1e-2}
+    plain = trained(images, tmp_path / "plain", **base)
+    for i, change in enumerate(({"loss": "huber"}, {"loss": "cosine"}, {"non_shortcut_ratio": .5}, {"algorithm": "one_ema"}, {"algorithm": "dual_pure"},
+                   {"t_skip": 4}, {"self_grids": (2,)}, {"shift": (1., 1.)}, {"restart_every": 1}, {"ema_target_scale": .5},
+                   {"teacher_grid": 8}, {"teacher_ratio": .8}, {"guidance_scale_range": (1., 1.)}, {"lora_layers": ("to_q",)})):
+        other = student(trained(images, tmp_path / str(i), **{**base, **change}))
         assert other.keys() != student(plain).keys() or gap(student(plain), other) > 1e-3, change
 
 
-def test_tensorboard_gets_losses_and_previews(pictures, tmp_path):
-    told = settings(pictures, tmp_path / "run", tracker="tensorboard", updates=2, preview_every=2)
+def test_tensorboard_gets_losses_and_previews(images, tmp_path):
+    told = settings(images, tmp_path / "run", report_to="tensorboard", max_train_steps=2, validation_steps=2)
     assert main(["distill", *flags(told)]) == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     folder = next(path.parent for path in (tmp_path / "run/logs").rglob("events*") if path.stat().st_size > 1000)

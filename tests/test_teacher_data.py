@@ -1,4 +1,4 @@
-"""Prompts, sizes and the teacher's pictures: obeyed, resumed and shared out to the last bit, and every mistake named."""
+"""Prompts, sizes and the teacher's images: obeyed, resumed and shared out to the last bit, and every mistake named."""
 import json
 import math
 import os
@@ -17,10 +17,10 @@ from scfm.cli import main
 from scfm.data.prepare import DataConfig
 from scfm.models.flux import Flux
 from scfm.models.sd3 import SD3
-from scfm.data.images import nearest_size, parse_sizes, read_folder, read_picture
+from scfm.data.images import nearest_size, parse_sizes, read_folder, read_image
 from scfm.data.prompts import read_prompts
 from scfm.method.flow import time_grid
-from scfm.data.teacher_images import drawn_size, make_pictures
+from scfm.data.teacher_images import drawn_size, generate_images
 from scfm.models.sampling import start_noise, stock_shift
 from toy.pipelines import FLUX, TOKENS, build_sd3, load_flux
 
@@ -35,7 +35,7 @@ def families():
     return {size: Flux(pipe, *size, TOKENS) for size in SIZES}
 
 
-def pictures_of(folder):
+def images_of(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
@@ -126,11 +126,11 @@ def test_the_nearest_size(height, width, sizes):
     found = nearest_size(height, width, sizes)
     away = lambda size: abs(math.log(height / width) - math.log(size[0] / size[1]))
     assert away(found) <= min(map(away, sizes)) + 1e-6
-    turned = nearest_size(width, height, [(w, h) for h, w in sizes])        # a picture on its side: the same size on its side
+    turned = nearest_size(width, height, [(w, h) for h, w in sizes])        # an image on its side: the same size on its side
     assert away(turned[::-1]) == pytest.approx(away(found), abs=1e-6)
 
 
-def test_a_picture_of_a_size_belongs_to_it():
+def test_a_image_of_a_size_belongs_to_it():
     sizes = [(256, 256), (512, 512), (640, 384), (384, 640), (320, 192)]
     assert [nearest_size(*size, sizes) for size in sizes] == sizes
 
@@ -141,37 +141,37 @@ def test_sizes_are_drawn_evenly_and_by_number():
     assert all(250 <= drawn.count(size) <= 350 for size in SIZES)
 
 
-# Reading pictures
+# Reading images
 
 
-def test_a_picture_is_turned_upright_scaled_and_cut_in_the_middle(tmp_path):
-    picture = Image.new("RGB", (40, 20), "red")
-    picture.paste("blue", (10, 0, 30, 20))
-    picture.save(tmp_path / "a.png")
+def test_a_image_is_turned_upright_scaled_and_cut_in_the_middle(tmp_path):
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (10, 0, 30, 20))
+    image.save(tmp_path / "a.png")
     blue = torch.tensor([-1., -1., 1.]).view(3, 1, 1)
-    assert torch.equal(read_picture(tmp_path / "a.png", 20, 20), blue.expand(3, 20, 20))        # the red ends are cut off
+    assert torch.equal(read_image(tmp_path / "a.png", 20, 20), blue.expand(3, 20, 20))        # the red ends are cut off
     exif = Image.Exif()
     exif[0x0112] = 6                                                                            # held on its side
-    picture.save(tmp_path / "b.jpg", exif=exif, quality=95)
-    upright = read_picture(tmp_path / "b.jpg", 40, 20)
+    image.save(tmp_path / "b.jpg", exif=exif, quality=95)
+    upright = read_image(tmp_path / "b.jpg", 40, 20)
     assert upright[0, 0].mean() > .9 and upright[2, 0].mean() < -.9 and upright[2, 20].mean() > .9
 
 
-# Painting
+# Generating
 
 
 def test_steps_guidance_shift_and_size_are_obeyed(families, tmp_path):
-    make_pictures(families, CAPTIONS, tmp_path, steps=3, guidance=2., seed=5, progress=False)
+    generate_images(families, CAPTIONS, tmp_path, steps=3, guidance=2., seed=5, progress=False)
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == CAPTIONS and len({(row["height"], row["width"]) for row in rows}) > 1
     for i, row in enumerate(rows):
         assert {k: row[k] for k in ("steps", "guidance", "seed", "shift")} == {"steps": 3, "guidance": 2., "seed": 5, "shift": 3.}
         family = families[row["height"], row["width"]]
         noise = start_noise(family, [i], 5)
-        stock = family.stock_pictures([row["text"]], noise, 3, 2.)[0]
-        ours = read_picture(tmp_path / row["file_name"], row["height"], row["width"])
+        stock = family.sample_stock([row["text"]], noise, 3, 2.)[0]
+        ours = read_image(tmp_path / row["file_name"], row["height"], row["width"])
         assert (ours - stock).abs().max() <= 2 / 255 + 1e-4                     # what eight bits leave of it
-        other = family.stock_pictures([row["text"]], noise, 4, 2.)[0]
+        other = family.sample_stock([row["text"]], noise, 4, 2.)[0]
         assert (other - stock).abs().max() > .05
 
 
@@ -180,7 +180,7 @@ def test_the_stock_shift_of_a_scheduler_that_works_it_out(families):
     family = Flux(load_flux(), 32, 32, TOKENS)
     assert stock_shift(family) == 3
     family.pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=.5, max_shift=1.15)
-    assert stock_shift(family) == family.own_shift == pytest.approx(1.6, abs=.05)
+    assert stock_shift(family) == family.dynamic_shift == pytest.approx(1.6, abs=.05)
     noise = start_noise(family, [0], 0)
     seen = []
     hook = family.pipe.transformer.register_forward_hook(lambda m, a, kw, out: seen.append(kw["timestep"].item()), with_kwargs=True)
@@ -192,40 +192,40 @@ def test_the_stock_shift_of_a_scheduler_that_works_it_out(families):
 
 
 def test_true_guidance_and_a_negative_prompt_are_written_down(tmp_path):
-    family = SD3(build_sd3(), 32, 32, TOKENS, negative="a blue ring")
-    make_pictures(family, CAPTIONS[:2], tmp_path, 2, 4., progress=False)
-    assert json.loads((tmp_path / "metadata.jsonl").read_text().splitlines()[1])["negative"] == "a blue ring"
-    stock = family.stock_pictures(CAPTIONS[:1], start_noise(family, [0], 0), 2, 4.)[0]
-    assert (read_picture(tmp_path / "00000.png", 32, 32) - stock).abs().max() <= 2 / 255 + 1e-4
+    family = SD3(build_sd3(), 32, 32, TOKENS, negative_prompt="a blue ring")
+    generate_images(family, CAPTIONS[:2], tmp_path, 2, 4., progress=False)
+    assert json.loads((tmp_path / "metadata.jsonl").read_text().splitlines()[1])["negative_prompt"] == "a blue ring"
+    stock = family.sample_stock(CAPTIONS[:1], start_noise(family, [0], 0), 2, 4.)[0]
+    assert (read_image(tmp_path / "00000.png", 32, 32) - stock).abs().max() <= 2 / 255 + 1e-4
 
 
 @pytest.fixture(scope="module")
 def unbroken(families, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    make_pictures(families, CAPTIONS * 2, folder, 2, batch=3, progress=False)
-    assert sorted(pictures_of(folder)) == [f"{i:05d}.png" for i in range(14)]
+    generate_images(families, CAPTIONS * 2, folder, 2, batch=3, progress=False)
+    assert sorted(images_of(folder)) == [f"{i:05d}.png" for i in range(14)]
     return folder
 
 
 @pytest.mark.parametrize("writes", range(0, 14, 2))
 def test_stopped_after_any_write_it_goes_on_to_the_same_folder(families, unbroken, tmp_path, monkeypatch, writes):
-    count, write = [0], scfm.files.write_whole
+    count, write = [0], scfm.files.atomic_write
 
     def stop(path, what):
         if count[0] == writes:
-            path.with_name("half.new").write_bytes(b"half a picture")
+            path.with_name("half.new").write_bytes(b"half an image")
             raise KeyboardInterrupt
         count[0] += 1
         write(path, what)
 
-    monkeypatch.setattr(scfm.data.teacher_images, "write_whole", stop)
+    monkeypatch.setattr(scfm.data.teacher_images, "atomic_write", stop)
     with pytest.raises(KeyboardInterrupt):
-        make_pictures(families, CAPTIONS * 2, tmp_path, 2, batch=3, progress=False)
+        generate_images(families, CAPTIONS * 2, tmp_path, 2, batch=3, progress=False)
     monkeypatch.undo()
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
     assert len(kept) == max(0, writes - 1)                      # the first write is the list
-    make_pictures(families, CAPTIONS * 2, tmp_path, 2, batch=3, progress=False)
-    assert pictures_of(tmp_path) == pictures_of(unbroken)
+    generate_images(families, CAPTIONS * 2, tmp_path, 2, batch=3, progress=False)
+    assert images_of(tmp_path) == images_of(unbroken)
     assert all((tmp_path / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
 
 
@@ -233,30 +233,30 @@ def test_stopped_after_any_write_it_goes_on_to_the_same_folder(families, unbroke
 def test_shared_out_it_is_the_same_folder(families, unbroken, tmp_path, count):
     made = []
     for number in reversed(range(count)):
-        make_pictures(families, CAPTIONS * 2, tmp_path, 2, batch=3, progress=False, process=(number, count))
-        made.append(len(pictures_of(tmp_path)))
-    assert pictures_of(tmp_path) == pictures_of(unbroken)
+        generate_images(families, CAPTIONS * 2, tmp_path, 2, batch=3, progress=False, process=(number, count))
+        made.append(len(images_of(tmp_path)))
+    assert images_of(tmp_path) == images_of(unbroken)
     assert (tmp_path / "metadata.jsonl").read_bytes() == (unbroken / "metadata.jsonl").read_bytes()
     assert made == sorted(made) and made[0] < 14
 
 
 def test_a_folder_that_was_begun_otherwise_is_refused_by_every_process(families, unbroken):
-    before = pictures_of(unbroken)
+    before = images_of(unbroken)
     for more in ({"steps": 3}, {"guidance": 1.}, {"seed": 1}):
         for process in ((0, 2), (1, 2)):
             with pytest.raises(ValueError, match="other captions or settings"):
-                make_pictures(families, CAPTIONS * 2, unbroken, **{"steps": 2, "batch": 3, "progress": False, "process": process, **more})
+                generate_images(families, CAPTIONS * 2, unbroken, **{"steps": 2, "batch": 3, "progress": False, "process": process, **more})
     with pytest.raises(ValueError, match="other captions or settings"):
-        make_pictures(families[32, 32], CAPTIONS * 2, unbroken, 2, progress=False)
-    assert pictures_of(unbroken) == before
+        generate_images(families[32, 32], CAPTIONS * 2, unbroken, 2, progress=False)
+    assert images_of(unbroken) == before
 
 
 # The command
 
 
 def words(prompts, out, **more):
-    told = {"pipeline": FLUX, "prompts": prompts, "out": out, "sizes": "32x32,24x40,40x24", "max_tokens": TOKENS, "steps": 2,
-            "batch": 3, **more}
+    told = {"pretrained_model_name_or_path": FLUX, "prompts": prompts, "output_dir": out, "sizes": "32x32,24x40,40x24", "max_sequence_length": TOKENS, "teacher_steps": 2,
+            "batch_size": 3, **more}
     return ["data", *(word for name, value in told.items() if value is not None for word in (f"--{name}", str(value)))]
 
 
@@ -267,13 +267,13 @@ def prompts(tmp_path):
     return path
 
 
-def test_the_command_paints_and_caches_and_then_finds_all_done(prompts, unbroken, tmp_path, capsys):
-    assert main(words(prompts, tmp_path / "out", count=14)) == 0
+def test_the_command_generates_and_caches_and_then_finds_all_done(prompts, unbroken, tmp_path, capsys):
+    assert main(words(prompts, tmp_path / "out", num_images=14)) == 0
     said = capsys.readouterr().out.strip()
-    assert said.startswith("14 pictures of 7 different captions in") and "\n" not in said and "MiB" in said
-    assert pictures_of(tmp_path / "out") == pictures_of(unbroken)
+    assert said.startswith("14 images of 7 different captions in") and "\n" not in said and "MiB" in said
+    assert images_of(tmp_path / "out") == images_of(unbroken)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    assert main(words(prompts, tmp_path / "out", count=14)) == 0
+    assert main(words(prompts, tmp_path / "out", num_images=14)) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == stamps
     datasets = pytest.importorskip("datasets")
     rows = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "hf"))
@@ -286,27 +286,27 @@ def test_a_folder_of_ones_own_is_cached_without_loading_twice(tmp_path, capsys, 
     for i, size in enumerate([(100, 90), (30, 60), (64, 20)]):
         Image.new("RGB", size, (80 * i, 0, 0)).save(own / f"{i}.jpg")
     (own / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.jpg", "text": CAPTIONS[i]}) + "\n" for i in range(3)))
-    told = ["data", "--pipeline", str(FLUX), "--pictures", str(own), "--sizes", "32x32,24x40,40x24", "--max_tokens", str(TOKENS)]
+    told = ["data", "--pretrained_model_name_or_path", str(FLUX), "--train_data_dir", str(own), "--sizes", "32x32,24x40,40x24", "--max_sequence_length", str(TOKENS)]
     assert main(told) == 0 and list((own / "cache").glob("latents-*"))
     monkeypatch.setattr("scfm.data.prepare.load_pipeline", lambda *_: pytest.fail("nothing is missing: nothing need be loaded"))
     assert main(told) == 0
-    assert "3 pictures of 3 different captions" in capsys.readouterr().out
+    assert "3 images of 3 different captions" in capsys.readouterr().out
 
 
 def test_two_processes_at_once_and_a_kill_give_what_one_gives(prompts, tmp_path):
     """The real command under torchrun, killed in the middle, run again; then against one process."""
-    told = lambda out: words(prompts, out, count=40, steps=12)
+    told = lambda out: words(prompts, out, num_images=40, teacher_steps=12)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "scfm.cli"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = psutil.Popen([*launch, *told(tmp_path / "two")], env=env, **quiet)
-    while not pictures_of(tmp_path / "two") and process.poll() is None:
+    while not images_of(tmp_path / "two") and process.poll() is None:
         time.sleep(.02)
     family = [process, *process.children(recursive=True)]
     for member in family:
         member.kill()
     psutil.wait_procs(family)
-    assert 1 <= len(pictures_of(tmp_path / "two")) < 40, "the kill came too late"
+    assert 1 <= len(images_of(tmp_path / "two")) < 40, "the kill came too late"
     subprocess.run([*launch, *told(tmp_path / "two")], env=env, check=True, **quiet)
     assert main(told(tmp_path / "one")) == 0
     files = lambda out: {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.suffix != ".new"}
@@ -316,40 +316,40 @@ def test_two_processes_at_once_and_a_kill_give_what_one_gives(prompts, tmp_path)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"pipeline": None}, "say --pipeline FOLDER"),
-    ({"pipeline": "nowhere"}, "no pipeline in nowhere"),
+    ({"pretrained_model_name_or_path": None}, "say --pretrained_model_name_or_path FOLDER"),
+    ({"pretrained_model_name_or_path": "nowhere"}, "no pipeline in nowhere"),
     ({"prompts": None}, "say either --prompts"),
-    ({"pictures": "own"}, "say either --prompts"),
+    ({"train_data_dir": "own"}, "say either --prompts"),
     ({"prompts": "elsewhere.txt"}, "no captions at elsewhere.txt"),
-    ({"out": None}, "say --out FOLDER"),
+    ({"out": None}, "say --output_dir FOLDER"),
     ({"sizes": "512"}, "write HEIGHTxWIDTH"),
     ({"sizes": "32x32,32x32"}, "named twice"),
     ({"sizes": "32x30"}, "take multiples of 4"),
-    ({"steps": 0}, "steps is 0: give 1 or more"),
-    ({"batch": 0}, "batch is 0"),
-    ({"count": -1}, "count is -1: give 0 or more"),
-    ({"guidance": "nan"}, "guidance is nan"),
-    ({"max_tokens": 0}, "max_tokens is 0"),
-    ({"precision": "fp8"}, "take one of fp32, bf16"),
-    ({"negative": "ugly"}, "no negative prompts"),
-    ({"prompts": None, "pictures": "own", "out": None}, "no metadata.jsonl in own"),
-    ({"prompts": None, "pictures": "own", "out": None, "seed": 3}, "--seed says how the teacher paints"),
+    ({"teacher_steps": 0}, "steps is 0: give 1 or more"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"num_images": -1}, "num_images is -1: give 0 or more"),
+    ({"teacher_guidance_scale": "nan"}, "teacher_guidance_scale is nan"),
+    ({"max_sequence_length": 0}, "max_sequence_length is 0"),
+    ({"weight_dtype": "fp8"}, "take one of fp32, bf16"),
+    ({"negative_prompt": "ugly"}, "no negative prompts"),
+    ({"prompts": None, "train_data_dir": "own", "out": None}, "no metadata.jsonl in own"),
+    ({"prompts": None, "train_data_dir": "own", "out": None, "seed": 3}, "--seed says how the teacher generates"),
 ])
 def test_bad_input_is_one_line_and_code_2(prompts, tmp_path, capsys, change, message):
-    change = {"steps": None, "batch": None, **change} if change.get("pictures") else change
+    change = {"teacher_steps": None, "batch_size": None, **change} if change.get("train_data_dir") else change
     assert main(words(**{"prompts": prompts, "out": tmp_path / "out", **change})) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("scfm data: ") and message in said[-1]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_broken_picture_is_named_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
-    (tmp_path / "a.png").write_bytes(b"not a picture")
+def test_a_broken_image_is_named_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"not an image")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red star"}\n')
     monkeypatch.setattr("scfm.data.prepare.load_pipeline", lambda *_: pytest.fail("loaded"))
-    assert main(["data", "--pipeline", str(FLUX), "--pictures", str(tmp_path), "--sizes", "32x32", "--max_tokens", str(TOKENS)]) == 2
-    assert "a.png does not open as a picture" in capsys.readouterr().err
-    assert main(["data", "--pipeline", str(FLUX), "--pictures", str(tmp_path), "--no-cache"]) == 2
+    assert main(["data", "--pretrained_model_name_or_path", str(FLUX), "--train_data_dir", str(tmp_path), "--sizes", "32x32", "--max_sequence_length", str(TOKENS)]) == 2
+    assert "a.png does not open as an image" in capsys.readouterr().err
+    assert main(["data", "--pretrained_model_name_or_path", str(FLUX), "--train_data_dir", str(tmp_path), "--no-cache"]) == 2
 
 
 def test_help_explains_every_setting(capsys):
@@ -364,7 +364,7 @@ def test_broken_folders_are_named(tmp_path):
         read_folder(tmp_path)
     for text, message in [('{"file_name": "a.png"}', "line 1: needs file_name and text"), ('{"text": "a"}', "line 1: needs file_name"),
                           ('{"file_name": "a.png", "text": ""}', "line 1: no caption"), ("{", "line 1: not JSON"),
-                          ('{"file_name": "a.png", "text": "a star"}', "line 1: no picture a.png"), ("\n", "lists no picture")]:
+                          ('{"file_name": "a.png", "text": "a star"}', "line 1: no image a.png"), ("\n", "lists no image")]:
         (tmp_path / "metadata.jsonl").write_text(text + "\n")
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             read_folder(tmp_path)

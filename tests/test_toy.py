@@ -6,7 +6,7 @@ import torch
 from toy.pipelines import FLUX, TOKENS, WORDS, load_flux
 from toy.plane import DATA, ring_mixture
 from toy.reader import load_reader, prompt_accuracy, read
-from toy.shapes import ATTRIBUTES, HELD_OUT, COLOURS, SHAPES, draw_captions, draw_pictures, pairs, write_caption
+from toy.shapes import ATTRIBUTES, HELD_OUT, COLOURS, SHAPES, draw_captions, draw_images, pairs, write_caption
 
 
 def seeded(seed=0):
@@ -30,22 +30,22 @@ def test_held_out_pairs_are_never_drawn_for_training():
     assert {c for c, _ in pairs(False)} == set(COLOURS) and {s for _, s in pairs(False)} == set(SHAPES)
 
 
-def test_pictures_obey_their_captions_and_vary_otherwise():
+def test_images_obey_their_captions_and_vary_otherwise():
     captions = draw_captions(400, seeded())
-    pictures, truth = draw_pictures(captions, seeded(1))
-    assert pictures.shape == (400, 3, 32, 32) and pictures.min() >= -1 and pictures.max() <= 1
+    images, truth = draw_images(captions, seeded(1))
+    assert images.shape == (400, 3, 32, 32) and images.min() >= -1 and images.max() <= 1
     asked = captions.named >= 0
     assert torch.equal(truth[asked], captions.named[asked])
-    same = draw_pictures(captions, seeded(1))[0]
-    assert torch.equal(pictures, same)
-    again = draw_pictures(captions._replace(text=captions.text[:1] * 50, named=captions.named[:1].repeat(50, 1)), seeded())[0]
+    same = draw_images(captions, seeded(1))[0]
+    assert torch.equal(images, same)
+    again = draw_images(captions._replace(text=captions.text[:1] * 50, named=captions.named[:1].repeat(50, 1)), seeded())[0]
     assert again.std(0).mean() > .1
 
 
 def test_the_reader_reads_drawings():
     captions = draw_captions(600, seeded(3), held_out=True)
-    pictures, truth = draw_pictures(captions, seeded(4))
-    _, seen = read(load_reader(), pictures)
+    images, truth = draw_images(captions, seeded(4))
+    _, seen = read(load_reader(), images)
     assert ((seen == truth).float().mean(0) > .97).all()
     assert prompt_accuracy(seen, captions.named)["named"] > .99
     wrong = captions.named.clone()

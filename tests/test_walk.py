@@ -1,4 +1,4 @@
-"""The whole way by the command line, on the tiny Flux and the tiny SD3: captions to pictures to cache to LoRA (killed on the way) to
+"""The whole way by the command line, on the tiny Flux and the tiny SD3: captions to images to cache to LoRA (killed on the way) to
 dial to report to a pipeline that stock diffusers loads."""
 import json
 import os
@@ -14,12 +14,12 @@ from PIL import Image
 
 from scfm.training.checkpoint import latest
 from scfm.cli import main
-from scfm.method.lora_scale import read_dial
+from scfm.models.lora_file import read_lora_scales
 from scfm.models.lora import WEIGHT_NAME
 from toy.pipelines import FLUX, TOKENS, build_sd3
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]
-SIZE = {"height": 32, "width": 32, "max_tokens": TOKENS}
+SIZE = {"height": 32, "width": 32, "max_sequence_length": TOKENS}
 
 
 def words(command, **flags):
@@ -39,39 +39,39 @@ def pipeline(request, tmp_path):
 
 
 def test_from_captions_to_a_pipeline(pipeline, tmp_path, capsys):
-    prompts, pictures, out = tmp_path / "prompts.jsonl", tmp_path / "pictures", tmp_path / "run"
+    prompts, images, out = tmp_path / "prompts.jsonl", tmp_path / "images", tmp_path / "run"
     prompts.write_text("".join(json.dumps({"text": caption}) + "\n" for caption in CAPTIONS))
 
-    run("plan", pipeline=pipeline, **SIZE)
-    run("data", pipeline=pipeline, prompts=prompts, out=pictures, sizes="32x32,24x40", count=10, steps=3, guidance=2.5, max_tokens=TOKENS)
-    assert len(list(pictures.glob("*.png"))) == 10 and list((pictures / "cache").glob("*.safetensors"))
+    run("plan", pretrained_model_name_or_path=pipeline, **SIZE)
+    run("data", pretrained_model_name_or_path=pipeline, prompts=prompts, output_dir=images, sizes="32x32,24x40", num_images=10, teacher_steps=3, teacher_guidance_scale=2.5, max_sequence_length=TOKENS)
+    assert len(list(images.glob("*.png"))) == 10 and list((images / "cache").glob("*.safetensors"))
 
-    settings = dict(pipeline=pipeline, pictures=pictures, more_sizes="24x40", out=out, rank=4, lr=1e-3, updates=40, batch=4, guidance="1,4",
-                    teacher_steps=4, teacher_guidance=2.5, checkpoint_every=2, preview_every=20, student_steps="2,3", judge=3,
-                    judge_scales=".5,1", keep=1, **SIZE)
+    settings = dict(pretrained_model_name_or_path=pipeline, train_data_dir=images, more_sizes="24x40", output_dir=out, rank=4, learning_rate=1e-3, max_train_steps=40, global_batch_size=4, guidance_scale_range="1,4",
+                    teacher_steps=4, teacher_guidance_scale=2.5, checkpointing_steps=2, validation_steps=20, eval_num_steps="2,3", num_eval_prompts=3,
+                    eval_lora_scales=".5,1", checkpoints_total_limit=1, **SIZE)
     kill(words("distill", **settings), out)
     at = int(latest(out).name)
-    assert 2 <= at < 40 and not (out / "choice.json").exists()
+    assert 2 <= at < 40 and not (out / "selection.json").exists()
     run("distill", **settings)                                         # the same command goes on
-    assert json.loads((out / "choice.json").read_text())["updates"] == 40 and (out / "previews/000040.png").is_file()
+    assert json.loads((out / "selection.json").read_text())["train_steps"] == 40 and (out / "previews/000040.png").is_file()
 
     run("dial", lora=out, count=4, steps="2,3", scales=".5,1", goal_steps=4)
-    dial = read_dial(out / WEIGHT_NAME)
+    dial = read_lora_scales(out / WEIGHT_NAME)
     assert dial.steps == (2, 3) and "pipe.set_adapters" in (out / "README.md").read_text()
 
-    run("evaluate", lora=out, prompts=prompts, count=3, steps="2,3", teacher_steps=4, out=tmp_path / "report", repeats=1, inception="none",
+    run("evaluate", lora=out, prompts=prompts, num_images=3, steps="2,3", teacher_steps=4, output_dir=tmp_path / "report", latency_repeats=1, inception="none",
         clip="none")
     assert (tmp_path / "report/report.html").stat().st_size > 1000
 
-    run("sample", lora=out, prompt=CAPTIONS[0], steps=3, out=tmp_path / "star.png")
+    run("sample", lora=out, prompt=CAPTIONS[0], steps=3, output=tmp_path / "star.png")
     assert Image.open(tmp_path / "star.png").size == (32, 32)
 
-    run("export", lora=out, steps=3, out=tmp_path / "fused")
+    run("export", lora=out, steps=3, output_dir=tmp_path / "fused")
     fused = DiffusionPipeline.from_pretrained(str(tmp_path / "fused"))
     fused.set_progress_bar_config(disable=True)
-    picture = fused(CAPTIONS[0], num_inference_steps=3, sigmas=[1, 2 / 3, 1 / 3], guidance_scale=2.5, height=32, width=32,
+    image = fused(CAPTIONS[0], num_inference_steps=3, sigmas=[1, 2 / 3, 1 / 3], guidance_scale=2.5, height=32, width=32,
                     max_sequence_length=TOKENS, generator=torch.Generator().manual_seed(0)).images[0]
-    assert picture.size == (32, 32) and not getattr(fused.transformer, "peft_config", None)
+    assert image.size == (32, 32) and not getattr(fused.transformer, "peft_config", None)
 
 
 def kill(arguments, out):

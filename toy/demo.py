@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from scfm.training.config import read_settings
-from scfm.method.lora_scale import read_dial
+from scfm.models.lora_file import read_lora_scales
 from scfm.method.ema import shorten
 from toy.judge import STOCK, Entry, Judge, SHIFTS, table
 from toy.pipelines import FLUX, GUIDANCE, WEIGHTS
@@ -29,7 +29,7 @@ def main(argv=None):
     start, out = time.time(), Path(args.out)
     from diffusers.utils import logging  # heavy imports wait until the flags are known to be right
     from scfm.training.selection import finish
-    from scfm.training.distill_trainer import Run
+    from scfm.training.distill_trainer import DistillTrainer
     logging.set_verbosity_error()  # diffusers remarks that our LoRA has nothing for the text encoders
     live = out / "live"
     shutil.rmtree(live, ignore_errors=True)  # a demo starts from nothing
@@ -37,14 +37,14 @@ def main(argv=None):
 
     print(f"1/3  live distillation of {FLUX.name}: at most {args.seconds} s, {args.updates} updates", flush=True)
     config = live_config(live, args.updates, args.prompts, min(32, args.captions))
-    print(f"     (EMA decays {config.fast_decay:.3f} and {config.slow_decay:.3f}: scaled to the short run from "
+    print(f"     (EMA decays {config.ema_decay_fast:.3f} and {config.ema_decay_slow:.3f}: scaled to the short run from "
           ".99 and .999)", flush=True)
-    run = Run(config)
+    run = DistillTrainer(config)
     deadline = time.time() + args.seconds
     run.train(keep_going=lambda: time.time() < deadline)
     live_choice = finish(run)
 
-    print(f"2/3  judging on {args.captions} captions of pairs that no training picture showed", flush=True)
+    print(f"2/3  judging on {args.captions} captions of pairs that no training image showed", flush=True)
     record, judge, carried = compare(run, live_choice, args.captions)
     print("\n" + table(record["entries"]) + "\n\n" + explain(record), flush=True)
 
@@ -59,10 +59,10 @@ def main(argv=None):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="scfm demo", description=__doc__,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="runs/demo", help="folder of comparison.png and results.json")
-    parser.add_argument("--updates", type=int, default=300, help="updates of the live run, at most")
+    parser.add_argument("--output_dir", default="runs/demo", help="folder of comparison.png and results.json")
+    parser.add_argument("--max_train_steps", type=int, default=300, help="updates of the live run, at most")
     parser.add_argument("--seconds", type=int, default=85, help="seconds of the live run, at most")
-    parser.add_argument("--prompts", default=str(PROMPTS), help="captions that the teacher paints for the live run")
+    parser.add_argument("--prompts", default=str(PROMPTS), help="captions that the teacher generates for the live run")
     parser.add_argument("--captions", type=int, default=128, help="captions on which all are judged")
     args = parser.parse_args(argv)
     for name in ("updates", "seconds", "captions"):
@@ -73,20 +73,20 @@ def parse(argv):
 
 def live_config(out, updates, prompts=PROMPTS, judge=32):
     """The recipe of the carried LoRA, with the memories of the EMAs scaled to the number of updates."""
-    from scfm.training.config import RunConfig
-    return RunConfig(**{**read_settings(RECIPE), "pipeline": str(FLUX), "prompts": str(prompts), "out": str(out),
-                        "updates": updates, "fast_decay": shorten(.99, updates), "slow_decay": shorten(.999, updates),
-                        "preview_every": 0, "tracker": "none", "judge": judge, "student_steps": (1, 2, 3, 4, 8),
-                        "judge_scales": (.5, .75, 1., 1.25)})
+    from scfm.training.config import DistillConfig
+    return DistillConfig(**{**read_settings(RECIPE), "pipeline": str(FLUX), "prompts": str(prompts), "out": str(out),
+                        "updates": updates, "ema_decay_fast": shorten(.99, updates), "ema_decay_slow": shorten(.999, updates),
+                        "validation_steps": 0, "tracker": "none", "judge": judge, "eval_num_steps": (1, 2, 3, 4, 8),
+                        "eval_lora_scales": (.5, .75, 1., 1.25)})
 
 
 def compare(run, live_choice, captions):
     """Judges the teacher, the live student and the carried LoRA by one protocol."""
-    speakers, carried = run.speakers, carried_lora()
+    models, carried = run.models, carried_lora()
     judge = Judge(carried.family, captions)
-    judge.set_goal(speakers.teacher)
+    judge.set_goal(models.teacher)
     live = live_student(run, live_choice)
-    entries = [Entry("teacher", lambda steps: speakers.teacher, SHIFTS),
+    entries = [Entry("teacher", lambda steps: models.teacher, SHIFTS),
                Entry(f"live student ({live_choice['updates']} updates), its dial", live, (STOCK,)),
                Entry("carried LoRA, strength 1", lambda steps: carried.at(1), (STOCK,)),
                Entry("carried LoRA, its dial", lambda steps: carried.at(carried.dial.scale(steps)), (STOCK,))]
@@ -100,14 +100,14 @@ def compare(run, live_choice, captions):
 
 def live_student(run, choice):
     """steps -> the field of the adapter that won, at the strength of its dial."""
-    dial = read_dial(run.out / "pytorch_lora_weights.safetensors")
-    return lambda steps: run.speakers.field(choice["ships"], dial.scale(steps))
+    dial = read_lora_scales(run.out / "pytorch_lora_weights.safetensors")
+    return lambda steps: run.models.field(choice["ships"], dial.scale(steps))
 
 
 def carried_lora():
     """The LoRA of the repository on a pipeline of its own, with its dial."""
-    from scfm.inference.step_lora import StepLora, UseConfig
-    return StepLora(UseConfig(lora=str(CARRIED), pipeline=str(FLUX)))
+    from scfm.inference.step_lora import StepLora, InferenceConfig
+    return StepLora(InferenceConfig(lora=str(CARRIED), pretrained_model_name_or_path=str(FLUX)))
 
 
 def explain(record):
@@ -126,18 +126,18 @@ def draw_comparison(run, live_choice, carried, judge, path, columns=12):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    speakers = run.speakers
+    models = run.models
     student = live_student(run, live_choice)
     turned = lambda steps: carried.at(carried.dial.scale(steps))
-    rows = [("teacher, 32 steps", speakers.teacher, 32), ("teacher, 3 steps", speakers.teacher, 3),
-            ("teacher, 4 steps", speakers.teacher, 4), ("live student, 3 steps", student(3), 3),
+    rows = [("teacher, 32 steps", models.teacher, 32), ("teacher, 3 steps", models.teacher, 3),
+            ("teacher, 4 steps", models.teacher, 4), ("live student, 3 steps", student(3), 3),
             ("live student, 4 steps", student(4), 4), ("carried LoRA, 3 steps", turned(3), 3),
             ("carried LoRA, 4 steps", turned(4), 4)]
     figure, axes = plt.subplots(len(rows), columns, figsize=(columns + 1.6, len(rows) + .9))
     for line, (name, field, steps) in zip(axes, rows):
-        pictures = judge.family.decode(judge.endpoints(field, steps, STOCK, columns))
-        for ax, picture in zip(line, pictures):
-            ax.imshow((picture.permute(1, 2, 0).numpy() + 1) / 2, interpolation="nearest")
+        images = judge.family.decode(judge.endpoints(field, steps, STOCK, columns))
+        for ax, image in zip(line, images):
+            ax.imshow((image.permute(1, 2, 0).numpy() + 1) / 2, interpolation="nearest")
             ax.set_xticks([]), ax.set_yticks([])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     for ax, caption in zip(axes[0], judge.captions.text):

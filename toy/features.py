@@ -1,6 +1,6 @@
 """A small ResNet on CIFAR-10, whose features stand in for Inception's where no download is possible.
 
-It looks at pictures (B, 3, 32, 32) in [-1, 1] and gives 256 features and 10 class logits. A Frechet distance on the features is
+It looks at images (B, 3, 32, 32) in [-1, 1] and gives 256 features and 10 class logits. A Frechet distance on the features is
 *not* FID: other features, another scale. `toy/train_features.py` trains it; what it reached stands in the file's header.
 """
 import hashlib
@@ -36,7 +36,7 @@ class Residual(nn.Module):
 
 
 class Features(nn.Module):
-    """Nine layers. Pictures (B, 3, 32, 32) in [-1, 1] -> logits (B, 10); features(pictures) -> (B, 256), the head's input."""
+    """Nine layers. Images (B, 3, 32, 32) in [-1, 1] -> logits (B, 10); features(images) -> (B, 256), the head's input."""
 
     def __init__(self):
         super().__init__()
@@ -45,16 +45,16 @@ class Features(nn.Module):
                                   convolution(c, d, True), Residual(d))
         self.head = nn.Linear(d, len(CLASSES))
 
-    def features(self, pictures):
+    def features(self, images):
         """(B, 256): the mean over the last 4 x 4 places."""
-        return self.body(pictures).mean((2, 3))
+        return self.body(images).mean((2, 3))
 
-    def forward(self, pictures):
-        return self.head(self.features(pictures))
+    def forward(self, images):
+        return self.head(self.features(images))
 
 
 class Seen(NamedTuple):
-    """What the network sees in N pictures. features: (N, 256) float32; logits: (N, 10)."""
+    """What the network sees in N images. features: (N, 256) float32; logits: (N, 10)."""
     features: torch.Tensor
     logits: torch.Tensor
 
@@ -80,10 +80,10 @@ def mark(path=WEIGHTS):
 
 
 @torch.no_grad()
-def look(network, pictures, batch=500):
-    """`Seen` of pictures (N, 3, 32, 32), uint8 or float in [-1, 1]; in parts of `batch`, on the network's device."""
+def look(network, images, batch=500):
+    """`Seen` of images (N, 3, 32, 32), uint8 or float in [-1, 1]; in parts of `batch`, on the network's device."""
     device, seen = next(network.parameters()).device, []
-    for chunk in pictures.split(batch):
+    for chunk in images.split(batch):
         chunk = chunk.to(device)
         chunk = chunk.float() / 127.5 - 1 if chunk.dtype == torch.uint8 else chunk.float().clamp(-1, 1)
         features = network.features(chunk)

@@ -2,7 +2,7 @@
 
 Per step count: prompt accuracy (read by `toy.reader`), Frechet distance on the reader's features (not FID) to drawings
 of the same captions, distance to the teacher's own 32-step endpoints from the same noise, and seconds.
-The captions name only colour-shape pairs of which the teacher never saw a picture, unless a judge is asked for the others.
+The captions name only colour-shape pairs of which the teacher never saw an image, unless a judge is asked for the others.
 """
 import time
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from scfm.method.metrics import endpoint_distance, frechet_distance
 from scfm.models.sampling import start_noise, teacher_endpoints
 from toy.pipelines import GUIDANCE
 from toy.reader import load_reader, prompt_accuracy, read
-from toy.shapes import COLOURS, PLACES, SHAPES, SIZES, Captions, draw_captions, draw_pictures, name_attributes
+from toy.shapes import COLOURS, PLACES, SHAPES, SIZES, Captions, draw_captions, draw_images, name_attributes
 
 STEPS = (1, 2, 3, 4, 8, 32)
 SHIFTS = (1.0, 1.5, 2.0, 3.0, 4.5)  # 3 is the scheduler's own ("stock")
@@ -40,7 +40,7 @@ class Judge:
         self.family, self.guidance, self.reader, self.progress = family, guidance, load_reader(), progress
         captions = draw_unknown(count, generator, held_out, known)
         self.captions = Captions([text for text in captions.text for _ in range(noises)], captions.named.repeat_interleave(noises, 0))
-        drawings, _ = draw_pictures(draw_captions(REFERENCE, generator, held_out), generator)
+        drawings, _ = draw_images(draw_captions(REFERENCE, generator, held_out), generator)
         self.reference, _ = read(self.reader, drawings)
         self.noise = start_noise(family, range(count * noises), seed)
         self.goal = None
@@ -54,15 +54,15 @@ class Judge:
         """One row of the record: a dict of plain numbers."""
         start = time.time()
         ends = self.endpoints(field, steps, shift)
-        pictures = torch.cat([self.family.decode(chunk) for chunk in ends.split(256)])
+        images = torch.cat([self.family.decode(chunk) for chunk in ends.split(256)])
         seconds = time.time() - start
-        return {"steps": steps, "shift": shift, **self.score(ends, pictures), "seconds": round(seconds, 2)}
+        return {"steps": steps, "shift": shift, **self.score(ends, images), "seconds": round(seconds, 2)}
 
-    def score(self, ends, pictures):
-        """Latents that were reached for all captions, and their pictures: a dict of plain numbers."""
+    def score(self, ends, images):
+        """Latents that were reached for all captions, and their images: a dict of plain numbers."""
         if self.goal is None:
             raise ValueError("no goal yet: call judge.set_goal(teacher) first")
-        features, seen = read(self.reader, pictures)
+        features, seen = read(self.reader, images)
         accuracy = prompt_accuracy(seen, self.captions.named)
         return {"prompt_accuracy": round(accuracy["named"], 4), "per_attribute": {k: round(v, 4) for k, v in accuracy.items()},
                 "frechet": round(frechet_distance(features, self.reference), 4),
@@ -75,7 +75,7 @@ class Judge:
     def floor(self):
         """Frechet distance of as many fresh drawings as there are captions: what a perfect sampler would score."""
         generator = torch.Generator().manual_seed(99)
-        drawings, _ = draw_pictures(self.captions, generator)
+        drawings, _ = draw_images(self.captions, generator)
         return round(frechet_distance(read(self.reader, drawings)[0], self.reference), 4)
 
     def record(self, entries, steps=STEPS):
@@ -127,10 +127,10 @@ def table(record, teacher="teacher"):
     return "\n".join(lines)
 
 
-def look(pictures, captions):
-    """What the attribute reader says, for `scfm evaluate --judge toy.judge:look`: (its features (n, 64), {"prompt accuracy":
-    (n,) share of the attributes that each caption names}). pictures: (n, 3, 32, 32) in [-1, 1]; captions None: no accuracy."""
-    features, seen = read(load_reader(), pictures)
+def look(images, captions):
+    """What the attribute reader says, for `scfm evaluate --num_eval_prompts toy.judge:look`: (its features (n, 64), {"prompt accuracy":
+    (n,) share of the attributes that each caption names}). images: (n, 3, 32, 32) in [-1, 1]; captions None: no accuracy."""
+    features, seen = read(load_reader(), images)
     if captions is None:
         return features, {}
     named = torch.tensor([named_in(text) for text in captions])

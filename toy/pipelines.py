@@ -32,7 +32,7 @@ WORDS = sorted({w for line in (*COLOURS, *SHAPES, *SIZES, *PLACES, *OPENINGS, "a
 
 
 def build_flux(seed=0):
-    """A FluxPipeline with random weights, in fp32 on the CPU: for training it, and for tests that need no pictures."""
+    """A FluxPipeline with random weights, in fp32 on the CPU: for training it, and for tests that need no images."""
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     return FluxPipeline(
@@ -61,7 +61,7 @@ def build_sd3(seed=0, t5=True):
     """A StableDiffusion3Pipeline with random weights, in fp32 on the CPU, for 32 x 32 pixels.
 
     Built like SD3.5: normalized queries and keys, a second attention in the first block (as in Medium). The VAE's scale and
-    shift are those of SD3, and the table of positions is larger than the picture, so that it is cropped. t5=False leaves
+    shift are those of SD3, and the table of positions is larger than the image, so that it is cropped. t5=False leaves
     the third text encoder out, as people do to save memory.
     """
     torch.manual_seed(seed)

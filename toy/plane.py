@@ -145,7 +145,7 @@ def interpolated(values, t):
     return values[i].lerp(values[i + 1], place - i)
 
 
-def gaussian_rest(deviation, jumps, algorithm="one_ema", speaker_scale=1., weight=None, bins=512, sweeps=3000):
+def gaussian_rest(deviation, jumps, algorithm="one_ema", ema_target_scale=1., weight=None, bins=512, sweeps=3000):
     """Where SCFM comes to rest on data N(0, deviation^2), with the exact field as teacher: a `GaussianStudent`.
 
     At rest the student says at each t1 the mean target of the rows that start there, and its averages say what it says. All
@@ -155,7 +155,7 @@ def gaussian_rest(deviation, jumps, algorithm="one_ema", speaker_scale=1., weigh
     """
     times, steps = jumps.times.double().T, torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     t1, t2, h1, h2 = times[0], times[1], times[0] - times[1], times[1] - times[2]
-    own = speaker_scale * torch.stack([~jumps.is_teacher, ~jumps.is_teacher | (algorithm == "dual")])   # who hears an EMA
+    own = ema_target_scale * torch.stack([~jumps.is_teacher, ~jumps.is_teacher | (algorithm == "dual")])   # who hears an EMA
     weight = torch.ones_like(t1) if weight is None else weight.double()
     slot = (t1 * bins).round().long()
     mass = torch.bincount(slot, weight, bins + 1)

@@ -1,8 +1,8 @@
-"""The attribute reader: a small classifier that says which colour, shape, size and place a picture shows.
+"""The attribute reader: a small classifier that says which colour, shape, size and place an image shows.
 
 It is trained on drawings (`toy/train_flux.py`), where the truth is known. It gives two figures of merit, each called by what it is:
-*prompt accuracy*, the share of named attributes that the picture shows, and the *features of the reader*, on which a
-Frechet distance can be taken. That distance is not FID: FID uses Inception features of natural pictures.
+*prompt accuracy*, the share of named attributes that the image shows, and the *features of the reader*, on which a
+Frechet distance can be taken. That distance is not FID: FID uses Inception features of natural images.
 """
 from pathlib import Path
 
@@ -18,7 +18,7 @@ FEATURES = 64
 
 
 class Reader(nn.Module):
-    """Pictures (B, 3, 32, 32) in [-1, 1] -> one tensor of logits per attribute, in the order of `ATTRIBUTES`."""
+    """Images (B, 3, 32, 32) in [-1, 1] -> one tensor of logits per attribute, in the order of `ATTRIBUTES`."""
 
     def __init__(self):
         super().__init__()
@@ -27,17 +27,17 @@ class Reader(nn.Module):
                                   nn.Flatten(), nn.Linear(64 * 16, FEATURES), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(words)) for name, words in ATTRIBUTES.items()})
 
-    def features(self, pictures):
+    def features(self, images):
         """(B, 64), the input of the heads."""
-        return self.body(pictures)
+        return self.body(images)
 
-    def forward(self, pictures):
-        features = self.features(pictures)
+    def forward(self, images):
+        features = self.features(images)
         return [head(features) for head in self.heads.values()]
 
-    def loss(self, pictures, truth):
+    def loss(self, images, truth):
         """Sum of the cross-entropies. `truth`: (B, 5) integers."""
-        return sum(F.cross_entropy(logits, truth[:, i]) for i, logits in enumerate(self(pictures)))
+        return sum(F.cross_entropy(logits, truth[:, i]) for i, logits in enumerate(self(images)))
 
 
 def load_reader(path=WEIGHTS):
@@ -47,9 +47,9 @@ def load_reader(path=WEIGHTS):
 
 
 @torch.no_grad()
-def read(reader, pictures, batch=500):
+def read(reader, images, batch=500):
     """What the reader sees: (features (B, 64), attributes (B, 5))."""
-    features = torch.cat([reader.features(chunk) for chunk in pictures.split(batch)])
+    features = torch.cat([reader.features(chunk) for chunk in images.split(batch)])
     seen = torch.stack([head(features).argmax(1) for head in reader.heads.values()], 1)
     return features, seen
 
@@ -57,7 +57,7 @@ def read(reader, pictures, batch=500):
 def prompt_accuracy(seen, named):
     """Share of the named attributes that are seen, per attribute and for whole captions.
 
-    `seen`, `named`: (B, 5); -1 in `named` where the caption is silent. "all" counts a picture only if every
+    `seen`, `named`: (B, 5); -1 in `named` where the caption is silent. "all" counts an image only if every
     attribute that its caption names is there; "named" is the mean over all named attributes.
     """
     asked, right = named >= 0, seen == named

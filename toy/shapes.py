@@ -1,8 +1,8 @@
-"""Captioned pictures, drawn on the spot: 32 x 32 pixels, antialiased, with captions that leave much unsaid.
+"""Captioned images, drawn on the spot: 32 x 32 pixels, antialiased, with captions that leave much unsaid.
 
 A caption names the colour and the shape of the main figure, and sometimes its size or its place. Everything else
 (the exact place and size, a tilt, the background, a small companion figure) is left to chance. That is what makes
-the flow worth shortening: a caption that fixed the picture would make its flow nearly straight, and three Euler
+the flow worth shortening: a caption that fixed the image would make its flow nearly straight, and three Euler
 steps of any teacher would do.
 """
 import itertools
@@ -75,8 +75,8 @@ def name_attributes(colour, shape, size=None, place=None):
     return [ATTRIBUTES[a].index(said[a]) if said[a] else -1 for a in ATTRIBUTES]
 
 
-def draw_pictures(captions, generator, anywhere=False):
-    """Pictures that obey the captions and leave the rest to chance.
+def draw_images(captions, generator, anywhere=False):
+    """Images that obey the captions and leave the rest to chance.
 
     Figures stand near one of nine places, almost upright; with `anywhere` they stand and tilt freely (harder to
     learn: the flow's first stage, the VAE and the reader see these).
@@ -93,14 +93,14 @@ def draw_pictures(captions, generator, anywhere=False):
     centre = torch.stack([_place(named[:, 3], radius, uniform(0, 1), anywhere),
                           _place(named[:, 4], radius, uniform(0, 1), anywhere)], 1)
     colour, shape = named[:, 0], named[:, 1]
-    paint = (torch.tensor(list(COLOURS.values()))[colour] + uniform(-.04, .04, 3)).clamp(0, 1)
+    fill = (torch.tensor(list(COLOURS.values()))[colour] + uniform(-.04, .04, 3)).clamp(0, 1)
 
-    picture = _background(n, generator)
-    picture = _companion(picture, centre, radius, colour, uniform, generator)
+    image = _background(n, generator)
+    image = _companion(image, centre, radius, colour, uniform, generator)
     tilt = uniform(-.25, .25) * (1 if anywhere else .3)
-    picture = _paint(picture, _cover(shape, centre, radius, tilt), paint)
+    image = _blend(image, _cover(shape, centre, radius, tilt), fill)
     truth = torch.stack([colour, shape, size, (centre[:, 0] > SIDE / 2).long(), (centre[:, 1] > SIDE / 2).long()], 1)
-    return picture * 2 - 1, truth
+    return image * 2 - 1, truth
 
 
 def _place(named, radius, u, anywhere):
@@ -123,17 +123,17 @@ def _background(n, generator):
     return ends[:, 0, :, None, None] * (1 - along) + ends[:, 1, :, None, None] * along
 
 
-def _companion(picture, centre, radius, colour, uniform, generator):
-    """In two pictures of five a much smaller figure of another colour, where the main one leaves room."""
-    n, small = len(picture), uniform(2.3, 3.2)
+def _companion(image, centre, radius, colour, uniform, generator):
+    """In two images of five a much smaller figure of another colour, where the main one leaves room."""
+    n, small = len(image), uniform(2.3, 3.2)
     tries = 3.5 + (SIDE - 7) * torch.rand(n, 8, 2, generator=generator)
     gap = (tries - centre[:, None]).norm(dim=-1) - radius[:, None]
     spot = tries[torch.arange(n), gap.argmax(1)]
     other = (colour + torch.randint(1, len(COLOURS), (n,), generator=generator)) % len(COLOURS)
     shape = torch.randint(2, (n,), generator=generator)  # a circle or a square: at this size nothing else can be told
     present = (uniform(0, 1) < .4)[:, None, None, None]
-    painted = _paint(picture, _cover(shape, spot, small, uniform(-.25, .25)), torch.tensor(list(COLOURS.values()))[other])
-    return torch.where(present, painted, picture)
+    generated = _blend(image, _cover(shape, spot, small, uniform(-.25, .25)), torch.tensor(list(COLOURS.values()))[other])
+    return torch.where(present, generated, image)
 
 
 def _pixels():
@@ -141,9 +141,9 @@ def _pixels():
     return x, y
 
 
-def _paint(picture, cover, colour):
+def _blend(image, cover, colour):
     cover = cover[:, None]
-    return picture * (1 - cover) + colour[:, :, None, None] * cover
+    return image * (1 - cover) + colour[:, :, None, None] * cover
 
 
 def _cover(shape, centre, radius, tilt):

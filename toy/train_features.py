@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from scfm.method.consistency import keyed_generator
-from scfm.data.labelled_images import load_pictures
+from scfm.data.labelled_images import load_labelled_images
 from toy.features import WEIGHTS, Features, look
 
 BATCH, PEAK, WARM, WEIGHT_DECAY, SMOOTHING, PAD, HOLE = 256, .2, .2, 5e-4, .1, 4, 8
 
 
 def augment(pixels, generator, hole=HOLE):
-    """Each picture flipped or not, moved by up to 4 pixels, with a grey square of `hole`: (B, 3, H, W) uint8 -> float in [-1, 1]."""
+    """Each image flipped or not, moved by up to 4 pixels, with a grey square of `hole`: (B, 3, H, W) uint8 -> float in [-1, 1]."""
     x, place = F.pad(pixels.float() / 127.5 - 1, [PAD] * 4, mode="reflect"), torch.arange(pixels.shape[-1])
     draw = lambda n: torch.randint(n, (len(x),), generator=generator)
     flip = draw(2).bool()
@@ -45,7 +45,7 @@ def rate(epoch, epochs):
 
 
 def epoch_of(network, optimizer, data, epoch, epochs, seed):
-    """One pass over the training pictures; returns the mean loss. epochs: of the two cycles."""
+    """One pass over the training images; returns the mean loss. epochs: of the two cycles."""
     order = torch.randperm(len(data.labels), generator=keyed_generator(seed, epoch, 1)).split(BATCH)
     network.train()
     total = 0.
@@ -64,7 +64,7 @@ def epoch_of(network, optimizer, data, epoch, epochs, seed):
 
 
 def accuracy(network, data):
-    """Share of the pictures whose class is seen, in float32."""
+    """Share of the images whose class is seen, in float32."""
     network.eval()
     return (look(network, data.pixels).logits.argmax(1) == data.labels).float().mean().item()
 
@@ -82,14 +82,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", nargs="?", default=os.environ.get("SCFM_CIFAR10"), help="parquet files of CIFAR-10")
     parser.add_argument("--work", type=Path, default=Path("runs/features"), help="folder of the checkpoint")
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--output_dir", type=Path, default=WEIGHTS)
     parser.add_argument("--epochs", type=int, nargs=2, default=(16, 10), help="of the first and of the second cycle")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--copy", default="", help="what is special about this copy of the pictures; goes into the header")
+    parser.add_argument("--copy", default="", help="what is special about this copy of the images; goes into the header")
     args = parser.parse_args(argv)
     if not args.folder:
         parser.error("name the folder of the parquet files, or set SCFM_CIFAR10")
-    train, test = (load_pictures(args.folder, split) for split in ("train", "test"))
+    train, test = (load_labelled_images(args.folder, split) for split in ("train", "test"))
     torch.manual_seed(args.seed)
     network = Features().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=PEAK, momentum=.9, weight_decay=WEIGHT_DECAY, nesterov=True)
@@ -109,7 +109,7 @@ def main(argv=None):
         torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
                     "seconds": seconds}, part)
         part.replace(checkpoint)
-    recipe = {"test_accuracy": round(accuracy(network, test), 4), "data": f"CIFAR-10, {len(train.labels)} training pictures",
+    recipe = {"test_accuracy": round(accuracy(network, test), 4), "data": f"CIFAR-10, {len(train.labels)} training images",
               "copy": args.copy, "epochs": list(args.epochs), "batch": BATCH, "peak_lr": PEAK, "weight_decay": WEIGHT_DECAY,
               "label_smoothing": SMOOTHING, "seed": args.seed, "seconds": round(seconds)}
     save(network, args.out, recipe)

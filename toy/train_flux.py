@@ -1,9 +1,9 @@
-"""How the carried FluxPipeline and the attribute reader were trained:  python -m toy.train_flux --out runs/flux
+"""How the carried FluxPipeline and the attribute reader were trained:  python -m toy.train_flux --output_dir runs/flux
 
 Eight stages on the CPU, each resumable after a kill, random numbers keyed by stage and update:
 
     reader    3,000 updates on drawings of all colour-shape pairs
-    text        800 updates: CLIP and T5 learn to say which attributes a caption names (no pictures)
+    text        800 updates: CLIP and T5 learn to say which attributes a caption names (no images)
     vae       2,500 updates of reconstruction
     flow      4,000 updates of flow matching on figures anywhere, one caption in ten left empty
     settle    4,500 updates more on figures at nine places, the world in which the pipeline is used
@@ -16,13 +16,13 @@ Cost of the carried weights, in seconds on 2 cores that also did other work: 173
 float16): `--start FOLDER` does that; without it the two rounds follow each other in one process. What they reach is in
 bench/results/tiny_flux.json.
 
-Why two rounds. After the first one the shapes of held-out pairs were right in 85 % of the pictures, every other attribute
+Why two rounds. After the first one the shapes of held-out pairs were right in 85 % of the images, every other attribute
 in 99 % or more, and of 44 wrong shapes among 256 captions 43 were stars. So the second round shows more stars, with their
-captions: what a picture without a caption shows is drawn as before, else guidance would push away from stars. The world
+captions: what an image without a caption shows is drawn as before, else guidance would push away from stars. The world
 was changed once on the way: "settle" brought in the nine places after "flow" had learned shapes too slowly (2 of 5 right).
 All of these looks used captions other than those of the committed evaluation, whose seed was taken afresh.
 
-The text encoders read captions of every pair, as real ones have read every word; the flow never sees a picture of
+The text encoders read captions of every pair, as real ones have read every word; the flow never sees an image of
 a held-out pair.
 """
 import argparse
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from toy.pipelines import TOKENS, WIDTH, build_flux, load_flux, save_flux
 from toy.reader import Reader
-from toy.shapes import ATTRIBUTES, SIDE, draw_captions, draw_pictures
+from toy.shapes import ATTRIBUTES, SIDE, draw_captions, draw_images
 
 UPDATES = {"reader": 3000, "text": 800, "vae": 2500, "flow": 4000, "settle": 4500, "guide": 600,
            "settle2": 5000, "guide2": 1000}
@@ -112,7 +112,7 @@ def finish(pipe, out):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/flux", help="folder of the states and of the result")
+    parser.add_argument("--output_dir", default="runs/flux", help="folder of the states and of the result")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--pool", type=int, default=65536, help="drawings made once for the flow")
     parser.add_argument("--only", choices=["reader", "text", "vae"], help="one independent stage, then stop")
@@ -201,9 +201,9 @@ def any_captions(n, generator):
 
 def reader_loss(reader):
     def loss(generator):
-        pictures, truth = draw_pictures(any_captions(96, generator), generator, anywhere=True)
-        noise = .1 * torch.rand(96, 1, 1, 1, generator=generator) * torch.randn(pictures.shape, generator=generator)
-        return reader.loss(pictures + noise, truth)
+        images, truth = draw_images(any_captions(96, generator), generator, anywhere=True)
+        noise = .1 * torch.rand(96, 1, 1, 1, generator=generator) * torch.randn(images.shape, generator=generator)
+        return reader.loss(images + noise, truth)
     return loss
 
 
@@ -241,11 +241,11 @@ def text_loss(model):
 
 def vae_loss(vae):
     def loss(generator):
-        pictures, _ = draw_pictures(draw_captions(24, generator), generator, anywhere=True)
-        posterior = vae.encode(pictures).latent_dist
+        images, _ = draw_images(draw_captions(24, generator), generator, anywhere=True)
+        posterior = vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         made = vae.decode(latents).sample
-        return (made - pictures).abs().mean() + (made - pictures).square().mean() + 1e-4 * posterior.kl().mean() / 64
+        return (made - images).abs().mean() + (made - images).square().mean() + 1e-4 * posterior.kl().mean() / 64
     return loss
 
 
@@ -253,7 +253,7 @@ def vae_loss(vae):
 def scale_latents(vae):
     """Sets the VAE's shift and scaling factor so that latents have mean 0 and deviation 1."""
     generator = torch.Generator().manual_seed(7)
-    latents = vae.encode(draw_pictures(draw_captions(2000, generator), generator, anywhere=True)[0]).latent_dist.mean
+    latents = vae.encode(draw_images(draw_captions(2000, generator), generator, anywhere=True)[0]).latent_dist.mean
     vae.register_to_config(shift_factor=round(latents.mean().item(), 4),
                            scaling_factor=round(1 / latents.std().item(), 4))
 
@@ -269,7 +269,7 @@ def latent_pool(pipe, path, size, seed, anywhere=False):
         latents, text = [], []
         for _ in tqdm(range(size // 1024), desc="drawing"):
             captions = draw_captions(1024, generator)
-            z = pipe.vae.encode(draw_pictures(captions, generator, anywhere)[0]).latent_dist.mean
+            z = pipe.vae.encode(draw_images(captions, generator, anywhere)[0]).latent_dist.mean
             z = (z - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
             latents.append(pipe._pack_latents(z, *z.shape).bfloat16())
             text += captions.text
@@ -308,7 +308,7 @@ def call(transformer, pool, x, t, caption, guidance):
 def flow_loss(transformer, pool, rows=64, hard=False):
     """Flow matching at guidance scale 1; the empty caption (row 0) in one row of ten.
 
-    The hard rows keep their captions: what a picture without a caption shows must not depend on them.
+    The hard rows keep their captions: what an image without a caption shows must not depend on them.
     """
     chosen = round(HARD[1] * rows) if hard else 0
 

@@ -1,4 +1,4 @@
-"""`scfm data`: the teacher's pictures, or a folder of one's own, and the cache of latents and text embeddings beside them."""
+"""`scfm data`: the teacher's images, or a folder of one's own, and the cache of latents and text embeddings beside them."""
 import argparse
 
 from accelerate import PartialState
@@ -12,7 +12,7 @@ def main(argv):
     """`scfm data`: a flag for every field of DataConfig."""
     parser = argparse.ArgumentParser(
         prog="scfm data", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Let a pipeline paint captions into a folder with metadata.jsonl, then encode pictures and captions once, so "
+        description="Let a pipeline generate captions into a folder with metadata.jsonl, then encode images and captions once, so "
                     "that distilling needs neither the VAE nor the text encoders. Run the same command again to go on after "
                     "a kill. Several GPUs share the work: accelerate launch --multi_gpu --num_processes 8 -m scfm.cli data ...")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of the settings below; flags override it")
@@ -25,6 +25,6 @@ def main(argv):
     made, _ = make_data(config, state)
     if state.is_main_process:
         cached = f"; latents and embeddings in {made.cache}, {made.bytes / 2**20:.1f} MiB" if made.cache else ""
-        print(f"{made.pictures} pictures of {made.captions} different captions in {made.folder}{cached}")
+        print(f"{made.images} images of {made.captions} different captions in {made.folder}{cached}")
     state.destroy_process_group()
     return 0

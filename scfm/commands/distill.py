@@ -8,15 +8,16 @@ from pathlib import Path
 from scfm.commands import add_options, from_file
 from scfm.inference.model_card import write_card
 from scfm.training.checkpoint import latest
-from scfm.training.config import RunConfig, as_json, told_before
+from scfm.training.config import DistillConfig, as_json, load_saved_config
 from scfm.training.distill_trainer import begin, end
 
 # Settings that change neither the weights nor what was compared.
-HARMLESS = ("out", "cache", "checkpoint_every", "keep", "resume", "preview_every", "micro_batch", "tracker")
+HARMLESS = ("output_dir", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+            "validation_steps", "micro_batch_size", "report_to")
 
 
 def main(argv):
-    """`scfm distill`: a flag for every field of RunConfig."""
+    """`scfm distill`: a flag for every field of DistillConfig."""
     parser = argparse.ArgumentParser(
         prog="scfm distill", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Self-distil a pre-trained flow-matching pipeline into a 3 to 8 step one. The defaults are the "
@@ -25,39 +26,39 @@ def main(argv):
                     "GPUs: accelerate launch -m scfm.cli distill ... (see scripts/).")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of the settings below, a preset's name (scfm/presets/), or "
                         "the config.json that every run writes; flags override it")
-    add_options(parser, RunConfig)
+    add_options(parser, DistillConfig)
     settings = vars(from_file(parser, argv).parse_args(argv))
-    config = RunConfig(**{k: v for k, v in settings.items() if k != "config"})
+    config = DistillConfig(**{k: v for k, v in settings.items() if k != "config"})
     config.check()
     record = finished(config)
     if record:                                                       # judging again would undo what `scfm dial` has found since
-        tell(record, config.out)
-        print("nothing was done: this run is through (delete its choice.json to have the adapters compared again)")
+        tell(record, config.output_dir)
+        print("nothing was done: this run is through (delete its selection.json to have the adapters compared again)")
         return 0
     run = begin(config)
     with signals_noted() as stopped:
         run.train(keep_going=lambda: not stopped)
-    if run.update < config.updates:
+    if run.update < config.max_train_steps:
         if run.main:
-            print(f"stopped after saving {latest(config.out)}: the same command goes on from there")
+            print(f"stopped after saving {latest(config.output_dir)}: the same command goes on from there")
         return 128 + (stopped or [signal.SIGTERM])[0]                # in another process, where this one has no signal
     if run.main:                                                     # this takes minutes on a large model, without a bar
-        print(f"{run.update} updates made; now student, fast and slow are compared on {config.judge} captions", flush=True)
+        print(f"{run.update} updates made; now student, fast and slow are compared on {config.num_eval_prompts} captions", flush=True)
     record = end(run)
     if record:
-        write_card(config.out)
-        tell(record, config.out)
+        write_card(config.output_dir)
+        tell(record, config.output_dir)
     return 0
 
 
 def finished(config):
-    """The record in config.out/choice.json when a run with these settings has been through; None otherwise."""
-    old, path = told_before(config.out, RunConfig), Path(config.out) / "choice.json"
+    """The record in config.out/selection.json when a run with these settings has been through; None otherwise."""
+    old, path = load_saved_config(config.output_dir, DistillConfig), Path(config.output_dir) / "selection.json"
     if not old or not path.is_file():
         return None
     record, told = json.loads(path.read_text(encoding="utf-8")), as_json(config)
     same = all(told[name] == old[name] for name in told if name not in HARMLESS)
-    return record if same and record["updates"] == config.updates else None
+    return record if same and record["train_steps"] == config.max_train_steps else None
 
 
 @contextmanager
@@ -77,12 +78,12 @@ def signals_noted():
 
 
 def tell(record, out):
-    print(f"distance to the teacher's {record['teacher_steps']}-step endpoints after {record['updates']} updates:")
+    print(f"distance to the teacher's {record['teacher_steps']}-step endpoints after {record['train_steps']} updates:")
     for name, distance in record["endpoint_distance"].items():
-        strength = lambda n: f" (strength {record['dial'][name][n]:g})" if name in record["dial"] else ""
+        strength = lambda n: f" (strength {record['lora_scales'][name][n]:g})" if name in record["lora_scales"] else ""
         print(f"  {name:8}" + "".join(f"  {n} steps {d:.4f}{strength(n)}" for n, d in distance.items()))
-    own, teachers = (record["endpoint_distance"][name] for name in (record["ships"], "teacher"))
+    own, teachers = (record["endpoint_distance"][name] for name in (record["selected"], "teacher"))
     late = [n for n in own if own[n] >= .99 * teachers[n]]
     if late:
         print(f"  no nearer than the teacher itself at {', '.join(late)} steps: it has hardly learned (more updates, a higher lr)")
-    print(f"the {record['ships']} adapter ships: {out}/pytorch_lora_weights.safetensors")
+    print(f"the {record['selected']} adapter is saved as {out}/pytorch_lora_weights.safetensors")

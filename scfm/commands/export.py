@@ -11,8 +11,8 @@ def main(argv):
     parser = argparse.ArgumentParser(
         prog="scfm export", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Writes a pipeline folder with the step LoRA fused in, or, with --style, one LoRA file of step and style "
-                    "LoRA. Both are for one number of steps, load in stock diffusers, and are written only after they painted "
-                    "the same pictures as their parts.")
+                    "LoRA. Both are for one number of steps, load in stock diffusers, and are written only after they generated "
+                    "the same images as their parts.")
     add_options(parser, ExportConfig)
     config = ExportConfig(**vars(parser.parse_args(argv)))
     try:
@@ -21,6 +21,6 @@ def main(argv):
         print(f"scfm export: {error}", file=sys.stderr)
         return 1
     gap = record["differences"]
-    print(f"{config.out}: for {record['steps']} steps, strength {record['scale']:g}; pixels differ from the unfused parts by "
+    print(f"{config.output_dir}: for {record['steps']} steps, strength {record['scale']:g}; pixels differ from the unfused parts by "
           f"{gap['mean']:.1e} in the mean (two captions: {gap['two_captions']:.1e})")
     return 0

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from scfm.data.images import BROKEN, in_chunks, nearest_size, read_folder, read_picture
-from scfm.files import write_whole
+from scfm.data.images import BROKEN, in_chunks, nearest_size, read_folder, read_image
+from scfm.files import atomic_write
 from scfm.method.consistency import keyed_generator
-from scfm.models.source import index_of, local_folder
+from scfm.models.source import model_index, resolve_folder
 
 LOOK, PLACES, SMALL = 4096, 64, 2 ** 20     # bytes read at a place, evenly spread places, bytes of a file that is read whole
 
@@ -26,17 +26,17 @@ LOOK, PLACES, SMALL = 4096, 64, 2 ** 20     # bytes read at a place, evenly spre
 def fingerprint(folder, *parts):
     """A hash of the files of a pipeline's parts whose names begin so ("vae", "text_encoder"): no weight is loaded."""
     folder = Path(folder)
-    told = {name: kind for name, kind in index_of(folder).items() if name.startswith(parts) or name == "_class_name"}
+    told = {name: kind for name, kind in model_index(folder).items() if name.startswith(parts) or name == "_class_name"}
     revision = folder.name if folder.parent.name == "snapshots" else ""     # where the hub's downloads lie
     digest = hashlib.sha256(json.dumps([told, revision], sort_keys=True).encode())
     for path in sorted(path for name in told for path in (folder / name).rglob("*")):
         if path.is_file() and path.suffix != ".md" and not path.name.startswith("."):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-            digest.update(look_at(path))
+            digest.update(file_fingerprint(path))
     return digest.hexdigest()
 
 
-def look_at(path):
+def file_fingerprint(path):
     """A hash of a file: all of it when small, else its size, its header, each tensor's beginning and evenly spread places."""
     size = path.stat().st_size
     if size <= SMALL:
@@ -76,10 +76,10 @@ def write_shard(path, tensors):
     """Tensors into a safetensors file with their checksum in its header; whole or not at all."""
     tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     header = {"checksum": checksum(path.name, tensors, tensors.get)}      # one entry: the order of several is left to chance
-    write_whole(path, lambda new: save_file(tensors, str(new), metadata=header))
+    atomic_write(path, lambda new: save_file(tensors, str(new), metadata=header))
 
 
-def fault_of(path):
+def shard_error(path):
     """What is wrong with a shard, in a few words, or "" when it is what was written."""
     try:
         with safe_open(path, framework="pt") as opened:
@@ -93,15 +93,15 @@ ROWS, TOGETHER, FORMAT = 64, 8, 1       # rows of a shard, rows encoded together
 
 
 class Shard(NamedTuple):
-    """kind: latents, text or common. name: its file's. rows: {picture hash: path}, or captions. size: of latents, (height, width)."""
+    """kind: latents, text or common. name: its file's. rows: {image hash: path}, or captions. size: of latents, (height, width)."""
     kind: str
     name: str
     rows: object
     size: tuple = None
 
 
-def inspect_picture(path):
-    """(hash of the bytes, height, width) of a picture as it is seen upright. ValueError names one that does not open."""
+def inspect_image(path):
+    """(hash of the bytes, height, width) of an image as it is seen upright. ValueError names one that does not open."""
     data = path.read_bytes()
     try:
         with Image.open(io.BytesIO(data)) as opened:
@@ -109,7 +109,7 @@ def inspect_picture(path):
             size = opened.size if turn < 5 else opened.size[::-1]
             opened.verify()
     except BROKEN as error:
-        raise ValueError(f"{path} does not open as a picture ({type(error).__name__}): mend it, or take it out of metadata.jsonl") from None
+        raise ValueError(f"{path} does not open as an image ({type(error).__name__}): mend it, or take it out of metadata.jsonl") from None
     return hashlib.sha256(data).hexdigest(), size[1], size[0]
 
 
@@ -123,13 +123,13 @@ class CachePlan:
     """The latents and text embeddings that a run needs, and the shards in `cache_folder` that hold them.
 
     sizes: [(height, width)] in pixels, the buckets. dtype: what the encoders compute in. negative: the negative prompt, where the
-    family has one. Raises FileNotFoundError or ValueError that name the listing's line, or the picture that does not open.
+    family has one. Raises FileNotFoundError or ValueError that name the listing's line, or the image that does not open.
     """
 
-    def __init__(self, pipeline_folder, pictures_folder, cache_folder, sizes, max_tokens, dtype, negative=""):
-        self.folder, self.sizes, self.max_tokens = Path(cache_folder), [tuple(size) for size in sizes], max_tokens
-        pipeline_folder, pairs = local_folder(pipeline_folder), read_folder(pictures_folder)
-        found = in_threads(inspect_picture, [path for path, _ in pairs])
+    def __init__(self, pipeline_folder, images_folder, cache_folder, sizes, max_sequence_length, dtype, negative_prompt=""):
+        self.folder, self.sizes, self.max_sequence_length = Path(cache_folder), [tuple(size) for size in sizes], max_sequence_length
+        pipeline_folder, pairs = resolve_folder(pipeline_folder), read_folder(images_folder)
+        found = in_threads(inspect_image, [path for path, _ in pairs])
         self.captions = [caption for _, caption in pairs]
         self.hashes = [digest for digest, _, _ in found]
         self.size_of = torch.tensor([self.sizes.index(nearest_size(*shape, self.sizes)) for _, *shape in found])
@@ -139,7 +139,7 @@ class CachePlan:
             mine = {digest: path for digest, (path, _), s in zip(self.hashes, pairs, self.size_of.tolist()) if s == number}
             for part in in_chunks(list(mine), ROWS):
                 self.shards.append(self.shard("latents", {d: mine[d] for d in part}, [vae, size, str(dtype), part], size))
-        text = [fingerprint(pipeline_folder, "text_encoder", "tokenizer"), max_tokens, str(dtype), negative]
+        text = [fingerprint(pipeline_folder, "text_encoder", "tokenizer"), max_sequence_length, str(dtype), negative_prompt]
         for part in in_chunks(list(dict.fromkeys(self.captions)), ROWS):
             self.shards.append(self.shard("text", part, [*text, part]))
         self.shards.append(self.shard("common", [], text))
@@ -154,7 +154,7 @@ class CachePlan:
             return False
         stamp = path.stat().st_size, path.stat().st_mtime_ns
         if self.examined.get(shard.name, (None,))[0] != stamp:
-            fault = fault_of(path)
+            fault = shard_error(path)
             self.examined[shard.name] = stamp, not fault
             if fault:
                 log.warning("%s %s: it is not used, but made again", path, fault)
@@ -166,31 +166,31 @@ class CachePlan:
 
     def encode(self, families, process=(0, 1), progress=True):
         """Makes what is missing of this process's share. families: {(height, width): family}, with VAE and text encoders loaded."""
-        wrong = [size for size in self.sizes if size not in families or families[size].max_tokens != self.max_tokens]
+        wrong = [size for size in self.sizes if size not in families or families[size].max_sequence_length != self.max_sequence_length]
         if wrong:
-            raise ValueError(f"families: none of {self.max_tokens} tokens for the sizes {wrong}")
+            raise ValueError(f"families: none of {self.max_sequence_length} tokens for the sizes {wrong}")
         mine = [shard for shard in self.shards[process[0]::process[1]] if not self.is_sound(shard)]
         for shard in tqdm(mine, desc="encoding", unit="shard", disable=not progress):
             family = families[shard.size or self.sizes[0]]
             write_shard(self.folder / shard.name, ENCODERS[shard.kind](family, shard))
 
     def open(self):
-        """The `CachedRows`. ValueError when something is missing."""
+        """The `CachedDataset`. ValueError when something is missing."""
         missing = self.missing()
         if missing:
             raise ValueError(f"the cache in {self.folder} lacks {len(missing)} of {len(self.shards)} shards: encode it first")
-        return CachedRows(self)
+        return CachedDataset(self)
 
 
 def encode_latents(family, shard):
-    """{"latents": (rows, *latent_shape)} of a shard's pictures."""
+    """{"latents": (rows, *latent_shape)} of a shard's images."""
     parts = []
     for some in in_chunks(list(shard.rows.items()), TOGETHER):
-        pictures = torch.stack([read_picture(path, *shard.size) for _, path in some])
+        images = torch.stack([read_image(path, *shard.size) for _, path in some])
         for digest, path in some:
-            if inspect_picture(path)[0] != digest:
+            if inspect_image(path)[0] != digest:
                 raise ValueError(f"{path} has changed since its listing was read: run the command again")
-        parts.append(family.encode_pictures(pictures).cpu())
+        parts.append(family.encode_images(images).cpu())
     return {"latents": torch.cat(parts)}
 
 
@@ -212,16 +212,16 @@ def is_common(name):
 ENCODERS = {"latents": encode_latents, "text": encode_text, "common": encode_common}
 
 
-class CachedRows:
-    """Latents and text embeddings by the picture's number, in the order of metadata.jsonl.
+class CachedDataset:
+    """Latents and text embeddings by the image's number, in the order of metadata.jsonl.
 
-    captions: one per picture. sizes: [(height, width)]; size_of: (n,) the number of each picture's size among them.
+    captions: one per image. sizes: [(height, width)]; size_of: (n,) the number of each image's size among them.
     """
 
     def __init__(self, plan):
         self.captions, self.sizes, self.size_of = plan.captions, plan.sizes, plan.size_of
         place = {(shard.size, row): (plan.folder / shard.name, i) for shard in plan.shards for i, row in enumerate(shard.rows)}
-        self.pictures = [place[plan.sizes[s], digest] for s, digest in zip(plan.size_of.tolist(), plan.hashes)]
+        self.images = [place[plan.sizes[s], digest] for s, digest in zip(plan.size_of.tolist(), plan.hashes)]
         self.texts = {caption: place[None, caption] for caption in plan.captions}
         self.opened = lru_cache(128)(lambda path: safe_open(path, framework="pt"))
         common = self.opened(plan.folder / plan.shards[-1].name)
@@ -231,14 +231,14 @@ class CachedRows:
         return len(self.captions)
 
     def latents(self, indices):
-        """(m, *latent_shape) float32 of the pictures with these numbers. ValueError when they are not all of one size."""
+        """(m, *latent_shape) float32 of the images with these numbers. ValueError when they are not all of one size."""
         indices = torch.as_tensor(indices)
         if len(self.size_of[indices].unique()) != 1:
-            raise ValueError(f"pictures {indices.tolist()} are of several sizes, or none at all: ask for one size at a time")
-        return self.read([self.pictures[i] for i in indices.tolist()])["latents"].float()
+            raise ValueError(f"images {indices.tolist()} are of several sizes, or none at all: ask for one size at a time")
+        return self.read([self.images[i] for i in indices.tolist()])["latents"].float()
 
     def text(self, indices):
-        """What the family's encode_text says of these pictures' captions: dict of (m, ...)."""
+        """What the family's encode_text says of these images' captions: dict of (m, ...)."""
         return self.text_of([self.captions[i] for i in torch.as_tensor(indices).tolist()])
 
     def text_of(self, captions):
@@ -256,19 +256,19 @@ class CachedRows:
         return {name: torch.cat([row(name, path, i) for path, i in places]) for name in names}
 
 
-def rows_of_update(update, batch, size_of, seed):
-    """(batch,) numbers of the pictures of an update: every picture once an epoch, nearly all updates of one size.
+def batch_indices(update, batch, size_of, seed):
+    """(batch,) numbers of the images of an update: every image once an epoch, nearly all updates of one size.
 
-    size_of: (n,) each picture's size, a number. An epoch has at most (number of sizes) + 1 updates of several sizes.
+    size_of: (n,) each image's size, a number. An epoch has at most (number of sizes) + 1 updates of several sizes.
     """
     n = len(size_of)
     place = torch.arange(update * batch, (update + 1) * batch)
-    orders = {epoch: order_of_epoch(epoch, batch, size_of, seed) for epoch in (place // n).unique().tolist()}
+    orders = {epoch: epoch_order(epoch, batch, size_of, seed) for epoch in (place // n).unique().tolist()}
     return torch.cat([order[place[place // n == epoch] % n] for epoch, order in orders.items()])
 
 
-def order_of_epoch(epoch, batch, size_of, seed):
-    """(n,) the pictures in the order of an epoch: chunks of one size and of `batch` rows, in line with the updates."""
+def epoch_order(epoch, batch, size_of, seed):
+    """(n,) the images in the order of an epoch: chunks of one size and of `batch` rows, in line with the updates."""
     generator, chunks, left = keyed_generator(seed, epoch, stream=1), [], []
     for size in size_of.unique():
         rows = (size_of == size).nonzero().flatten()

@@ -8,7 +8,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from scfm.data.prompts import COLUMNS, caption_in, rows_of
 
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # how Pillow says that a file is no picture
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # how Pillow says that a file is no image
 
 
 def parse_sizes(words):
@@ -27,7 +27,7 @@ def parse_sizes(words):
 
 
 def nearest_size(height, width, sizes):
-    """The one of `sizes` whose aspect ratio, and then whose area, is nearest to a picture of height x width pixels."""
+    """The one of `sizes` whose aspect ratio, and then whose area, is nearest to an image of height x width pixels."""
     def distance(size):
         ratio, area = math.log(height / width * size[1] / size[0]), math.log(height * width / size[0] / size[1])
         return round(abs(ratio), 9), abs(area)
@@ -35,13 +35,13 @@ def nearest_size(height, width, sizes):
 
 
 def read_folder(folder):
-    """[(picture path, caption)] of an `imagefolder`: metadata.jsonl with file_name and text in each line.
+    """[(image path, caption)] of an `imagefolder`: metadata.jsonl with file_name and text in each line.
 
     Raises FileNotFoundError or ValueError that name the file, the line and what is missing.
     """
     listing = Path(folder) / "metadata.jsonl"
     if not listing.is_file():
-        raise FileNotFoundError(f"no {listing.name} in {folder}: write one line a picture, "
+        raise FileNotFoundError(f"no {listing.name} in {folder}: write one line an image, "
                                 '{"file_name": "cat.png", "text": "a cat"}')
     pairs = []
     for number, row in rows_of(listing):
@@ -50,25 +50,25 @@ def read_folder(folder):
             raise ValueError(f"{where}: needs file_name and text (it has {', '.join(row) or 'nothing'})")
         pairs.append((listing.parent / row["file_name"], caption_in(row, where)))
         if not pairs[-1][0].is_file():
-            raise FileNotFoundError(f"{where}: no picture {row['file_name']}")
+            raise FileNotFoundError(f"{where}: no image {row['file_name']}")
     if not pairs:
-        raise ValueError(f"{listing} lists no picture")
+        raise ValueError(f"{listing} lists no image")
     return pairs
 
 
-def read_picture(path, height, width):
+def read_image(path, height, width):
     """(3, height, width) in [-1, 1]: upright, scaled to cover the size, then cut in the middle. ValueError names a broken file."""
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
+            image = ImageOps.exif_transpose(opened).convert("RGB")
     except BROKEN as error:
-        raise ValueError(f"{path} does not open as a picture ({type(error).__name__})") from None
-    scale = max(height / picture.height, width / picture.width)
+        raise ValueError(f"{path} does not open as an image ({type(error).__name__})") from None
+    scale = max(height / image.height, width / image.width)
     if scale != 1:
-        picture = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))),
+        image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))),
                                  Image.Resampling.LANCZOS)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return pil_to_tensor(picture.crop((left, top, left + width, top + height))).float() / 127.5 - 1
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return pil_to_tensor(image.crop((left, top, left + width, top + height))).float() / 127.5 - 1
 
 
 def in_chunks(items, size):

@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import v2
 
 
-class Pictures(NamedTuple):
+class LabelledImages(NamedTuple):
     """A data set in memory. pixels: (N, 3, H, W) uint8; labels: (N,) int64; names: of the classes, one for each label."""
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -17,15 +17,15 @@ class Pictures(NamedTuple):
 
 
 def decode(cell, place):
-    """A picture of PIL, in RGB, of one cell of the column: {"bytes": ...} or such a picture. ValueError that names `place`."""
+    """An image of PIL, in RGB, of one cell of the column: {"bytes": ...} or such an image. ValueError that names `place`."""
     try:
         return (cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell["bytes"]))).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, KeyError, TypeError) as error:
-        raise ValueError(f"{place} is no picture that can be read ({type(error).__name__}): mend it, or leave that row out") from None
+        raise ValueError(f"{place} is no image that can be read ({type(error).__name__}): mend it, or leave that row out") from None
 
 
 def to_pixels(size):
-    """The transform of one picture: (3, size, size) uint8, the shorter side brought to `size`, the middle of the longer one."""
+    """The transform of one image: (3, size, size) uint8, the shorter side brought to `size`, the middle of the longer one."""
     return v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 
@@ -69,11 +69,11 @@ def read_hub(name, split, columns):
     return rows[columns[0]], rows[columns[1]], tuple(getattr(rows.features[columns[1]], "names", ()))
 
 
-def load_pictures(data, split="train", size=32, columns=("img", "label")):
-    """`Pictures` of a folder of parquet files in the layout of the Hugging Face hub, or of hub:OWNER/NAME. Needs scfm[data].
+def load_labelled_images(data, split="train", size=32, columns=("img", "label")):
+    """`LabelledImages` of a folder of parquet files in the layout of the Hugging Face hub, or of hub:OWNER/NAME. Needs scfm[data].
 
-    columns: of the picture and of its label. FileNotFoundError: no such folder, no file of the split. ValueError: other
-    columns, a file that is no parquet, a picture that cannot be read or a label that is none; file and row are named.
+    columns: of the image and of its label. FileNotFoundError: no such folder, no file of the split. ValueError: other
+    columns, a file that is no parquet, an image that cannot be read or a label that is none; file and row are named.
     """
     parts = ([(data[4:], *read_hub(data[4:], split, columns))] if str(data).startswith("hub:") else
              [(path, *read_parquet(path, columns)) for path in parquet_files(data, split)])
@@ -87,4 +87,4 @@ def load_pictures(data, split="train", size=32, columns=("img", "label")):
     if not pixels:
         raise ValueError(f"{data} holds no row of the split {split}")
     count = max(labels) + 1
-    return Pictures(torch.stack(pixels), torch.tensor(labels), names if len(names) >= count else tuple(map(str, range(count))))
+    return LabelledImages(torch.stack(pixels), torch.tensor(labels), names if len(names) >= count else tuple(map(str, range(count))))

@@ -14,10 +14,10 @@ from scfm.method.metrics import frechet_distance
 from scfm.models.loading import no_loading_bars
 
 
-class Eye(NamedTuple):
-    """Something that looks at pictures. name: its own; distance: what a Frechet distance on its features is called, or None.
+class ImageMetric(NamedTuple):
+    """Something that looks at images. name: its own; distance: what a Frechet distance on its features is called, or None.
 
-    look(batches) -> (features (n, D) or None, {name of a score: mean}); batches yields (pictures (b, 3, H, W) uint8, captions
+    look(batches) -> (features (n, D) or None, {name of a score: mean}); batches yields (images (b, 3, H, W) uint8, captions
     or None). Where there are no captions, scores of captions are left out.
     """
     name: str
@@ -25,7 +25,7 @@ class Eye(NamedTuple):
     look: object
 
 
-class Missing(Exception):
+class MetricUnavailable(Exception):
     """Weights that could not be loaded, in one line that says why."""
 
 
@@ -42,10 +42,10 @@ def first_line(error):
 
 
 def inception(path="", device="cpu"):
-    """The `Eye` of FID: the 2048 features of the Inception network that FID was defined with, by torch-fidelity and torchmetrics.
+    """The `ImageMetric` of FID: the 2048 features of the Inception network that FID was defined with, by torch-fidelity and torchmetrics.
 
     path: its weights, a state dict as .safetensors or .pth (read without unpickling code); empty: downloaded once by
-    torch.hub. Raises `Missing`.
+    torch.hub. Raises `MetricUnavailable`.
     """
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
@@ -55,14 +55,14 @@ def inception(path="", device="cpu"):
         buffer.seek(0)
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], buffer).to(device)
     except ImportError as error:
-        raise Missing(f"{error.name or error} is not installed: pip install 'scfm[evaluate]'") from None
+        raise MetricUnavailable(f"{error.name or error} is not installed: pip install 'scfm[evaluate]'") from None
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        raise Missing(f"Inception's weights could not be loaded from {path or 'the hub'} ({first_line(error)})") from None
+        raise MetricUnavailable(f"Inception's weights could not be loaded from {path or 'the hub'} ({first_line(error)})") from None
 
     @torch.no_grad()
     def look(batches):
-        return torch.cat([network(pictures.to(device)).cpu() for pictures, _ in batches]), {}
-    return Eye("Inception", "FID", look)
+        return torch.cat([network(images.to(device)).cpu() for images, _ in batches]), {}
+    return ImageMetric("Inception", "FID", look)
 
 
 def inception_state(path):
@@ -79,29 +79,29 @@ def inception_state(path):
 
 
 def clip(name, device="cpu"):
-    """The `Eye` of the CLIP score, 100 cos(picture, caption), by torchmetrics. name: folder, or hub name. Raises `Missing`."""
+    """The `ImageMetric` of the CLIP score, 100 cos(image, caption), by torchmetrics. name: folder, or hub name. Raises `MetricUnavailable`."""
     try:
         from torchmetrics.multimodal import CLIPScore
         from transformers import CLIPModel, CLIPProcessor
         with no_loading_bars():
             model = CLIPModel.from_pretrained(name, use_safetensors=True).to(device)
             processor = CLIPProcessor.from_pretrained(name)
-        metric = CLIPScore(lambda: (Towers(model), Cut(processor, model))).to(device)
+        metric = CLIPScore(lambda: (CLIPEncoders(model), TruncatingProcessor(processor, model))).to(device)
     except ImportError as error:
-        raise Missing(f"{error.name or error} is not installed: pip install 'scfm[evaluate]'") from None
+        raise MetricUnavailable(f"{error.name or error} is not installed: pip install 'scfm[evaluate]'") from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise Missing(f"CLIP could not be loaded from {name} ({first_line(error)})") from None
+        raise MetricUnavailable(f"CLIP could not be loaded from {name} ({first_line(error)})") from None
 
     @torch.no_grad()
     def look(batches):
         metric.reset()
-        for pictures, captions in batches:
-            metric.update(pictures.to(device), list(captions))
+        for images, captions in batches:
+            metric.update(images.to(device), list(captions))
         return None, {"CLIP score": metric.compute().item()}
-    return Eye("CLIP", None, look)
+    return ImageMetric("CLIP", None, look)
 
 
-class Towers(torch.nn.Module):
+class CLIPEncoders(torch.nn.Module):
     """A CLIPModel whose two towers give plain tensors: transformers 5 wraps them, torchmetrics 1.9 expects them plain."""
 
     def __init__(self, model):
@@ -119,7 +119,7 @@ def plain(out):
     return out if isinstance(out, torch.Tensor) else out.pooler_output
 
 
-class Cut:
+class TruncatingProcessor:
     """A CLIPProcessor that cuts long captions before their end mark; torchmetrics would cut the mark off."""
 
     def __init__(self, processor, model):
@@ -131,32 +131,32 @@ class Cut:
         return self.processor(**inputs)
 
 
-def own_eye(where):
-    """The `Eye` of a function of yours, `module:name`: name(pictures (b, 3, H, W) in [-1, 1], captions or None) ->
+def custom_metric(where):
+    """The `ImageMetric` of a function of yours, `module:name`: name(images (b, 3, H, W) in [-1, 1], captions or None) ->
     (features (b, D) or None, {score: (b,) numbers, nan where there is none}). ValueError when there is no such function."""
     module, _, name = where.partition(":")
     try:
         judge = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--judge {where}: no such function ({error}); say module:function") from None
+        raise ValueError(f"--custom_metric {where}: no such function ({error}); say module:function") from None
 
     @torch.no_grad()
     def look(batches):
-        said = [judge(pictures.float() / 127.5 - 1, captions) for pictures, captions in batches]
+        said = [judge(images.float() / 127.5 - 1, captions) for images, captions in batches]
         names = said[0][1] if said else ()
         scores = {k: torch.cat([scores[k].double() for _, scores in said]).nanmean().item() for k in names}
         return (None if said[0][0] is None else torch.cat([features for features, _ in said])), scores
-    return Eye(where, f"Frechet distance on {where}", look)
+    return ImageMetric(where, f"Frechet distance on {where}", look)
 
 
-def find_eyes(config, device="cpu"):
-    """([Eye], {name: why it is missing}) of a config with `inception`, `clip` and `judge`; "none" leaves one out."""
-    eyes, missing = [own_eye(config.judge)] if config.judge else [], {}
+def find_metrics(config, device="cpu"):
+    """([ImageMetric], {name: why it is missing}) of a config with `inception`, `clip` and `judge`; "none" leaves one out."""
+    eyes, missing = [custom_metric(config.custom_metric)] if config.custom_metric else [], {}
     for name, make, place in (("Inception (FID)", inception, config.inception), ("CLIP score", clip, config.clip)):
         try:
             if place == "none":
-                raise Missing("left out, as asked")
+                raise MetricUnavailable("left out, as asked")
             eyes.append(make(place, device))
-        except Missing as reason:
+        except MetricUnavailable as reason:
             missing[name] = str(reason)
     return eyes, missing

@@ -10,8 +10,8 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from scfm.data.images import read_picture
-from scfm.files import write_whole
+from scfm.data.images import read_image
+from scfm.files import atomic_write
 from scfm.models.sampling import start_noise
 
 
@@ -23,74 +23,74 @@ def begin(folder, told, what):
         old = json.loads(path.read_text(encoding="utf-8"))
         other = sorted(k for k in {*told, *old} if told.get(k) != old.get(k))
         if other:
-            raise ValueError(f"{folder} holds {what} of another {', '.join(other)}: take another --out, or delete it")
+            raise ValueError(f"{folder} holds {what} of another {', '.join(other)}: take another --output_dir, or delete it")
     write_json(path, told)
 
 
 def write_json(path, told):
-    write_whole(path, lambda new: new.write_text(json.dumps(told, indent=1), encoding="utf-8"))
+    atomic_write(path, lambda new: new.write_text(json.dumps(told, indent=1), encoding="utf-8"))
 
 
-def paint_set(sampler, family, captions, folder, seed, batch=8, goal=None, done=lambda count: None):
-    """Paints what is missing of a sampler's pictures: folder/00000.png and so on, one for each caption.
+def generate_set(sampler, family, captions, folder, seed, batch=8, goal=None, done=lambda count: None):
+    """Generates what is missing of a sampler's images: folder/00000.png and so on, one for each caption.
 
-    The noise is keyed by seed and number, so any part can be made again. A picture carries the mean squared distance of its
-    latents to the teacher's, read from the folder `goal`; the teacher's own latents (goal None) are kept beside its pictures.
+    The noise is keyed by seed and number, so any part can be made again. An image carries the mean squared distance of its
+    latents to the teacher's, read from the folder `goal`; the teacher's own latents (goal None) are kept beside its images.
     """
-    begin(folder, sampler.settings, "pictures")
+    begin(folder, sampler.settings, "images")
     missing = [i for i in range(len(captions)) if not (folder / f"{i:05d}.png").is_file()]
     for chunk in (missing[k:k + batch] for k in range(0, len(missing), batch)):
-        latents, pictures = make(sampler, family, captions, chunk, seed)
+        latents, images = make(sampler, family, captions, chunk, seed)
         for k, i in enumerate(chunk):
             told, path = {}, folder / f"{i:05d}.png"
             if latents is not None and goal is None:
                 kept = {"latents": latents[k].float().cpu().contiguous()}
-                write_whole(path.with_suffix(".safetensors"), lambda new: save_file(kept, str(new)))
+                atomic_write(path.with_suffix(".safetensors"), lambda new: save_file(kept, str(new)))
             elif latents is not None:
                 theirs = load_file(goal / f"{i:05d}.safetensors")["latents"]
                 told = {"distance": repr((latents[k].float().cpu() - theirs).double().square().mean().item())}
-            keep_picture(pictures[k], path, told)
+            save_image(images[k], path, told)
         done(len(chunk))
     return folder
 
 
 @torch.no_grad()
 def make(sampler, family, captions, numbers, seed):
-    """(latents (n, ...) or None, pictures (n, 3, H, W) in [-1, 1]) of the captions of these numbers."""
+    """(latents (n, ...) or None, images (n, 3, H, W) in [-1, 1]) of the captions of these numbers."""
     texts = [captions[i] for i in numbers]
     if sampler.latents is None:
-        return None, sampler.pictures(texts, numbers)
+        return None, sampler.images(texts, numbers)
     latents = sampler.latents(texts, start_noise(family, numbers, seed))
     return latents, family.decode(latents)
 
 
-def keep_picture(picture, path, told):
+def save_image(image, path, told):
     """A PNG file, whole or not at all, with a dict of words in it."""
     words = PngImagePlugin.PngInfo()
     for key, value in told.items():
         words.add_text(key, value)
-    pixels = to_pil_image((picture.float().cpu() + 1) / 2)
-    write_whole(path, lambda new: pixels.save(new, format="png", pnginfo=words))
+    pixels = to_pil_image((image.float().cpu() + 1) / 2)
+    atomic_write(path, lambda new: pixels.save(new, format="png", pnginfo=words))
 
 
 def batches(paths, captions=None, size=None, batch=32):
-    """(pictures (b, 3, H, W) uint8, captions or None) of picture files; size (H, W): scaled to cover it and cut."""
+    """(images (b, 3, H, W) uint8, captions or None) of image files; size (H, W): scaled to cover it and cut."""
     for k in range(0, len(paths), batch):
         if size:
-            pictures = torch.stack([((read_picture(p, *size) + 1) * 127.5).round().byte() for p in paths[k:k + batch]])
+            images = torch.stack([((read_image(p, *size) + 1) * 127.5).round().byte() for p in paths[k:k + batch]])
         else:
-            pictures = torch.stack([pil_to_tensor(Image.open(p).convert("RGB")) for p in paths[k:k + batch]])
-        yield pictures, captions[k:k + batch] if captions else None
+            images = torch.stack([pil_to_tensor(Image.open(p).convert("RGB")) for p in paths[k:k + batch]])
+        yield images, captions[k:k + batch] if captions else None
 
 
 def distance_in(folder, count):
-    """Root mean square, over all pictures, of the distances that the pictures carry; None where they carry none."""
+    """Root mean square, over all images, of the distances that the images carry; None where they carry none."""
     told = [Image.open(folder / f"{i:05d}.png").text.get("distance") for i in range(count)]
     return None if None in told else math.sqrt(statistics.fmean(map(float, told)))
 
 
 def latency(sampler, family, captions, seed, repeats, device):
-    """What one picture costs, prompt to pixels at batch 1: dict of seconds (median after a warm-up), seconds inside the network,
+    """What one image costs, prompt to pixels at batch 1: dict of seconds (median after a warm-up), seconds inside the network,
     evaluations of the network, and the device."""
     seconds, inside = [], []
     with watched(sampler.network, device) as seen:
@@ -106,7 +106,7 @@ def latency(sampler, family, captions, seed, repeats, device):
 
 @contextmanager
 def watched(network, device):
-    """Counts the rows that the network is asked about, and the seconds it takes; guided by a second row, a picture counts 2."""
+    """Counts the rows that the network is asked about, and the seconds it takes; guided by a second row, an image counts 2."""
     seen = {"evaluations": 0, "seconds": 0., "began": 0.}
 
     def before(module, args, kwargs):

@@ -1,4 +1,4 @@
-"""The record of an evaluation as text, pictures and a page."""
+"""The record of an evaluation as text, images and a page."""
 import base64
 import html
 import io
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from scfm.files import write_whole
+from scfm.files import atomic_write
 
 
 def columns_of(record):
@@ -21,7 +21,7 @@ def columns_of(record):
         found += [(f"{eye} to the teacher", far(eye, "teacher"), True), (f"{eye} to the reference", far(eye, "reference"), True),
                   (difference, far(eye, "difference"), True)]
     found += [(name, lambda row, name=name: row["scores"].get(name), False) for name in scores]
-    found += [("seconds a picture", lambda row: row["seconds"], True)]
+    found += [("seconds an image", lambda row: row["seconds"], True)]
     return [c for c in found if any(c[1](row) is not None for row in record["rows"])]
 
 
@@ -42,7 +42,7 @@ def groups_of(record):
     rows = record["rows"]
     rest = sorted({row["evaluations"] for row in rows[1:]})
     return [("the teacher at its steps", rows[:1])] + [
-        (f"{several(n, 'evaluation')} a picture", [row for row in rows[1:] if row["evaluations"] == n]) for n in rest]
+        (f"{several(n, 'evaluation')} an image", [row for row in rows[1:] if row["evaluations"] == n]) for n in rest]
 
 
 def several(n, word):
@@ -71,21 +71,21 @@ def text_table(record):
 def sentence_of(protocol):
     """The protocol in words: what all numbers of a table have in common."""
     told = dict(protocol)
-    said = (f"{told['count']} pictures of {told['height']} x {told['width']} pixels from {told['prompts']} captions, the "
+    said = (f"{told['count']} images of {told['height']} x {told['width']} pixels from {told['prompts']} captions, the "
             f"same noise for all (seed {told['seed']}); teacher: {told['pipeline']}, {told['teacher_steps']} Euler steps "
-            f"at guidance scale {told['teacher_guidance']:g}; time shift {told['shift']:g} unless a row says otherwise; "
+            f"at guidance scale {told['teacher_guidance_scale']:g}; time shift {told['shift']:g} unless a row says otherwise; "
             f"{told['precision']}; LoRA {told['lora']}, not fused")
-    if told["negative"]:
-        said += f"; negative prompt: {told['negative']!r}"
+    if told["negative_prompt"]:
+        said += f"; negative prompt: {told['negative_prompt']!r}"
     if told["reference"]:
-        said += f"; reference: {told['reference']} pictures of {told['reference_folder']}, scaled to cover the size and cut"
+        said += f"; reference: {told['reference']} images of {told['reference_folder']}, scaled to cover the size and cut"
     return said + f"; looked at by: {', '.join(told['eyes']) or 'nobody'}."
 
 
-def picture_grid(record, folder, captions, side=128):
-    """A PIL image: a caption's pictures in a column, a sampler in a row; the teacher first, then by evaluations.
+def image_grid(record, folder, captions, side=128):
+    """A PIL image: a caption's images in a column, a sampler in a row; the teacher first, then by evaluations.
 
-    captions: those of the first pictures, one a column.
+    captions: those of the first images, one a column.
     """
     rows = [row for _, rows in groups_of(record) for row in rows]
     height = round(side * record["protocol"]["height"] / record["protocol"]["width"])
@@ -100,9 +100,9 @@ def picture_grid(record, folder, captions, side=128):
         label = f"{row['label']}\n{several(row['steps'], 'step')}, {several(row['evaluations'], 'evaluation')}"
         pen.multiline_text((6, top + height // 2), label, "black", font, anchor="lm", spacing=3)
         for k in range(len(captions)):
-            with Image.open(Path(folder) / row["name"] / f"{k:05d}.png") as picture:
-                how = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
-                grid.paste(picture.convert("RGB").resize((side, height), how), (margin + k * side, top))
+            with Image.open(Path(folder) / row["name"] / f"{k:05d}.png") as image:
+                how = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+                grid.paste(image.convert("RGB").resize((side, height), how), (margin + k * side, top))
     return grid
 
 
@@ -130,10 +130,10 @@ td.best {{ background: #d9f2e0; font-weight: 600; }}
 </tbody></table></div>
 <p>Shaded: the best of its column among samplers of equal cost. Distances are better small, scores better large; "-": there is no
 such number. <i>Evaluations</i>: rows that the network was asked about, counted. <i>Endpoint distance</i>: root mean square, in
-latents, to where the teacher lands at its own steps from the same noise. <i>Seconds a picture</i>: prompt to pixels at batch 1,
+latents, to where the teacher lands at its own steps from the same noise. <i>Seconds an image</i>: prompt to pixels at batch 1,
 the median of {repeats} after a warm-up, on {device}.</p>
 <h2>The same caption and the same noise in each column</h2>
-<img alt="a row for each sampler, a column for each caption" src="data:image/png;base64,{picture}">
+<img alt="a row for each sampler, a column for each caption" src="data:image/png;base64,{image}">
 <footer>Made by scfm evaluate; {versions}. All numbers: report.json beside this page.</footer>
 </body></html>
 """
@@ -159,7 +159,7 @@ def html_report(record, grid):
                        protocol=quoted(sentence_of(record["protocol"])), notes="\n".join(notes), body="\n".join(body),
                        heads="".join(f"<th>{quoted(name)}</th>" for name, _, _ in columns),
                        repeats=record["rows"][0]["repeats"], device=quoted(record["rows"][0]["device"]),
-                       picture=base64.b64encode(buffer.getvalue()).decode(),
+                       image=base64.b64encode(buffer.getvalue()).decode(),
                        versions=quoted(", ".join(f"{k} {v}" for k, v in record["versions"].items())))
 
 
@@ -167,8 +167,8 @@ def write_report(record, folder, captions, columns=6):
     """Writes grid.png and report.html into the folder of an evaluation; returns the path of the page."""
     folder = Path(folder)
     captions = captions[:columns]
-    grid = picture_grid(record, folder, captions)
-    write_whole(folder / "grid.png", lambda new: grid.save(new, format="png"))
+    grid = image_grid(record, folder, captions)
+    atomic_write(folder / "grid.png", lambda new: grid.save(new, format="png"))
     page = html_report(record, grid)
-    write_whole(folder / "report.html", lambda new: new.write_text(page, encoding="utf-8"))
+    atomic_write(folder / "report.html", lambda new: new.write_text(page, encoding="utf-8"))
     return folder / "report.html"

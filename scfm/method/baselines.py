@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SELF_SHARE', 'COSTS', 'SHORTCUT_GRIDS', 'multistep', 'denoise', 'network_evaluations', 'updates_for', 'regress',
            'fit', 'make_pairs', 'reflow_loss', 'progressive_target', 'progressive_loss', 'progressive', 'neighbours',
-           'distillation_target', 'distillation_loss', 'sample_renoised', 'sample_told', 'at_least', 'shortcut_target',
-           'step_of', 'shortcut_loss', 'MeanFlowRows', 'meanflow_target', 'meanflow_loss']
+           'distillation_target', 'distillation_loss', 'sample_renoised', 'sample_with_step_size', 'at_least',
+           'shortcut_target', 'step_of', 'shortcut_loss', 'MeanFlowRows', 'meanflow_target', 'meanflow_loss']
 
 # %% ../../nbs/learn/40_comparison.ipynb #c02
 import itertools
@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from .consistency import LOSSES, Speakers, consistency_target, draw_jumps, keyed_generator
-from .distill import FullSpeakers, apply_gradient, make_emas, make_optimizer
+from .consistency import LOSSES, DistillModels, consistency_target, draw_jumps, keyed_generator
+from .distill import CopiedModels, optimizer_step, make_emas, make_optimizer
 from .flow import interpolate, per_row, sample, time_grid, velocity
 
 # %% ../../nbs/learn/40_comparison.ipynb #c09
@@ -74,26 +74,26 @@ def updates_for(method, budget, batch, **cost):
     return updates
 
 # %% ../../nbs/learn/40_comparison.ipynb #c17
-def regress(speakers, x, t, target, step=None):
+def regress(models, x, t, target, step=None):
     """Mean over the other dims of |V_student(x, t) - target|^2: (B,). step: (B,), where the student is told it."""
-    return LOSSES["mse"](speakers.student(x, t, step).flatten(1), target.flatten(1))
+    return LOSSES["mse"](models.student(x, t, step).flatten(1), target.flatten(1))
 
 
-def fit(speakers, batch_of, config, loss):
-    """The plain loop with any loss of this chapter; returns the speakers.
+def fit(models, batch_of, config, loss):
+    """The plain loop with any loss of this chapter; returns the models.
 
-    speakers: `FullSpeakers`; batch_of(generator, rows) -> (data, noise), both (B, ...);
-    loss(speakers, data, noise, generator) -> (B,). ValueError for a config that makes no sense.
+    models: `CopiedModels`; batch_of(generator, rows) -> (data, noise), both (B, ...);
+    loss(models, data, noise, generator) -> (B,). ValueError for a config that makes no sense.
     """
     config.check()
-    optimizer, scheduler = make_optimizer(speakers, config)
-    emas = make_emas(speakers, config)
-    for update in range(config.updates):
+    optimizer, scheduler = make_optimizer(models, config)
+    emas = make_emas(models, config)
+    for update in range(config.max_train_steps):
         generator = keyed_generator(config.seed, update)
-        loss(speakers, *batch_of(generator, config.batch), generator).mean().backward()
-        apply_gradient(speakers, emas, optimizer, config)
+        loss(models, *batch_of(generator, config.global_batch_size), generator).mean().backward()
+        optimizer_step(models, emas, optimizer, config)
         scheduler.step()
-    return speakers
+    return models
 
 # %% ../../nbs/learn/40_comparison.ipynb #c20
 def make_pairs(teacher, noise, steps=32):
@@ -101,13 +101,13 @@ def make_pairs(teacher, noise, steps=32):
     return sample(teacher, noise, time_grid(steps)), noise
 
 
-def reflow_loss(speakers, ends, noise, generator):
+def reflow_loss(models, ends, noise, generator):
     """V(x_t, t) <- noise - end(noise), at x_t = (1 - t) end + t noise, t uniform. (B,). Rectified flow, arXiv 2209.03003.
 
     ends, noise: rows of `make_pairs`, kept together.
     """
     t = torch.rand(len(ends), generator=generator)
-    return regress(speakers, interpolate(ends, noise, t), t, velocity(ends, noise))
+    return regress(models, interpolate(ends, noise, t), t, velocity(ends, noise))
 
 # %% ../../nbs/learn/40_comparison.ipynb #c24
 def progressive_target(x1, jumps, teacher):
@@ -115,14 +115,14 @@ def progressive_target(x1, jumps, teacher):
 
     Progressive distillation, arXiv 2202.00512, asked of the velocity: SCFM's teacher row, with the teacher changing by stages.
     """
-    return consistency_target(x1, jumps, Speakers(None, teacher, None, None), algorithm="dual_pure")
+    return consistency_target(x1, jumps, DistillModels(None, teacher, None, None), algorithm="dual_pure")
 
 
-def progressive_loss(speakers, data, noise, generator, steps, shift=1.):
+def progressive_loss(models, data, noise, generator, steps, shift=1.):
     """One stage: the student learns `steps` steps from a teacher of 2 `steps`, on that grid and nowhere else. (B,)."""
     jumps = draw_jumps(len(data), 1., 2 * steps, shift=(shift, shift), generator=generator)
     x1 = interpolate(data, noise, jumps.t1)
-    return regress(speakers, x1, jumps.t1, progressive_target(x1, jumps, speakers.teacher))
+    return regress(models, x1, jumps.t1, progressive_target(x1, jumps, models.teacher))
 
 
 def progressive(network, batch_of, config, stages=(16, 8, 4, 2, 1)):
@@ -130,8 +130,8 @@ def progressive(network, batch_of, config, stages=(16, 8, 4, 2, 1)):
     made = {}
     for stage, steps in enumerate(stages):
         own = replace(config, seed=len(stages) * config.seed + stage)             # other rows in every stage
-        speakers = fit(FullSpeakers(network), batch_of, own, partial(progressive_loss, steps=steps))
-        network = made[steps] = speakers.networks["slow"]
+        models = fit(CopiedModels(network), batch_of, own, partial(progressive_loss, steps=steps))
+        network = made[steps] = models.networks["ema_slow"]
     return made
 
 # %% ../../nbs/learn/40_comparison.ipynb #c28
@@ -147,14 +147,14 @@ def distillation_target(x1, jumps, teacher, average):
     (x_t1 - f_average(x_t2, t2)) / t1 = ((t1 - t2) v_teacher + (t2 - 0) v_average) / (t1 - 0), SCFM's target with t3 = 0.
     Consistency distillation, arXiv 2303.01469, Algorithm 2, which weighs a row by t1^2 beside this. (B, ...), no gradient.
     """
-    return consistency_target(x1, jumps, Speakers(None, teacher, None, average), algorithm="dual")
+    return consistency_target(x1, jumps, DistillModels(None, teacher, None, average), algorithm="dual")
 
 
-def distillation_loss(speakers, data, noise, generator, grid=32, shift=(1., 2.)):
+def distillation_loss(models, data, noise, generator, grid=32, shift=(1., 2.)):
     """`distillation_target` with the fast EMA as average: (B,)."""
     jumps = neighbours(len(data), grid, shift, generator)
     x1 = interpolate(data, noise, jumps.t1)
-    return regress(speakers, x1, jumps.t1, distillation_target(x1, jumps, speakers.teacher, speakers.fast))
+    return regress(models, x1, jumps.t1, distillation_target(x1, jumps, models.teacher, models.ema_fast))
 
 
 @torch.no_grad()
@@ -172,7 +172,7 @@ def sample_renoised(field, noise, times, generator=None):
 
 # %% ../../nbs/learn/40_comparison.ipynb #c34
 @torch.no_grad()
-def sample_told(field, noise, times, finest=0.):
+def sample_with_step_size(field, noise, times, finest=0.):
     """`scfm.method.flow.sample` by Euler for a field (x, t, d) that is told each step's size d (B,). (B, ...) -> (B, ...).
 
     finest: as in `shortcut_target`.
@@ -203,7 +203,7 @@ def shortcut_target(x1, jumps, teacher, average, finest=0.):
     target, own = torch.empty_like(x1), ~jumps.is_flow
     with torch.no_grad():
         target[~own] = teacher(x1[~own], jumps.t1[~own])
-    target[own] = consistency_target(x1[own], jumps.rows(own), Speakers(None, None, None, half), step_of(jumps)[own], "one_ema")
+    target[own] = consistency_target(x1[own], jumps.rows(own), DistillModels(None, None, None, half), step_of(jumps)[own], "one_ema")
     return target
 
 
@@ -212,12 +212,12 @@ def step_of(jumps):
     return jumps.times[:, 0] - jumps.times[:, -1]
 
 
-def shortcut_loss(speakers, data, noise, generator, grids=SHORTCUT_GRIDS):
+def shortcut_loss(models, data, noise, generator, grids=SHORTCUT_GRIDS):
     """`shortcut_target` with the fast EMA as average: (B,). grids: one is drawn per self row, which jumps two of its steps."""
-    jumps = draw_jumps(len(data), 0., self_grids=grids, shift=(1., 1.), generator=generator, flow_share=1 - SELF_SHARE)
+    jumps = draw_jumps(len(data), 0., self_grids=grids, shift=(1., 1.), generator=generator, non_shortcut_ratio=1 - SELF_SHARE)
     x1 = interpolate(data, noise, jumps.t1)
-    target = shortcut_target(x1, jumps, speakers.teacher, speakers.fast, 1 / max(grids))
-    return regress(speakers, x1, jumps.t1, target, step_of(jumps))
+    target = shortcut_target(x1, jumps, models.teacher, models.ema_fast, 1 / max(grids))
+    return regress(models, x1, jumps.t1, target, step_of(jumps))
 
 # %% ../../nbs/learn/40_comparison.ipynb #c41
 class MeanFlowRows(NamedTuple):
@@ -237,7 +237,7 @@ def meanflow_target(student, x, t, step, v):
     return MeanFlowRows(said, (v - per_row(step, x) * change).detach())
 
 
-def meanflow_loss(speakers, data, noise, generator, equal_share=.5):
+def meanflow_loss(models, data, noise, generator, equal_share=.5):
     """`meanflow_target`'s squared error, each row over its own size (section 4.3 of the paper): (B,).
 
     t and r are the larger and the smaller of two numbers; a share of the rows has r = t, so d = 0. Ours: a half of the rows, and uniform
@@ -245,6 +245,6 @@ def meanflow_loss(speakers, data, noise, generator, equal_share=.5):
     two = torch.rand(2, len(data), generator=generator)
     t, apart = two.amax(0), torch.rand(len(data), generator=generator) >= equal_share
     x = interpolate(data, noise, t)
-    rows = meanflow_target(speakers.student, x, t, apart * (t - two.amin(0)), speakers.teacher(x, t))
+    rows = meanflow_target(models.student, x, t, apart * (t - two.amin(0)), models.teacher(x, t))
     error = (rows.said - rows.target).flatten(1).square().sum(1)
     return error / (error.detach() + 1e-3)                         # its adaptive weight: a few rows have large derivatives

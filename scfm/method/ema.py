@@ -57,16 +57,16 @@ class FastSlow:
     averages are set to the source whenever it is a multiple of restart_every. Store `updates` with a checkpoint.
     """
 
-    def __init__(self, fast, slow, source, fast_decay=.99, slow_decay=.999, restart_every=0):
+    def __init__(self, fast, slow, source, ema_decay_fast=.99, ema_decay_slow=.999, restart_every=0):
         source = list(source)
-        self.fast, self.slow = EMA(fast, source, fast_decay), EMA(slow, source, slow_decay)
+        self.ema_fast, self.ema_slow = EMA(fast, source, ema_decay_fast), EMA(slow, source, ema_decay_slow)
         self.restart_every, self.updates = restart_every, 0
 
     def update(self):
         """Call once after each step of the optimizer."""
         self.updates += 1
         due = self.restart_every > 0 and self.updates % self.restart_every == 0
-        for ema in (self.fast, self.slow):
+        for ema in (self.ema_fast, self.ema_slow):
             ema.restart() if due else ema.update()
 
 # %% ../../nbs/learn/02_ema.ipynb #c40

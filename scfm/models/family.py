@@ -10,7 +10,7 @@ from scfm.models.check import missing
 from scfm.models.flux import Flux
 from scfm.models.pixels import Pixels
 from scfm.models.sd3 import SD3
-from scfm.models.source import index_of
+from scfm.models.source import model_index
 
 FAMILIES = {"FluxPipeline": Flux, "StableDiffusion3Pipeline": SD3, "PixelPipeline": Pixels}
 
@@ -27,14 +27,14 @@ def register(family):
     if lacking:
         raise ValueError(f"{who} is no family yet: it lacks {', '.join(lacking)} (scfm.families.contract.CONTRACT says what they are)")
     name = family.pipeline_class.__name__
-    others = {f"{known.__module__}:{known.__qualname__}" for known in [FAMILIES.get(name)] if known} | set(offered().get(name, ()))
+    others = {f"{known.__module__}:{known.__qualname__}" for known in [FAMILIES.get(name)] if known} | set(installed_families().get(name, ()))
     if others - {who}:
         raise ValueError(f"{name} has a family already, {min(others - {who})}: {who} cannot be a second one")
     FAMILIES[name] = family
     return family
 
 
-def offered():
+def installed_families():
     """What installed packages offer: {name of the pipeline's class: {"module:Class": entry point}}. Nothing is imported."""
     found = {}
     for point in entry_points(group=GROUP):
@@ -42,12 +42,12 @@ def offered():
     return found
 
 
-def family_called(name):
+def find_family(name):
     """The family class for a pipeline class's name, None when there is none; one that a package offers is imported now.
 
     ValueError when two claim the name, or when a package's family cannot be imported or lacks a member.
     """
-    known, offers = FAMILIES.get(name), offered().get(name, {})
+    known, offers = FAMILIES.get(name), installed_families().get(name, {})
     claims = sorted({f"{known.__module__}:{known.__qualname__}"} | set(offers)) if known else sorted(offers)
     if len(claims) > 1:
         raise ValueError(f"{name} has more than one family: {', '.join(claims)}; uninstall all packages but one")
@@ -59,7 +59,7 @@ def family_called(name):
         raise ValueError(f"the family {claims[0]} for {name} cannot be imported: {error}") from None
     if missing(family) or family.pipeline_class.__name__ == name:
         return register(family)
-    raise ValueError(f"{claims[0]} is offered for {name}, but is the family of {family.pipeline_class.__name__}")
+    raise ValueError(f"{claims[0]} is installed_families for {name}, but is the family of {family.pipeline_class.__name__}")
 
 
 def family_of(folder):
@@ -67,10 +67,10 @@ def family_of(folder):
 
     Raises FileNotFoundError when there is no pipeline, ValueError when no family is known for its class.
     """
-    name = index_of(folder).get("_class_name")
-    family = family_called(name)
+    name = model_index(folder).get("_class_name")
+    family = find_family(name)
     if family is None:
-        raise ValueError(f"{folder} holds a {name}, which scfm does not know; it knows {', '.join({**FAMILIES, **offered()})}")
+        raise ValueError(f"{folder} holds a {name}, which scfm does not know; it knows {', '.join({**FAMILIES, **installed_families()})}")
     return family
 
 
@@ -81,7 +81,7 @@ def velocities(family, guidance_mode):
     """
     if guidance_mode == "kept":
         return family.velocity, family.velocity
-    if not family.true_guidance:
+    if not family.uses_cfg:
         raise ValueError(f"guidance_mode {guidance_mode}: in {type(family).__name__} the guidance is an input of the network and "
                          "costs nothing: take --guidance_mode kept")
     return unguided(family.velocity), family.velocity

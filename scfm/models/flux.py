@@ -12,22 +12,22 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 # %% ../../nbs/learn/21_flux.ipynb #c06
 class Flux:
-    """FLUX.1 (dev and its fine-tunes): everything in which it differs from other families, bound to one picture size.
+    """FLUX.1 (dev and its fine-tunes): everything in which it differs from other families, bound to one image size.
 
-    pipe: a diffusers.FluxPipeline. height, width in pixels. max_tokens: length of the T5 sequence (512 for
+    pipe: a diffusers.FluxPipeline. height, width in pixels. max_sequence_length: length of the T5 sequence (512 for
     FLUX.1-dev at most). Raises ValueError for a size that does not fit the VAE and the patches, or a
     transformer without embedded guidance.
     """
     pipeline_class = FluxPipeline
-    true_guidance = False           # the guidance scale is an input of the network
-    clip_tokens = 0                 # what CLIP adds to the text sequence: it speaks through the pooled vector alone
+    uses_cfg = False           # the guidance scale is an input of the network
+    extra_text_tokens = 0                 # what CLIP adds to the text sequence: it speaks through the pooled vector alone
 
     # All linear layers: attention, feed-forward, adaptive norms, embedders and output (the paper's choice).
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
                     "net.0.proj", "net.2", "linear", "linear_1", "linear_2", "proj_mlp", "proj_out", "x_embedder",
                     "context_embedder")
 
-    def __init__(self, pipe, height, width, max_tokens=512):
+    def __init__(self, pipe, height, width, max_sequence_length=512):
         step = 2 * pipe.vae_scale_factor
         if height % step or width % step or height < step or width < step:
             raise ValueError(f"{height} x {width} pixels do not divide into patches of {step}: "
@@ -35,18 +35,18 @@ class Flux:
         if not pipe.transformer.config.guidance_embeds:
             raise ValueError("this Flux has no embedded guidance (schnell is a few-step model already): "
                              "take FLUX.1-dev or a fine-tune of it")
-        self.pipe, self.height, self.width, self.max_tokens = pipe, height, width, max_tokens
+        self.pipe, self.height, self.width, self.max_sequence_length = pipe, height, width, max_sequence_length
         self.grid = height // step, width // step           # tokens down, tokens across
         self.channels = pipe.transformer.config.in_channels
 
     @property
     def latent_shape(self):
-        """Of one picture: (N, C)."""
+        """Of one image: (N, C)."""
         return self.grid[0] * self.grid[1], self.channels
 
     @property
     def tokens(self):
-        """Image tokens of one picture."""
+        """Image tokens of one image."""
         return self.latent_shape[0]
 
     @property
@@ -55,7 +55,7 @@ class Flux:
         return self.pipe.transformer.dtype
 
     @property
-    def own_shift(self):
+    def dynamic_shift(self):
         """The time shift that the stock pipeline would take at this size; None where its scheduler has a fixed one."""
         told = self.pipe.scheduler.config
         if not told.use_dynamic_shifting:
@@ -66,20 +66,20 @@ class Flux:
     @torch.no_grad()
     def encode_text(self, captions):
         """What the transformer reads of n captions: dict of tokens (n, L, D) and pooled (n, P), on the CPU."""
-        tokens, pooled, _ = self.pipe.encode_prompt(list(captions), list(captions), max_sequence_length=self.max_tokens)
+        tokens, pooled, _ = self.pipe.encode_prompt(list(captions), list(captions), max_sequence_length=self.max_sequence_length)
         return {"tokens": tokens.cpu(), "pooled": pooled.cpu()}
 
     @torch.no_grad()
-    def encode_pictures(self, pictures):
+    def encode_images(self, images):
         """(n, 3, height, width) in [-1, 1] -> latents (n, N, C), the mean of the VAE's posterior."""
         vae = self.pipe.vae
-        latents = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mean
+        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         return self.pipe._pack_latents(latents, *latents.shape)
 
     @torch.no_grad()
     def decode(self, latents):
-        """Latents (n, N, C) -> pictures (n, 3, height, width) in [-1, 1]."""
+        """Latents (n, N, C) -> images (n, 3, height, width) in [-1, 1]."""
         vae = self.pipe.vae
         latents = self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
@@ -102,7 +102,7 @@ class Flux:
         ids[..., 2] += torch.arange(columns, device=device, dtype=dtype)
         return ids.reshape(-1, 3)
 
-    def stock_pictures(self, captions, noise, steps, guidance, shift=None):
+    def sample_stock(self, captions, noise, steps, guidance, shift=None):
         """What the stock pipeline makes from the same noise (n, N, C): (n, 3, H, W) in [-1, 1].
 
         It is given the plain grid as sigmas, else it would choose its own; its scheduler adds the shift.
@@ -111,9 +111,9 @@ class Flux:
         if shift is not None:           # set_shift would do nothing where the shift is dynamic
             self.pipe.scheduler = type(kept).from_config(kept.config, shift=shift, use_dynamic_shifting=False)
         try:
-            pictures = self.pipe(list(captions), height=self.height, width=self.width, num_inference_steps=steps,
+            images = self.pipe(list(captions), height=self.height, width=self.width, num_inference_steps=steps,
                                  sigmas=[1 - i / steps for i in range(steps)], guidance_scale=guidance, latents=noise,
-                                 max_sequence_length=self.max_tokens, output_type="pt").images
+                                 max_sequence_length=self.max_sequence_length, output_type="pt").images
         finally:
             self.pipe.scheduler = kept
-        return pictures * 2 - 1
+        return images * 2 - 1

@@ -8,7 +8,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from scfm.models.family import family_of
-from scfm.models.source import index_of, local_folder, part_class, without_weights
+from scfm.models.source import model_index, resolve_folder, part_class, without_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -20,14 +20,14 @@ def load_pipeline(folder, dtype, device="cpu", parts="all", quantize=""):
     folder was saved without (SD3's T5, say) stay away; diffusers wants to be told so. Assumed of every family: the parts
     are called transformer, vae, text_encoder*, tokenizer*, scheduler; their classes may come from any package that can be imported.
     """
-    folder = local_folder(folder)
-    family, index = family_of(folder), index_of(folder)
+    folder = resolve_folder(folder)
+    family, index = family_of(folder), model_index(folder)
     text = [name for name in index if name.startswith(("text_encoder", "tokenizer", "image_encoder", "feature_extractor"))]
     without = {"all": [], "transformer": ["vae", *text], "encoders": ["transformer"]}[parts]
     absent = {name: None for name, part in index.items() if part == [None, None] or name in without}
     with no_loading_bars():
         if quantize:
-            absent["transformer"] = in_four_bits(folder, dtype)
+            absent["transformer"] = load_nf4(folder, dtype)
         pipe = family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **absent)
     known = without_weights(folder)
     pipe.vae_scale_factor = known.vae_scale_factor
@@ -40,15 +40,15 @@ def load_pipeline(folder, dtype, device="cpu", parts="all", quantize=""):
     return pipe, family
 
 
-def in_four_bits(folder, dtype):
+def load_nf4(folder, dtype):
     """The transformer with its weights in NF4, products computed in `dtype`."""
-    can_quantize()
+    require_bitsandbytes()
     kind = part_class(folder, "transformer")
     four = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     return kind.from_pretrained(str(folder), subfolder="transformer", quantization_config=four, dtype=dtype)
 
 
-def can_quantize(mend="leave --quantize out"):
+def require_bitsandbytes(mend="leave --quantize out"):
     """ValueError with the mend when 4-bit weights cannot be had here."""
     if find_spec("bitsandbytes") is None:
         raise ValueError("quantize nf4 needs bitsandbytes: pip install 'scfm[nf4]'")
@@ -62,7 +62,7 @@ def with_vae(pipe, folder):
     if pipe.vae is not None:
         yield pipe
         return
-    folder = local_folder(folder)
+    folder = resolve_folder(folder)
     with no_loading_bars():
         vae = part_class(folder, "vae").from_pretrained(str(folder), subfolder="vae", dtype=pipe.dtype)
     pipe.vae = vae.to(pipe.device)

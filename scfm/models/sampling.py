@@ -6,7 +6,7 @@ from scfm.method.flow import sample, time_grid
 
 
 def start_noise(family, indices, seed):
-    """The noise (n, *latent_shape) from which the pictures of these numbers start: keyed by seed and number, on the CPU."""
+    """The noise (n, *latent_shape) from which the images of these numbers start: keyed by seed and number, on the CPU."""
     draw = lambda i: torch.randn(family.latent_shape, generator=keyed_generator(seed, i, stream=7))
     return torch.stack([draw(i) for i in indices])
 
@@ -27,7 +27,7 @@ def on_device(cond, device):
 
 def stock_shift(family):
     """The time shift that the family's stock pipeline uses at this size: its scheduler's, or what it works out of the size."""
-    return family.pipe.scheduler.shift if family.own_shift is None else family.own_shift
+    return family.pipe.scheduler.shift if family.dynamic_shift is None else family.dynamic_shift
 
 
 def stock_latents(family, captions, noise, steps, guidance, scheduler, grid=True):
@@ -37,12 +37,12 @@ def stock_latents(family, captions, noise, steps, guidance, scheduler, grid=True
     """
     pipe, kept = family.pipe, family.pipe.scheduler
     extra = {"sigmas": [1 - i / steps for i in range(steps)]} if grid else {}
-    if getattr(family, "negative", ""):
-        extra["negative_prompt"] = [family.negative] * len(captions)
+    if getattr(family, "negative_prompt", ""):
+        extra["negative_prompt"] = [family.negative_prompt] * len(captions)
     pipe.scheduler = scheduler
     try:
         return pipe(list(captions), height=family.height, width=family.width, num_inference_steps=steps, guidance_scale=guidance,
-                    latents=noise.to(pipe.device, pipe.dtype), max_sequence_length=family.max_tokens, output_type="latent",
+                    latents=noise.to(pipe.device, pipe.dtype), max_sequence_length=family.max_sequence_length, output_type="latent",
                     **extra).images
     finally:
         pipe.scheduler = kept

@@ -9,24 +9,24 @@ from diffusers import StableDiffusion3Pipeline
 
 # %% ../../nbs/learn/21_sd3.ipynb #c06
 class SD3:
-    """Stable Diffusion 3 and 3.5: everything in which they differ from other families, bound to one picture size.
+    """Stable Diffusion 3 and 3.5: everything in which they differ from other families, bound to one image size.
 
     pipe: a diffusers.StableDiffusion3Pipeline, with or without its third text encoder. height, width in pixels.
-    max_tokens: length of T5's part of the text, at most 512. negative: the negative prompt, empty as a rule. Raises ValueError
+    max_sequence_length: length of T5's part of the text, at most 512. negative: the negative prompt, empty as a rule. Raises ValueError
     for a size that does not fit the VAE and the patches, or that is larger than the transformer's table of positions, and for a
     number of tokens that does not fit.
     """
     pipeline_class = StableDiffusion3Pipeline
-    true_guidance = True            # by a second evaluation, not by an input of the network
+    uses_cfg = True            # by a second evaluation, not by an input of the network
     time_dtype = torch.float32      # what the time embedding computes in, whatever the weights are
-    own_shift = None                # the scheduler has a fixed one
-    clip_tokens = 77                # of the two CLIPs, side by side, before those of T5
+    dynamic_shift = None                # the scheduler has a fixed one
+    extra_text_tokens = 77                # of the two CLIPs, side by side, before those of T5
 
     # All linear layers: attention, feed-forward, adaptive norms, embedders and output. The patches enter by a convolution.
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
                     "net.0.proj", "net.2", "linear", "linear_1", "linear_2", "proj_out", "context_embedder")
 
-    def __init__(self, pipe, height, width, max_tokens=256, negative=""):
+    def __init__(self, pipe, height, width, max_sequence_length=256, negative_prompt=""):
         patch, largest = pipe.transformer.config.patch_size, pipe.transformer.config.pos_embed_max_size
         step = patch * pipe.vae_scale_factor
         if height % step or width % step or height < step or width < step:
@@ -35,19 +35,19 @@ class SD3:
         if largest and max(height, width) > largest * step:
             raise ValueError(f"{height} x {width} pixels are more than this transformer has positions for: "
                              f"take at most {largest * step} a side")
-        if not 1 <= max_tokens <= 512:
-            raise ValueError(f"max_tokens is {max_tokens}: the pipeline takes 1 to 512")
-        self.pipe, self.height, self.width, self.max_tokens, self.negative = pipe, height, width, max_tokens, negative
+        if not 1 <= max_sequence_length <= 512:
+            raise ValueError(f"max_sequence_length is {max_sequence_length}: the pipeline takes 1 to 512")
+        self.pipe, self.height, self.width, self.max_sequence_length, self.negative_prompt = pipe, height, width, max_sequence_length, negative_prompt
 
     @property
     def latent_shape(self):
-        """Of one picture: (C, rows, columns)."""
+        """Of one image: (C, rows, columns)."""
         factor = self.pipe.vae_scale_factor
         return self.pipe.transformer.config.in_channels, self.height // factor, self.width // factor
 
     @property
     def tokens(self):
-        """Image tokens of one picture."""
+        """Image tokens of one image."""
         _, rows, columns = self.latent_shape
         return rows * columns // self.pipe.transformer.config.patch_size ** 2
 
@@ -56,25 +56,25 @@ class SD3:
         """What the transformer reads of n captions, on the CPU: dict of tokens (n, L, D), pooled (n, P), and the same of
         the negative prompt, empty_tokens and empty_pooled, which are views of one row."""
         tokens, pooled = self.encode(list(captions))
-        nothing, nothing_pooled = self.encode([self.negative])     # by itself: the same bits in whatever company
+        nothing, nothing_pooled = self.encode([self.negative_prompt])     # by itself: the same bits in whatever company
         return {"tokens": tokens, "pooled": pooled, "empty_tokens": nothing.expand_as(tokens),
                 "empty_pooled": nothing_pooled.expand_as(pooled)}
 
     def encode(self, captions):
         tokens, _, pooled, _ = self.pipe.encode_prompt(captions, captions, captions, do_classifier_free_guidance=False,
-                                                       max_sequence_length=self.max_tokens)
+                                                       max_sequence_length=self.max_sequence_length)
         return tokens.cpu(), pooled.cpu()
 
     @torch.no_grad()
-    def encode_pictures(self, pictures):
+    def encode_images(self, images):
         """(n, 3, height, width) in [-1, 1] -> latents (n, C, rows, columns), the mean of the VAE's posterior."""
         vae = self.pipe.vae
-        latents = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mean
+        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents):
-        """Latents (n, C, rows, columns) -> pictures (n, 3, height, width) in [-1, 1]."""
+        """Latents (n, C, rows, columns) -> images (n, 3, height, width) in [-1, 1]."""
         vae = self.pipe.vae
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(latents.to(vae.dtype)).sample.clamp(-1, 1)
@@ -95,7 +95,7 @@ class SD3:
         g = cond["guidance"][guided].to(x).view(-1, 1, 1, 1)
         return v.index_put((guided,), nothing + g * (v[guided] - nothing))
 
-    def stock_pictures(self, captions, noise, steps, guidance, shift=None):
+    def sample_stock(self, captions, noise, steps, guidance, shift=None):
         """What the stock pipeline makes from the same noise (n, C, rows, columns): (n, 3, H, W) in [-1, 1].
 
         It is given the plain grid as sigmas, else it would choose its own; its scheduler adds the shift.
@@ -104,9 +104,9 @@ class SD3:
         if shift is not None:           # set_shift would do nothing where the shift is dynamic
             self.pipe.scheduler = type(kept).from_config(kept.config, shift=shift, use_dynamic_shifting=False)
         try:
-            pictures = self.pipe(list(captions), height=self.height, width=self.width, num_inference_steps=steps,
-                                 sigmas=[1 - i / steps for i in range(steps)], guidance_scale=guidance, latents=noise, negative_prompt=[self.negative] * len(captions),
-                                 max_sequence_length=self.max_tokens, output_type="pt").images
+            images = self.pipe(list(captions), height=self.height, width=self.width, num_inference_steps=steps,
+                                 sigmas=[1 - i / steps for i in range(steps)], guidance_scale=guidance, latents=noise, negative_prompt=[self.negative_prompt] * len(captions),
+                                 max_sequence_length=self.max_sequence_length, output_type="pt").images
         finally:
             self.pipe.scheduler = kept
-        return pictures * 2 - 1
+        return images * 2 - 1

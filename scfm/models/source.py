@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 
-def index_of(folder):
+def model_index(folder):
     """What model_index.json says: the class of the pipeline, and of each of its parts."""
     index = Path(folder) / "model_index.json"
     if not index.is_file():
@@ -18,7 +18,7 @@ def index_of(folder):
     return json.loads(index.read_text())
 
 
-def local_folder(name):
+def resolve_folder(name):
     """The folder of a pipeline: `name` itself where it is one, else a snapshot of the hub's repository of that name.
 
     FileNotFoundError when it is neither, or when the hub cannot be reached and has no copy here.
@@ -45,7 +45,7 @@ def without_weights(folder):
 
 def part_class(folder, name):
     """The class of one part of a pipeline, from whatever package model_index.json names; ValueError when it is not there."""
-    library, kind = index_of(folder)[name]
+    library, kind = model_index(folder)[name]
     try:
         return getattr(import_module(library), kind)
     except (ImportError, AttributeError) as error:

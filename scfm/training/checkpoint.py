@@ -67,8 +67,8 @@ def find_checkpoint(out, resume="auto"):
         return latest(out)
     if resume == "never":
         if latest(out):
-            raise ValueError(f"{out} has checkpoints, up to {latest(out).name}: take another --out, or --resume auto")
+            raise ValueError(f"{out} has checkpoints, up to {latest(out).name}: take another --output_dir, or --resume_from_checkpoint auto")
         return None
     if not (Path(resume) / "state.pt").is_file():
-        raise FileNotFoundError(f"no checkpoint at {resume}: say --resume auto, never, or a folder such as {out}/checkpoints/000200")
+        raise FileNotFoundError(f"no checkpoint at {resume}: say --resume_from_checkpoint auto, never, or a folder such as {out}/checkpoints/000200")
     return Path(resume)

@@ -7,67 +7,67 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from scfm.data.cache import rows_of_update
+from scfm.data.cache import batch_indices
 from scfm.data.prepare import check_inputs, check_processes, data_of, make_data
 from scfm.method.consistency import keyed_generator, scfm_loss
-from scfm.method.distill import TimeBins, apply_gradient, jumps_of, make_emas, make_optimizer
+from scfm.method.distill import TimeBins, optimizer_step, jumps_from_config, make_emas, make_optimizer
 from scfm.models.family import velocities
 from scfm.models.loading import DTYPES, load_pipeline
-from scfm.models.lora import ADAPTERS, LoraSpeakers, adapter_state, load_adapter_state
+from scfm.models.lora import ADAPTERS, LoraModels, adapter_state, load_adapter_state
 from scfm.models.sampling import on_device
 from scfm.training.checkpoint import find_checkpoint, latest, load_checkpoint, save_checkpoint
-from scfm.training.config import begin_folder
+from scfm.training.config import init_output_dir
 from scfm.training.selection import finish, preview
 
 
-class Run:
+class DistillTrainer:
     """One distillation of a pipeline: prepare, train, save. Everything it writes lies under config.out.
 
-    Attributes: config, accelerator, rows (`CachedRows`), pipe (the transformer alone: no encoders, no VAE), families by size,
-    family (of the main size), speakers, emas, optimizer, scheduler, update (updates done).
+    Attributes: config, accelerator, rows (`CachedDataset`), pipe (the transformer alone: no encoders, no VAE), families by size,
+    family (of the main size), models, emas, optimizer, scheduler, update (updates done).
     """
 
     def __init__(self, config, progress=True):
         config.check()
-        self.config, self.out = config, Path(config.out)
-        self.accelerator = Accelerator(log_with=None if config.tracker == "none" else config.tracker, project_dir=config.out)
+        self.config, self.out = config, Path(config.output_dir)
+        self.accelerator = Accelerator(log_with=None if config.report_to == "none" else config.report_to, project_dir=config.output_dir)
         self.main = self.accelerator.is_main_process
         self.progress = progress and self.main
-        if config.batch % self.accelerator.num_processes:
-            raise ValueError(f"batch {config.batch} cannot be dealt evenly to {self.accelerator.num_processes} processes")
+        if config.global_batch_size % self.accelerator.num_processes:
+            raise ValueError(f"batch {config.global_batch_size} cannot be dealt evenly to {self.accelerator.num_processes} processes")
         check_processes(self.accelerator)
         check_inputs(config)                          # before a folder of ours is made
-        self.resume_from = find_checkpoint(config.out, config.resume)
+        self.resume_from = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         with self.accelerator.main_process_first():
-            begin_folder(self.out, config)
+            init_output_dir(self.out, config)
         _, self.rows = make_data(data_of(config), self.accelerator, progress)
-        self.pipe, _ = load_pipeline(config.pipeline, DTYPES[config.precision], self.accelerator.device, "transformer",
+        self.pipe, _ = load_pipeline(config.pretrained_model_name_or_path, DTYPES[config.weight_dtype], self.accelerator.device, "transformer",
                                      config.quantize)
         self.families = data_of(config).families_of(self.pipe)
         for family in self.families.values():
             family.encode_text = self.rows.text_of    # of the run's own captions: no encoder is loaded
         self.family = self.families[config.height, config.width]
-        self.speakers = self.make_speakers()
-        self.optimizer, self.scheduler = make_optimizer(self.speakers, config)
-        self.emas = make_emas(self.speakers, config)
+        self.models = self.make_models()
+        self.optimizer, self.scheduler = make_optimizer(self.models, config)
+        self.emas = make_emas(self.models, config)
         self.bins, self.update, self.teacher_row = TimeBins(), 0, None
 
-    def make_speakers(self):
+    def make_models(self):
         config, transformer = self.config, self.pipe.transformer
         velocity, teachers = velocities(self.family, config.guidance_mode)    # an impossible mode is named here
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
             transformer.train()
-        torch.backends.cuda.matmul.allow_tf32 = config.precision == "bf16"     # the adapters' float32 products on tensor cores
+        torch.backends.cuda.matmul.allow_tf32 = config.weight_dtype == "bf16"     # the adapters' float32 products on tensor cores
         torch.manual_seed(config.seed)                # PEFT draws A from the global state
-        return LoraSpeakers(transformer, velocity, config.targets or self.family.lora_targets, config.rank,
-                            config.alpha or None, teacher_velocity=teachers)
+        return LoraModels(transformer, velocity, config.lora_layers or self.family.lora_targets, config.rank,
+                            config.lora_alpha or None, teacher_velocity=teachers)
 
     def train(self, until=None, keep_going=lambda: True):
         """Updates up to `until` (config.updates when None), or until keep_going() says no, in any process, at an update's end."""
         config = self.config
-        until = config.updates if until is None else until
-        with tqdm(total=config.updates, initial=self.update, desc="distilling", disable=not self.progress) as bar:
+        until = config.max_train_steps if until is None else until
+        with tqdm(total=config.max_train_steps, initial=self.update, desc="distilling", disable=not self.progress) as bar:
             while self.update < until:
                 begun = time.perf_counter()
                 losses, jumps, norm = self.one()
@@ -76,34 +76,34 @@ class Run:
                                       "seconds": time.perf_counter() - begun}, step=self.update)
                 bar.update(1)
                 bar.set_postfix_str(str(self.bins), refresh=False)
-                if self.write(self.update == config.updates or self.anybody(not keep_going())):
+                if self.write(self.update == config.max_train_steps or self.anybody(not keep_going())):
                     break
 
     def write(self, last):
         """What is due after an update: a checkpoint, a preview; both after the last one. Returns `last`."""
         config = self.config
-        if self.main and (self.update % config.checkpoint_every == 0 or last):
+        if self.main and (self.update % config.checkpointing_steps == 0 or last):
             self.save_state()
-        if self.main and config.preview_every and (self.update % config.preview_every == 0 or last):
-            picture = preview(self)
+        if self.main and config.validation_steps and (self.update % config.validation_steps == 0 or last):
+            image = preview(self)
             for tracker in self.accelerator.trackers:
-                tracker.log_images({"preview": picture[None]}, step=self.update)
+                tracker.log_images({"preview": image[None]}, step=self.update)
         return last
 
     def one(self):
         """The next update; returns (losses (B,), `Jumps`, gradient norm) of all its rows, whichever process had them."""
         config, device = self.config, self.accelerator.device
-        index = rows_of_update(self.update, config.batch, self.rows.size_of, config.seed)
+        index = batch_indices(self.update, config.global_batch_size, self.rows.size_of, config.seed)
         jumps, guidance = self.draw(index)
-        losses = torch.zeros(config.batch, device=device)
+        losses = torch.zeros(config.global_batch_size, device=device)
         for part in self.parts(index):
             size = self.rows.sizes[self.rows.size_of[index[part[0]]]]
             self.turn_to(size)
             data = self.rows.latents(index[part]).to(device)
             cond = on_device({**self.rows.text(index[part]), "guidance": guidance[part]}, device)
-            found = scfm_loss(data, self.noise(part, self.families[size]).to(device), jumps.rows(part).to(device), self.speakers,
+            found = scfm_loss(data, self.noise(part, self.families[size]).to(device), jumps.rows(part).to(device), self.models,
                               cond, config.algorithm, config.loss)
-            self.accelerator.backward(found.sum() / config.batch)
+            self.accelerator.backward(found.sum() / config.global_batch_size)
             losses[part] = found.detach().float()
         self.turn_to((config.height, config.width))
         losses = self.accelerator.reduce(losses, "sum").cpu()
@@ -111,7 +111,7 @@ class Run:
         try:
             if not torch.isfinite(losses).all():
                 raise FloatingPointError(f"a loss of update {self.update + 1} is not finite: try a lower lr, or fp32")
-            norm = apply_gradient(self.speakers, self.emas, self.optimizer, config)
+            norm = optimizer_step(self.models, self.emas, self.optimizer, config)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; the last good state is {latest(self.out) or 'none'}") from None
         self.scheduler.step()
@@ -122,39 +122,39 @@ class Run:
 def draw(self, index):
     """`Jumps` and guidance scales (B,) of the rows of this update, keyed by seed and update; index: (B,) into self.rows."""
     config = self.config
-    own = [self.families[size].own_shift for size in self.rows.sizes]
+    own = [self.families[size].dynamic_shift for size in self.rows.sizes]
     own = None if None in own else torch.tensor(own)[self.rows.size_of[index]]
     dtype = self.family.time_dtype
-    jumps = jumps_of(config, config.batch, keyed_generator(config.seed, self.update), dtype, own)
-    low, high = config.guidance
-    return jumps, low + (high - low) * torch.rand(config.batch, generator=keyed_generator(config.seed, self.update, stream=2))
+    jumps = jumps_from_config(config, config.global_batch_size, keyed_generator(config.seed, self.update), dtype, own)
+    low, high = config.guidance_scale_range
+    return jumps, low + (high - low) * torch.rand(config.global_batch_size, generator=keyed_generator(config.seed, self.update, stream=2))
 
 
 def parts(self, index):
-    """This process's rows of an update as lists of places in it: of one size each, at most config.micro_batch long."""
-    count = self.config.batch // self.accelerator.num_processes
+    """This process's rows of an update as lists of places in it: of one size each, at most config.micro_batch_size long."""
+    count = self.config.global_batch_size // self.accelerator.num_processes
     mine = torch.arange(count) + count * self.accelerator.process_index
     size = self.rows.size_of[index[mine]]
     alike = [mine[size == s] for s in size.unique()]
-    return [part for rows in alike for part in rows.split(self.config.micro_batch or count)]
+    return [part for rows in alike for part in rows.split(self.config.micro_batch_size or count)]
 
 
 def noise(self, part, family):
     """(n, *latent_shape) for the rows at these places of the update: each row's own, whatever its company."""
-    place = lambda j: self.update * self.config.batch + int(j)
+    place = lambda j: self.update * self.config.global_batch_size + int(j)
     return torch.stack([torch.randn(family.latent_shape, generator=keyed_generator(self.config.seed, place(j), stream=4))
                         for j in part])
 
 
 def turn_to(self, size):
-    """All speakers now read latents of this size: a family's velocity knows where in the picture a latent lies."""
-    self.speakers.velocity, self.speakers.teacher_velocity = velocities(self.families[size], self.config.guidance_mode)
+    """All models now read latents of this size: a family's velocity knows where in the image a latent lies."""
+    self.models.velocity, self.models.teacher_velocity = velocities(self.families[size], self.config.guidance_mode)
 
 
 def add_gradients(self):
     """Gives every process the gradient of the whole update: the sum of what each has from its own rows."""
     if self.accelerator.num_processes > 1:
-        for weight in self.speakers.parameters("student"):
+        for weight in self.models.parameters("student"):
             weight.grad = self.accelerator.reduce(weight.grad, "sum")
 
 
@@ -165,15 +165,15 @@ def anybody(self, yes):
     return bool(self.accelerator.reduce(torch.tensor(float(yes), device=self.accelerator.device), "sum") > 0)
 
 
-Run.draw, Run.parts, Run.noise, Run.turn_to = draw, parts, noise, turn_to
-Run.add_gradients, Run.anybody = add_gradients, anybody
+DistillTrainer.draw, DistillTrainer.parts, DistillTrainer.noise, DistillTrainer.turn_to = draw, parts, noise, turn_to
+DistillTrainer.add_gradients, DistillTrainer.anybody = add_gradients, anybody
 
 
 def save_state(self):
     """A checkpoint of everything that an update changes: three adapters, the optimizer, the counters. Never the base."""
-    state = {"update": self.update, "adapters": {n: adapter_state(self.speakers.transformer, n) for n in ADAPTERS},
+    state = {"update": self.update, "adapters": {n: adapter_state(self.models.transformer, n) for n in ADAPTERS},
              "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "ema_updates": self.emas.updates}
-    return save_checkpoint(self.out, self.update, state, self.config.keep)
+    return save_checkpoint(self.out, self.update, state, self.config.checkpoints_total_limit)
 
 
 def resume(self):
@@ -181,20 +181,20 @@ def resume(self):
     if self.resume_from:
         state = load_checkpoint(self.resume_from)
         for name in ADAPTERS:
-            load_adapter_state(self.speakers.transformer, name, state["adapters"][name])
-        self.speakers.transformer.set_adapter("student")
+            load_adapter_state(self.models.transformer, name, state["adapters"][name])
+        self.models.transformer.set_adapter("student")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.update, self.emas.updates = state["update"], state["ema_updates"]
     return self.update
 
 
-Run.save_state, Run.resume = save_state, resume
+DistillTrainer.save_state, DistillTrainer.resume = save_state, resume
 
 
 def begin(config, progress=True):
-    """A `Run` that is ready to train, where an earlier call was killed if there was one, with its tracker."""
-    run = Run(config, progress)
+    """A `DistillTrainer` that is ready to train, where an earlier call was killed if there was one, with its tracker."""
+    run = DistillTrainer(config, progress)
     run.resume()
     told = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
     run.accelerator.init_trackers("logs", told)

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from scfm.models.family import family_of
 from scfm.models.flux import Flux
 from scfm.models.loading import DTYPES
-from scfm.models.lora import adapter_parameters, attach
+from scfm.models.lora import adapter_parameters, add_adapters
 from scfm.models.sd3 import SD3
-from scfm.models.source import empty_transformer, local_folder, without_weights
+from scfm.models.source import empty_transformer, resolve_folder, without_weights
 
 GIB = 2 ** 30
 FACTOR = 8                                            # pixels to a latent, of the VAEs of both
@@ -37,7 +37,7 @@ def shape_of(config, shape="", change=None):
     """
     if shape:
         if shape not in SHAPES:
-            raise ValueError(f"shape {shape!r} is not known: take one of {', '.join(SHAPES)}, or say --pipeline FOLDER")
+            raise ValueError(f"shape {shape!r} is not known: take one of {', '.join(SHAPES)}, or say --pretrained_model_name_or_path FOLDER")
         family_class, kind, settings = SHAPES[shape]
         unknown = sorted(set(change or {}) - set(settings))
         if unknown:
@@ -48,12 +48,12 @@ def shape_of(config, shape="", change=None):
     else:
         if change:
             raise ValueError("a change needs a shape to be made to: say --shape NAME too")
-        folder = local_folder(config.pipeline)
+        folder = resolve_folder(config.pretrained_model_name_or_path)
         family_class = family_of(folder)
         transformer = empty_transformer(folder)
         pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=without_weights(folder).vae_scale_factor)
-    torch.nn.Module.to(transformer, DTYPES[config.precision])         # diffusers' own `to` remarks on layers it knows better
-    return family_class(pipe, config.height, config.width, config.max_tokens), transformer
+    torch.nn.Module.to(transformer, DTYPES[config.weight_dtype])         # diffusers' own `to` remarks on layers it knows better
+    return family_class(pipe, config.height, config.width, config.max_sequence_length), transformer
 
 
 class Count(NamedTuple):
@@ -72,11 +72,11 @@ def count_row(family, transformer, guidance, dtype):
     if not {"joint_attention_dim", "pooled_projection_dim"} <= set(told):
         raise ValueError(f"the plan knows how text enters Flux and SD3 alone, not {type(transformer).__name__}")
     zeros = lambda *shape: torch.zeros(1, *shape, device="meta", dtype=dtype)
-    text = {"tokens": zeros(family.max_tokens + family.clip_tokens, told.joint_attention_dim), "pooled": zeros(told.pooled_projection_dim)}
-    if family.true_guidance:
+    text = {"tokens": zeros(family.max_sequence_length + family.extra_text_tokens, told.joint_attention_dim), "pooled": zeros(told.pooled_projection_dim)}
+    if family.uses_cfg:
         text |= {"empty_" + name: part for name, part in text.items()}
     cond = {**text, "guidance": torch.full((1,), float(guidance))}    # on the CPU: SD3 asks which rows are guided
-    if not family.true_guidance:
+    if not family.uses_cfg:
         cond["guidance"] = cond["guidance"].to("meta")
     x, t = torch.zeros(1, *family.latent_shape, device="meta"), torch.zeros(1, device="meta")
     kept, seen = [], {id(p) for p in transformer.parameters()}
@@ -96,39 +96,39 @@ def count_row(family, transformer, guidance, dtype):
     return Count(forward, counter.get_total_flops(), sum(v.numel() * v.element_size() for v in kept))
 
 
-def make_plan(config, shape="", change=None, gpu="a100", efficiency=.4, pictures=0):
+def make_plan(config, shape="", change=None, gpu="a100", efficiency=.4, images=0):
     """What a run would cost: a dict of parameters, GiB by part, operations an update and hours on a GPU.
 
-    config: a RunConfig (its pipeline may be empty when a shape is named). efficiency: share of the stated operations a second that
-    is assumed to be reached. pictures: how many the teacher is to paint first. The hours and the activations are guesses, the rest
+    config: a DistillConfig (its pipeline may be empty when a shape is named). efficiency: share of the stated operations a second that
+    is assumed to be reached. images: how many the teacher is to generate first. The hours and the activations are guesses, the rest
     is counted from tensors without content. ValueError for an unknown shape or GPU.
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu {gpu!r} is not known: take one of {', '.join(GPUS)}")
     family, transformer = shape_of(config, shape, change)
     base = sum(p.numel() for p in transformer.parameters())
-    width = DTYPES[config.precision].itemsize
+    width = DTYPES[config.weight_dtype].itemsize
     blocks = sum(len(m) for n, m in transformer.named_children() if isinstance(m, torch.nn.ModuleList))
     with torch.device("meta"):
-        attach(transformer, config.targets or family.lora_targets, config.rank, config.alpha or None)
+        add_adapters(transformer, config.lora_layers or family.lora_targets, config.rank, config.lora_alpha or None)
     lora = sum(p.numel() for p in adapter_parameters(transformer, "student"))
-    row = count_row(family, transformer, max(config.guidance), DTYPES[config.precision])
-    update = config.batch * (2 * row.forward + row.student)
+    row = count_row(family, transformer, max(config.guidance_scale_range), DTYPES[config.weight_dtype])
+    update = config.global_batch_size * (2 * row.forward + row.student)
     activations = row.kept
     if config.gradient_checkpointing:                 # kept: the input of each block, and one block at a time
-        update += config.batch * row.forward
-        tokens = family.tokens + family.max_tokens + family.clip_tokens
+        update += config.global_batch_size * row.forward
+        tokens = family.tokens + family.max_sequence_length + family.extra_text_tokens
         activations = blocks * tokens * inner_width(transformer) * width + row.kept / blocks
     memory = {"base": base * (.5625 if config.quantize else width), "adapters": 3 * 4 * lora, "Adam": 2 * 4 * lora, "gradients": 4 * lora,
-              "activations, guessed": activations * (config.micro_batch or config.batch)}
+              "activations, guessed": activations * (config.micro_batch_size or config.global_batch_size)}
     speed, room = GPUS[gpu]
     hours = lambda operations: operations / (speed * efficiency) / 3600
-    painting = pictures * config.teacher_steps * row.forward
+    generating = images * config.teacher_steps * row.forward
     return {"transformer, parameters": base, "LoRA, parameters": lora, "GiB": {k: v / GIB for k, v in memory.items()},
             "GiB in all": sum(memory.values()) / GIB, "GiB of the GPU": room, "operations of a row's forward": row.forward,
-            "operations of an update": update, "forward passes an update": config.batch * 2 + config.batch,
-            "seconds an update": 3600 * hours(update), "hours of training": hours(config.updates * update),
-            "hours of painting": hours(painting), "gpu": gpu, "efficiency": efficiency, "updates": config.updates, "pictures": pictures}
+            "operations of an update": update, "forward passes an update": config.global_batch_size * 2 + config.global_batch_size,
+            "seconds an update": 3600 * hours(update), "hours of training": hours(config.max_train_steps * update),
+            "hours of generating": hours(generating), "gpu": gpu, "efficiency": efficiency, "updates": config.max_train_steps, "images": images}
 
 
 def inner_width(transformer):

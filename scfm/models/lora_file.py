@@ -1,0 +1,32 @@
+"""What the header of a LoRA file says of its scales. Other loaders skip it."""
+import json
+import os
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from scfm.method.lora_scale import LoraScales
+
+KEY = "scfm_lora_scales"                    # one entry of a safetensors header
+
+
+def write_lora_scales(path: str | Path, scales: LoraScales) -> None:
+    """Stores the scales in the header of the LoRA file `path` (safetensors); tensors and the rest of the header stay."""
+    path = Path(path)
+    with safe_open(str(path), framework="pt") as opened:
+        header = dict(opened.metadata() or {})
+    header[KEY] = json.dumps(scales._asdict())
+    save_file(load_file(str(path)), str(path) + ".new", metadata=header)
+    os.replace(str(path) + ".new", path)
+
+
+def read_lora_scales(path: str | Path) -> LoraScales | None:
+    """The scales in the header of a LoRA file, or None when it has none."""
+    with safe_open(str(path), framework="pt") as opened:
+        text = (opened.metadata() or {}).get(KEY)
+    if text is None:
+        return None
+    saved = json.loads(text)
+    schedules = tuple(map(tuple, saved.get("schedules", ())))
+    return LoraScales(tuple(saved["steps"]), tuple(saved["scales"]), saved["shift"], schedules)
