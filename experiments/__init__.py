@@ -1,1 +1,3 @@
-"""The measurements behind the README and the chapters: studies, the testbeds that they run on, and their results."""
+"""The measurements behind the README and the chapters: studies, the testbeds that they run on, and their
+results.
+"""

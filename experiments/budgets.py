@@ -28,5 +28,5 @@ def spent(method: str, budget: int, batch: int, search: int = 0, lora: bool = Fa
     steps, pairs = plan(method, budget, batch, search, lora)
     if method == "progressive":
         steps = len(STAGES) * (steps // len(STAGES))
-    examples = steps * batch
-    return network_evaluations(method, examples, pairs, PAIR_STEPS, lora) + (search if method == "scfm" else 0)
+    search = search if method == "scfm" else 0
+    return network_evaluations(method, steps * batch, pairs, PAIR_STEPS, lora) + search

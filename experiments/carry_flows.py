@@ -1,4 +1,5 @@
-"""The flows that the repository carries, from the trainings of bench/cifar.py:  python bench/carry_flows.py --cells runs/cifar/cells
+"""The flows that the repository carries, from the trainings of bench/cifar.py:  python bench/carry_flows.py
+--cells runs/cifar/cells
 
 Of each method below, one seed: the average of the weights in half precision, with the notes of its training.
 Chapters 09_unet, 10_pretrain and 21_pixels generate with them.

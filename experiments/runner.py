@@ -1,7 +1,8 @@
-"""Runs the measurements of a study: jobs, the cells that hold what was computed, the command line and the record.
+"""Runs the measurements of a study: jobs, the cells that hold what was computed, the command line and the
+record.
 
-A study lists its `Job`s and says how one is measured: measure(cache, job) -> plain numbers. Whatever takes time is a cell,
-a file that is known by what determines it, so a killed run goes on where it was.
+A study lists its `Job`s and says how one is measured: measure(cache, job) -> plain numbers. Whatever takes
+time is a cell, a file that is known by what determines it, so a killed run goes on where it was.
 """
 import argparse
 import hashlib
@@ -31,9 +32,10 @@ RESULTS = Path(__file__).parent / "results"
 class Job(NamedTuple):
     """One measurement of a study.
 
-    part: of the study, as --only names it; family: the method or setting that is measured; label: its name in the record;
-    data: the set that it is measured on; seed: of the teacher and of what judges; change: of the recipe, by the names of
-    `SCFMConfig` and of the testbed; budget: network evaluations, 0 where nothing is trained to a budget.
+    part: of the study, as --only names it; family: the method or setting that is measured; label: its name in
+    the record; data: the set that it is measured on; seed: of the teacher and of what judges; change: of the
+    recipe, by the names of `SCFMConfig` and of the testbed; budget: network evaluations, 0 where nothing is
+    trained to a budget.
     """
     part: str
     family: str
@@ -45,7 +47,7 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A job, its value or None, {cell: (seconds, CPU seconds)} of what it rests on, and how many cells were made for it."""
+    """cells: {name: (seconds, CPU seconds)} of what the value rests on; made: how many were made for it."""
     job: Job
     value: Any
     cells: dict[str, tuple[float, float]]
@@ -65,7 +67,9 @@ class CellCache:
         self.made = 0
 
     def __call__(self, kind: str, spec: dict, make: Callable[[], Any]) -> Any:
-        """The value of the cell of this kind and spec: read, or made by make() and stored. MissingCell where frozen."""
+        """The value of the cell of this kind and spec: read, or made by make() and stored. MissingCell where
+        frozen.
+        """
         name, text = cell_name(kind, spec)
         path = self.folder / name
         if not path.is_file():
@@ -91,8 +95,9 @@ def cell_name(kind: str, spec: dict) -> tuple[str, str]:
 
 
 def non_defaults(config: Any) -> dict[str, Any]:
-    """The fields of a config that are not at their defaults: a cell knows it by these, so that a field that is added
-    later, with a default that changes nothing, leaves the cells valid."""
+    """The fields of a config that are not at their defaults: a cell knows it by these, so that a field that
+    is added later, with a default that changes nothing, leaves the cells valid.
+    """
     return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
 
 
@@ -126,8 +131,9 @@ def run_jobs(jobs: Sequence[Job], measure: Measure, args: argparse.Namespace) ->
 
 
 def run_job(job: Job, measure: Measure, folder: str | Path, parts: Sequence[str]) -> Result:
-    """One measurement. Jobs of other parts than `parts` compute nothing: no value where one of their cells is missing,
-    and where a training ran away or its samples are no numbers."""
+    """One measurement. Jobs of other parts than `parts` compute nothing: no value where one of their cells is
+    missing, and where a training ran away or its samples are no numbers.
+    """
     torch.set_num_threads(1)                                 # the networks are small: processes, not threads
     cache = CellCache(folder, frozen=job.part not in parts)
     try:
@@ -138,20 +144,24 @@ def run_job(job: Job, measure: Measure, folder: str | Path, parts: Sequence[str]
 
 
 def _results(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
-    """The results as they come; with several workers the teachers come first, so that no two train the same one."""
+    """The results as they come; with several workers the teachers come first, so that no two train the same
+    one.
+    """
     if workers == 1:
         yield from map(work, jobs)
         return
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for of_teachers in (True, False):
-            yield from pool.imap_unordered(work, [job for job in jobs if (job.family == "teacher") == of_teachers])
+            wave = [job for job in jobs if (job.family == "teacher") == of_teachers]
+            yield from pool.imap_unordered(work, wave)
 
 
 def run_info(results: Sequence[Result]) -> dict[str, Any]:
     """What the record says of its making: what is missing, the cost, the machine."""
     cells = {name: cost for result in results for name, cost in result.cells.items()}
     wall, cpu = (sum(cost[i] for cost in cells.values()) for i in (0, 1))
-    this_run = {"cells_made": sum(result.made for result in results), "seconds": time.perf_counter() - STARTED}
+    made = sum(result.made for result in results)
+    this_run = {"cells_made": made, "seconds": time.perf_counter() - STARTED}
     return {"missing": [" ".join(map(str, result.job[1:])) for result in results if result.value is None],
             "cost": {"cells": len(cells), "seconds": wall, "cpu_seconds": cpu, "this_run": this_run},
             "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, one thread a worker",
@@ -159,7 +169,9 @@ def run_info(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def write_record(record: dict[str, Any], out: str | Path) -> None:
-    """The record as JSON. SystemExit where a fuller one would be lost, as by --report when the cells are gone."""
+    """The record as JSON. SystemExit where a fuller one would be lost, as by --report when the cells are
+    gone.
+    """
     path, missing = Path(out).with_suffix(".json"), len(record["missing"])
     before = len(json.loads(path.read_text())["missing"]) if path.is_file() else math.inf
     if missing > before:

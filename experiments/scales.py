@@ -1,4 +1,6 @@
-"""LoRA scales for students: one for each number of steps, or one for each step of a walk. Chosen without data."""
+"""LoRA scales for students: one for each number of steps, or one for each step of a walk. Chosen without
+data.
+"""
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,14 +23,16 @@ def finite(distance: float) -> float:
 
 def find_scales(walk: Walk, goal: torch.Tensor, field_at: FieldAtScale, steps: Sequence[int],
                 scales: Sequence[float], shift: float = 1.) -> LoraScales:
-    """The scale for each number of steps at which the student's endpoints lie nearest to `goal`, the teacher's."""
+    """The scale for each number of steps at which the student's endpoints lie nearest to `goal`, the
+    teacher's.
+    """
     curve = endpoint_curve(lambda n, scale: walk(field_at(scale), n), goal, steps, scales)
     return choose_lora_scales({pair: finite(distance) for pair, distance in curve.items()}, shift)
 
 
 def by_steps(scales: LoraScales) -> dict[int, float]:
     """The table of `LoraScales` as {steps: scale}."""
-    return dict(zip(scales.steps, scales.scales))
+    return dict(zip(scales.steps, scales.scales, strict=True))
 
 
 def scheduled_field(field_at: FieldAtScale, scales: Sequence[float], shift: float = 1.) -> Field:

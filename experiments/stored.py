@@ -1,7 +1,7 @@
 """Today's names, and the words in which cells and trainings are stored.
 
-A cell is found by a hash of what determines it, written in these words. They stay as they were when the first cells were
-measured, so that no renaming in the library orphans a measurement.
+A cell is found by a hash of what determines it, written in these words. They stay as they were when the first
+cells were measured, so that no renaming in the library orphans a measurement.
 """
 from typing import Any
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from scfm.method.consistency import keyed_generator, scfm_loss
 from scfm.method.distill import (
-    SCFMConfig, CopiedModels, TimeBins, distill, sample_batch, make_emas, make_optimizer, train_step)
+    Batch, SCFMConfig, CopiedModels, TimeBins, distill, sample_batch, make_emas, make_optimizer, train_step)
 
 
 class Net(torch.nn.Module):
@@ -126,7 +126,7 @@ def test_an_update_moves_the_student_and_the_emas_only(algorithm):
     before = {name: weights(models, name) for name in models.networks}
     for update in range(2):
         noise, jumps = sample_batch(config, update, 8, (2,))
-        result = train_step(models, emas, optimizer, torch.randn(8, 2), noise, jumps, config)
+        result = train_step(models, emas, optimizer, [Batch(torch.randn(8, 2), noise, jumps)], config)
     assert result.losses.shape == (8,) and not result.losses.requires_grad and result.norm > 0
     assert same(before["teacher"], weights(models, "teacher")) and models.networks["teacher"] is network
     assert not any(same(before[name], weights(models, name)) for name in ("student", "ema_fast", "ema_slow"))
@@ -140,7 +140,7 @@ def test_the_emas_follow_the_new_student():
     models, config = CopiedModels(Net()), toy_config(ema_decay_fast=.5, ema_decay_slow=.75)
     optimizer, _ = make_optimizer(models, config)
     emas, start = make_emas(models, config), weights(models, "student")
-    train_step(models, emas, optimizer, torch.randn(8, 2), *sample_batch(config, 0, 8, (2,)), config)
+    train_step(models, emas, optimizer, [Batch(torch.randn(8, 2), *sample_batch(config, 0, 8, (2,)))], config)
     for name, decay in (("ema_fast", .5), ("ema_slow", .75)):
         for s, old, new in zip(weights(models, name), start, weights(models, "student")):
             torch.testing.assert_close(s, decay * old + (1 - decay) * new)
@@ -155,7 +155,7 @@ def test_first_step_is_adamws_own():
     noise, jumps = sample_batch(config, 0, 8, (2,))
     loss = scfm_loss(data, noise, jumps, models).mean()
     grads = torch.autograd.grad(loss, models.parameters("student"))
-    train_step(models, make_emas(models, config), optimizer, data, noise, jumps, config)
+    train_step(models, make_emas(models, config), optimizer, [Batch(data, noise, jumps)], config)
     plain = torch.optim.AdamW(twin.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     for p, g in zip(twin.parameters(), grads):
         p.grad = g
@@ -172,7 +172,7 @@ def test_gradient_is_clipped_and_its_norm_reported():
         def step(self, closure=None):
             seen.append(torch.stack([p.grad.norm() for p in models.parameters("student")]).norm())
     optimizer = Spy(models.parameters("student"), lr=0.)
-    result = train_step(models, make_emas(models, config), optimizer, 5 * torch.randn(8, 2), *sample_batch(config, 0, 8, (2,)), config)
+    result = train_step(models, make_emas(models, config), optimizer, [Batch(5 * torch.randn(8, 2), *sample_batch(config, 0, 8, (2,)))], config)
     assert result.norm > 1e-3 and seen[0] == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -181,8 +181,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     optimizer, _ = make_optimizer(models, config)
     emas = make_emas(models, config)
     before = {name: weights(models, name) for name in models.networks}
-    with pytest.raises(FloatingPointError, match="nan"):
-        train_step(models, emas, optimizer, torch.full((8, 2), float("nan")), *sample_batch(config, 0, 8, (2,)), config)
+    with pytest.raises(FloatingPointError, match="no weight was changed"):
+        train_step(models, emas, optimizer, [Batch(torch.full((8, 2), float("nan")), *sample_batch(config, 0, 8, (2,)))], config)
     assert all(same(before[name], weights(models, name)) for name in before) and emas.updates == 0
     assert all(p.grad is None for p in models.parameters("student"))
 
@@ -230,7 +230,7 @@ def test_distill_repeats_itself_and_a_seed_changes_it():
 def test_distill_reports_every_update_and_passes_the_condition():
     seen = []
     batch_of = lambda generator, rows: (normal(generator, rows), torch.ones(rows, 3))
-    models = distill(CopiedModels(Net(classes=3)), batch_of, toy_config(), on_update=lambda u, r: seen.append((u, r)), progress=False)
+    models = distill(CopiedModels(Net(classes=3)), batch_of, toy_config(), on_step=lambda u, r: seen.append((u, r)), progress=False)
     assert [u for u, _ in seen] == list(range(5)) and all(len(r.losses) == 8 for _, r in seen)
     assert isinstance(models, CopiedModels)
 
@@ -243,7 +243,7 @@ def test_distill_is_its_own_steps():
     emas = make_emas(models, config)
     for update in range(config.max_train_steps):
         data = normal(keyed_generator(0, update, stream=1), 8)
-        train_step(models, emas, optimizer, data, *sample_batch(config, update, 8, (2,)), config)
+        train_step(models, emas, optimizer, [Batch(data, *sample_batch(config, update, 8, (2,)))], config)
         scheduler.step()
     assert all(same(weights(by_loop, name), weights(models, name)) for name in models.networks)
 

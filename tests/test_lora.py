@@ -3,7 +3,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from scfm.method.distill import SCFMConfig, sample_batch, make_emas, make_optimizer, train_step
+from scfm.method.distill import Batch, SCFMConfig, sample_batch, make_emas, make_optimizer, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels, adapter_parameters, add_adapters, save_lora
 from toy.pipelines import build_flux
@@ -129,7 +129,7 @@ def test_adapters_are_fp32_on_a_bf16_base_and_the_slow_ema_moves():
     expected = before
     for update in range(3):
         noise, jumps = sample_batch(config, update, 4, (N, 16), dtype=torch.bfloat16)
-        train_step(four, emas, optimizer, x, noise, jumps, config, cond)
+        train_step(four, emas, optimizer, [Batch(x, noise, jumps, cond)], config)
         expected = [e + .001 * (p.detach() - e) for e, p in zip(expected, four.parameters("student"))]
     after = four.parameters("ema_slow")
     assert any(not torch.equal(a, b) for a, b in zip(before, after))
@@ -145,7 +145,7 @@ def test_one_update_moves_adapters_only():
     x, _, cond = inputs()
     before = {n: [p.detach().clone() for p in four.parameters(n)] for n in ADAPTERS}
     noise, jumps = sample_batch(config, 0, 4, (N, 16))
-    train_step(four, emas, optimizer, x, noise, jumps, config, cond)
+    train_step(four, emas, optimizer, [Batch(x, noise, jumps, cond)], config)
     assert all(torch.equal(base[n], p) for n, p in four.transformer.named_parameters() if "lora" not in n)
     for name in ADAPTERS:
         assert any(not torch.equal(p, q) for p, q in zip(before[name], four.parameters(name)))

@@ -9,7 +9,7 @@ import torch
 from scfm.method import flow
 from scfm.method.consistency import Jumps, DistillModels, consistency_target, draw_jumps, keyed_generator
 from scfm.method.distill import (
-    SCFMConfig, CopiedModels, sample_batch, make_emas, make_optimizer, train_step)
+    Batch, SCFMConfig, CopiedModels, sample_batch, make_emas, make_optimizer, train_step)
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "learn/plain_scfm.ipynb"
 CODE = ["".join(c["source"]) for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
@@ -81,7 +81,7 @@ def test_loss_gradient_and_weights_are_the_librarys(plain, lr):
         gradients = []
         for parameters, opt in ((ours.parameters("student"), optimizer), (list(theirs["student"].parameters()), other)):
             opt.register_step_pre_hook(lambda *_, p=parameters: gradients.append([q.grad.clone() for q in p]))
-        result = train_step(ours, emas, optimizer, data, noise, jumps, config)
+        result = train_step(ours, emas, optimizer, [Batch(data, noise, jumps)], config)
         loss = plain["update"](*(theirs[n] for n in ("student", "teacher", "ema_fast", "ema_slow")), other, data, noise, jumps.times,
                                jumps.is_teacher, DECAYS)
         assert loss == pytest.approx(result.losses.mean().item(), rel=2e-5)

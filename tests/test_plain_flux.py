@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from scfm.method.consistency import Jumps, draw_jumps, keyed_generator
-from scfm.method.distill import SCFMConfig, make_emas, make_optimizer, train_step
+from scfm.method.distill import Batch, SCFMConfig, make_emas, make_optimizer, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels
 from toy.pipelines import FLUX, TOKENS, load_flux
@@ -130,7 +130,7 @@ def test_loss_gradients_and_weights_of_three_steps_are_the_librarys(plain, dtype
         data, noise, times, is_teacher, cond = batch(plain, dtype, step)
         jumps = Jumps(times, is_teacher, torch.where(is_teacher, 32, 2))
         words = dict(zip(("tokens", "pooled", "guidance"), cond, strict=True))
-        result = train_step(library, emas, optimizer, data, noise, jumps, config, words)
+        result = train_step(library, emas, optimizer, [Batch(data, noise, jumps, words)], config)
         loss = plain.train_step(example, other, data, noise, times, is_teacher, cond, (.9, .97))
         assert loss == pytest.approx(result.losses.mean().item(), rel=1e-6)
         assert all(map(torch.equal, gradients[optimizer], gradients[other]))

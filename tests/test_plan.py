@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.cli import main
 from scfm.training.config import DistillConfig
-from scfm.method.distill import sample_batch, make_emas, make_optimizer, train_step
+from scfm.method.distill import Batch, sample_batch, make_emas, make_optimizer, train_step
 from scfm.models.flux import Flux
 from scfm.models.sd3 import SD3
 from scfm.models.lora import LoraModels
@@ -31,7 +31,7 @@ def test_the_count_is_that_of_a_real_update(family_class, build, checkpointing, 
     cond = {**family.encode_text(["a red star"] * 4), "guidance": torch.full((4,), 4.)}
     data = torch.randn(4, *family.latent_shape)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):   # the CPU's fused one is not counted
-        train_step(models, make_emas(models, config), optimizer, data, *sample_batch(config, 0, 4, data.shape[1:]), config, cond)
+        train_step(models, make_emas(models, config), optimizer, [Batch(data, *sample_batch(config, 0, 4, data.shape[1:]), cond)], config)
     planned = make_plan(config)
     seen = cond["tokens"].shape[1] / (TOKENS + family.extra_text_tokens)      # the toy's CLIPs have fewer tokens than 77
     if seen == 1:

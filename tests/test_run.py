@@ -18,7 +18,7 @@ from scfm.training.checkpoint import all_checkpoints, latest
 from scfm.cli import main
 from scfm.commands.distill import signals_noted
 from scfm.training.config import DistillConfig, read_settings
-from scfm.method.distill import SCFMConfig, sample_batch, make_emas, make_optimizer, train_step
+from scfm.method.distill import Batch, SCFMConfig, sample_batch, make_emas, make_optimizer, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels, adapter_state
 from scfm.training.distill_trainer import DistillTrainer
@@ -165,7 +165,7 @@ def test_speakers_speak_for_themselves_behind_a_wrapper(group):
         optimizer, _ = make_optimizer(four, config)
         emas = make_emas(four, config)
         for update in range(3):
-            train_step(four, emas, optimizer, x, *sample_batch(config, update, 4, x.shape[1:]), config, cond)
+            train_step(four, emas, optimizer, [Batch(x, *sample_batch(config, update, 4, x.shape[1:]), cond)], config)
         said = {name: getattr(four, name)(x, torch.full((4,), .7), cond) for name in ("teacher", *ADAPTERS)}
         apart = [(said[a] - said[b]).abs().max() for a in said for b in said if a < b]
         assert min(apart) > 1e-5                                       # four voices, not one

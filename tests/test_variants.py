@@ -76,9 +76,9 @@ def test_a_share_that_moves_gives_each_update_its_number_of_teacher_rows(parts):
     config, seen = SCFMConfig(max_train_steps=5, global_batch_size=8, teacher_ratio=0., ema_decay_fast=.5, ema_decay_slow=.9), []
     move = moved_share(config, 1.25)                         # a quarter more an update; the last value is never drawn with
 
-    def on_update(update, result):
+    def on_step(update, result):
         seen.append(int(result.jumps.is_teacher.sum()))
         move(update, result)
-    distill(CopiedModels(MLP(8, 1)), lambda generator, rows: torch.randn(rows, 2, generator=generator), config, on_update, progress=False)
+    distill(CopiedModels(MLP(8, 1)), lambda generator, rows: torch.randn(rows, 2, generator=generator), config, on_step, progress=False)
     assert seen == [0, 2, 4, 6, 8] and config.teacher_ratio == 1.25
     assert moved_share(config, None) is None

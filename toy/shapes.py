@@ -93,12 +93,12 @@ def draw_images(captions, generator, anywhere=False):
     centre = torch.stack([_place(named[:, 3], radius, uniform(0, 1), anywhere),
                           _place(named[:, 4], radius, uniform(0, 1), anywhere)], 1)
     colour, shape = named[:, 0], named[:, 1]
-    fill = (torch.tensor(list(COLOURS.values()))[colour] + uniform(-.04, .04, 3)).clamp(0, 1)
+    shade = (torch.tensor(list(COLOURS.values()))[colour] + uniform(-.04, .04, 3)).clamp(0, 1)
 
     image = _background(n, generator)
     image = _companion(image, centre, radius, colour, uniform, generator)
     tilt = uniform(-.25, .25) * (1 if anywhere else .3)
-    image = _blend(image, _cover(shape, centre, radius, tilt), fill)
+    image = _blend(image, _cover(shape, centre, radius, tilt), shade)
     truth = torch.stack([colour, shape, size, (centre[:, 0] > SIDE / 2).long(), (centre[:, 1] > SIDE / 2).long()], 1)
     return image * 2 - 1, truth
 

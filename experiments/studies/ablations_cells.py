@@ -52,7 +52,7 @@ def run(models, batch_of, config, ours, looks, look):
     updates}. A run whose gradient is no longer finite ends there; its student stands for the looks that were to come."""
     stalled, found, done = RestartWhenStalled(models), {}, 0
 
-    def on_update(update, _):
+    def on_step(update, _):
         nonlocal done
         done = update + 1
         if ours["restart_when_stalled"]:
@@ -60,7 +60,7 @@ def run(models, batch_of, config, ours, looks, look):
         if done in looks:
             found[done] = look(done)
     with suppress(FloatingPointError):
-        distill(models, batch_of, config, on_update, progress=False)
+        distill(models, batch_of, config, on_step, progress=False)
     found |= {updates: look(updates) for updates in looks if updates not in found}
     numbers = sum(weight.numel() for weight in models.parameters("student"))
     return {"looks": found, "restarts": stalled.restarts, "numbers": numbers, "done": done}

@@ -1,4 +1,6 @@
-"""Where flows are distilled and judged: the plane, the tiny Flux of toy/, CIFAR-10. All have the interface `Testbed`."""
+"""Where flows are distilled and judged: the plane, the tiny Flux of toy/, CIFAR-10. All have the interface
+`Testbed`.
+"""
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -7,7 +9,7 @@ import torch
 from experiments.runner import Job
 
 Field = Callable[..., torch.Tensor]              # (x (B, ...), t (B,), cond) -> velocity (B, ...)
-FieldAtScale = Callable[[float], Field]          # a student's field at a LoRA scale, or at its like for full weights
+FieldAtScale = Callable[[float], Field]  # a student's field at a LoRA scale, or at its like for full weights
 Walk = Callable[[Field, int], torch.Tensor]      # (field, steps) -> the points reached, (n, ...)
 BatchOf = Callable[[torch.Generator, int], Any]  # (generator, examples) -> data, or (data, cond)
 
@@ -27,7 +29,9 @@ class Testbed(Protocol):
         """What a training draws its examples from: a `BatchOf`, or the labelled images themselves."""
 
     def search(self, job: Job, teacher: Field) -> tuple[Walk, torch.Tensor]:
-        """A walk from noises that no judge sees, and where the teacher's many steps take them: to choose scales on."""
+        """A walk from noises that no judge sees, and where the teacher's many steps take them: to choose
+        scales on.
+        """
 
     def judge(self, job: Job) -> Callable[..., dict[str, float]]:
         """measure(field, steps) -> {metric: number}: noises and reference are the same for all methods."""

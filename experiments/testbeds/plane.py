@@ -1,4 +1,6 @@
-"""Two-dimensional sets and a small network: trainings and measurements, each a cell that is known by what determines it."""
+"""Two-dimensional sets and a small network: trainings and measurements, each a cell that is known by what
+determines it.
+"""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +11,7 @@ from torch import nn
 
 from experiments.runner import CellCache, Job, non_defaults
 from experiments.scales import by_steps, find_scales, finite
+from experiments.streams import Stream
 from experiments.testbeds import BatchOf, Field, FieldAtScale, Walk
 from scfm.method.consistency import keyed_generator, scfm_loss
 from scfm.method.distill import (
@@ -25,8 +28,7 @@ from scfm.method.lora_scale import SCALES, STEPS
 from scfm.method.metrics import endpoint_distance, sliced_wasserstein
 from toy.plane import DATA, MLP, train_flow
 
-REFERENCE, NOISE, SEARCH_NOISE, FEW, FLOOR = range(10, 15)   # streams of random numbers that nothing else uses
-COUPLED = 512                                    # noises on which a distance to the teacher's endpoints is measured
+COUPLED = 512  # noises on which a distance to the teacher's endpoints is measured
 FEWER = (1, 2, 3, 4, 8)                          # step counts of the ablations
 MODELS = ("student", "ema_fast", "ema_slow")
 TEACHER_UPDATES = {"checkerboard": 14_000, "moons": 5000, "8 gaussians": 5000}
@@ -34,8 +36,9 @@ TEACHER_UPDATES = {"checkerboard": 14_000, "moons": 5000, "8 gaussians": 5000}
 
 @dataclass(frozen=True)
 class PlaneSizes:
-    """teacher_updates, updates: training steps of the teachers, by set, and of a student; batch: examples of a step;
-    samples, directions: of SW2; dial_noises, goal_steps, scales: of the search for scales."""
+    """teacher_updates, updates: training steps of the teachers, by set, and of a student; batch: examples of
+    a step; samples, directions: of SW2; dial_noises, goal_steps, scales: of the search for scales.
+    """
     teacher_updates: dict = field(default_factory=lambda: dict(TEACHER_UPDATES))
     updates: int = 2000
     batch: int = 256
@@ -50,20 +53,25 @@ SMOKE_SIZES = PlaneSizes(dict.fromkeys(DATA, 2), 2, 8, 64, 8, 8, 4, (0., 1.))
 
 
 class Recipe(NamedTuple):
-    """What a change asks for. config: fields of `SCFMConfig`; training: what the training needs beside them (few: points
-    that it sees, 0 for fresh data; sample_space; teacher_ratio_end: where a moving k/N ends); reading: what the
-    measurement needs (read_out: the network that is sampled; sampling_shift)."""
+    """What a change asks for. config: fields of `SCFMConfig`; training: what the training needs beside them
+    (few: points that it sees, 0 for fresh data; sample_space; teacher_ratio_end: where a moving k/N ends);
+    reading: what the measurement needs (read_out: the network that is sampled; sampling_shift).
+    """
     config: dict[str, Any]
     training: dict[str, Any]
     reading: dict[str, Any]
 
 
 def make_recipe(sizes: Any, change: dict[str, Any]) -> Recipe:
-    """The recipe of all students, the paper's with EMAs as short as the run, with a change. sizes: updates, batch."""
+    """The recipe of all students, the paper's with EMAs as short as the run, with a change. sizes: updates,
+    batch.
+    """
     steps = change.get("max_train_steps", sizes.updates)
-    config = {"max_train_steps": steps, "global_batch_size": sizes.batch, "learning_rate": 3e-4, "lr_scheduler": "cosine",
-              "shift": (1., 2.), "ema_decay_fast": shorten(.99, steps), "ema_decay_slow": shorten(.999, steps)}
-    recipe = Recipe(config, {"few": 0, "sample_space": False}, {"read_out": "ema_slow", "sampling_shift": 1.})
+    config = {"max_train_steps": steps, "global_batch_size": sizes.batch, "shift": (1., 2.),
+              "learning_rate": 3e-4, "lr_scheduler": "cosine",
+              "ema_decay_fast": shorten(.99, steps), "ema_decay_slow": shorten(.999, steps)}
+    training, reading = {"few": 0, "sample_space": False}, {"read_out": "ema_slow", "sampling_shift": 1.}
+    recipe = Recipe(config, training, reading)
     for name, value in change.items():
         if name in recipe.reading:
             recipe.reading[name] = value
@@ -75,12 +83,14 @@ def make_recipe(sizes: Any, change: dict[str, Any]) -> Recipe:
 
 
 def ramp_teacher_ratio(config: SCFMConfig, last: float | None) -> Callable | None:
-    """on_update for `distill`: k/N goes evenly from what config has to `last`, where it ends; None where it stays."""
+    """on_step for `distill`: k/N goes evenly from what config has to `last`, where it ends; None where it
+    stays.
+    """
     first = config.teacher_ratio
 
-    def on_update(update: int, _: Any) -> None:
+    def on_step(update: int, _: Any) -> None:
         config.teacher_ratio = first + (last - first) * (update + 1) / config.max_train_steps
-    return None if last is None else on_update
+    return None if last is None else on_step
 
 
 def load_weights(network: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
@@ -89,7 +99,8 @@ def load_weights(network: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Mod
 
 
 def distill_in_sample_space(models: CopiedModels, batch_of: BatchOf, config: SCFMConfig) -> None:
-    """`distill` with the same condition asked of the point reached at t3: examples weighted by (t1 - t3)^2."""
+    """`distill` with the same condition asked of the point reached at t3: examples weighted by (t1 - t3)^2.
+    """
     (optimizer, scheduler), emas = make_optimizer(models, config), make_emas(models, config)
     for update in range(config.max_train_steps):
         data = batch_of(keyed_generator(config.seed, update, stream=1), config.global_batch_size)
@@ -106,7 +117,8 @@ def distill_in_sample_space(models: CopiedModels, batch_of: BatchOf, config: SCF
 def endpoints(velocity: Field, noise: torch.Tensor, steps: int, shift: float = 1.,
               solver: str = "euler") -> torch.Tensor:
     """Where `noise` (n, 2) arrives, in pieces that stay in the cache of the processor: (n, 2)."""
-    return torch.cat([sample(velocity, part, time_grid(steps, shift), solver=solver) for part in noise.split(1000)])
+    parts = [sample(velocity, part, time_grid(steps, shift), solver=solver) for part in noise.split(1000)]
+    return torch.cat(parts)
 
 
 class References(NamedTuple):
@@ -116,7 +128,9 @@ class References(NamedTuple):
 
 
 class Plane:
-    """The `Testbed` of the plane. A job's data names the set, its seed the teacher, the reference and the noises."""
+    """The `Testbed` of the plane. A job's data names the set, its seed the teacher, the reference and the
+    noises.
+    """
 
     shift = 1.
 
@@ -138,7 +152,7 @@ class Plane:
         draw, few = DATA[job.data], make_recipe(self.sizes, job.change).training["few"]
         if not few:
             return lambda generator, count: draw(count, generator)
-        points = draw(few, keyed_generator(self.config(job).seed, 0, FEW))
+        points = draw(few, keyed_generator(self.config(job).seed, 0, Stream.FEW))
         return lambda generator, count: points[torch.randint(few, (count,), generator=generator)]
 
     def config(self, job: Job) -> SCFMConfig:
@@ -154,8 +168,9 @@ class Plane:
 
         def make() -> dict:
             ramp = ramp_teacher_ratio(config, training.get("teacher_ratio_end"))
-            train = partial(distill, on_update=ramp, progress=False)
-            (distill_in_sample_space if training["sample_space"] else train)(models, self.batches(job), config)
+            train = partial(distill, on_step=ramp, progress=False)
+            train = distill_in_sample_space if training["sample_space"] else train
+            train(models, self.batches(job), config)
             return {name: models.networks[name].state_dict() for name in MODELS}
         for name, weights in self.cache("student", spec, make).items():
             load_weights(models.networks[name], weights)
@@ -163,13 +178,14 @@ class Plane:
 
     def references(self, job: Job) -> References:
         """The same for all methods of one set and seed."""
-        return References(DATA[job.data](self.sizes.samples, keyed_generator(job.seed, 0, REFERENCE)),
-                          torch.randn(self.sizes.samples, 2, generator=keyed_generator(job.seed, 0, NOISE)))
+        return References(DATA[job.data](self.sizes.samples, keyed_generator(job.seed, 0, Stream.REFERENCE)),
+                          torch.randn(self.sizes.samples, 2, generator=keyed_generator(job.seed, 0, Stream.NOISE)))
 
     def search(self, job: Job, teacher: Field, count: int | None = None) -> tuple[Walk, torch.Tensor]:
-        """walk(field, steps, shift=1.) from noises that no judge sees, and where the teacher's many steps take them; of the
-        first `count` alone, if it is given."""
-        noise = torch.randn(self.sizes.dial_noises, 2, generator=keyed_generator(job.seed, 0, SEARCH_NOISE))
+        """walk(field, steps, shift=1.) from noises that no judge sees, and where the teacher's many steps
+        take them; of the first `count` alone, if it is given.
+        """
+        noise = torch.randn(self.sizes.dial_noises, 2, generator=keyed_generator(job.seed, 0, Stream.SEARCH_NOISE))
         goal = endpoints(teacher, noise, self.sizes.goal_steps)[:count]
 
         def walk(velocity: Field, steps: int, shift: float = 1.) -> torch.Tensor:
@@ -177,13 +193,16 @@ class Plane:
         return walk, goal
 
     def goal(self, job: Job) -> torch.Tensor:
-        """Where the teacher's many steps take the first of the judge's noises: (COUPLED, 2). No scale was chosen on these."""
+        """Where the teacher's many steps take the first of the judge's noises: (COUPLED, 2). No scale was
+        chosen on these.
+        """
         network, spec = self.teacher(job)
 
         def make() -> torch.Tensor:
             noise = self.references(job).noise[:COUPLED]
             return endpoints(CopiedModels(network).field("teacher"), noise, self.sizes.goal_steps)
-        return self.cache("goal", {"of": spec, **self.judged_by(goal=self.sizes.goal_steps, coupled=COUPLED)}, make)
+        more = {"goal": self.sizes.goal_steps, "coupled": COUPLED}
+        return self.cache("goal", {"of": spec, **self.judged_by(**more)}, make)
 
     def judged_by(self, **more: Any) -> dict[str, Any]:
         """What determines a judgement, as part of a cell's spec."""
@@ -194,14 +213,16 @@ class Plane:
         data = self.references(job).data
 
         def score(points: torch.Tensor) -> tuple[float, float]:
-            return sliced_wasserstein(points, data, self.sizes.directions), (points.std(0) / data.std(0)).mean().item()
+            deviation = (points.std(0) / data.std(0)).mean().item()
+            return sliced_wasserstein(points, data, self.sizes.directions), deviation
         return score
 
     def ruler(self, job: Job) -> Callable[..., tuple[float, float]]:
         """measure(field, steps, shift, solver): the `cloud` score of where the judge's noises arrive."""
         score, noise = self.cloud(job), self.references(job).noise
 
-        def measure(velocity: Field, steps: int, shift: float = 1., solver: str = "euler") -> tuple[float, float]:
+        def measure(velocity: Field, steps: int, shift: float = 1.,
+                    solver: str = "euler") -> tuple[float, float]:
             return score(endpoints(velocity, noise, steps, shift, solver))
         return measure
 
@@ -215,7 +236,9 @@ class Plane:
         return measure
 
     def judge(self, job: Job) -> Callable[..., dict[str, float]]:
-        """measure(field, steps) -> {"sw2": against fresh data, "endpoint": distance to the teacher's}, by Euler."""
+        """measure(field, steps) -> {"sw2": against fresh data, "endpoint": distance to the teacher's}, by
+        Euler.
+        """
         measure = self.judge_walks(job)
         return lambda velocity, steps: measure(partial(endpoints, velocity), steps)
 
@@ -226,9 +249,11 @@ def measure_teacher(bed: Plane, job: Job) -> dict:
 
     def make() -> dict:
         measure, velocity = bed.ruler(job), CopiedModels(network).field("teacher")
-        most = {"heun": 8}                                   # the worse of the two of second order: no more of it
-        return {solver: {n: measure(velocity, n // cost, solver=solver)[0] for n in STEPS
-                         if n % cost == 0 and n <= most.get(solver, n)} for solver, cost in EVALUATIONS.items()}
+        most = {"heun": 8}  # the worse of the two of second order: no more of it
+        counts = {solver: [n for n in STEPS if n % cost == 0 and n <= most.get(solver, n)]
+                  for solver, cost in EVALUATIONS.items()}
+        return {solver: {n: measure(velocity, n // EVALUATIONS[solver], solver=solver)[0] for n in counted}
+                for solver, counted in counts.items()}
     return bed.cache("teacher_sw2", {"of": spec, **bed.judged_by()}, make)
 
 
@@ -239,18 +264,21 @@ def measure_student(bed: Plane, job: Job, steps: Sequence[int] = STEPS) -> dict:
 
     def make() -> dict:
         field_at = partial(models.field, reading["read_out"])
-        return score_student(bed.ruler(job), bed.search(job, models.field("teacher")), field_at, steps, sizes.scales,
-                             reading["sampling_shift"])
+        search = bed.search(job, models.field("teacher"))
+        return score_student(bed.ruler(job), search, field_at, steps, sizes.scales, reading["sampling_shift"])
     more = {"noises": sizes.dial_noises, "goal": sizes.goal_steps, "scales": sizes.scales, "steps": steps}
     return bed.cache("student_sw2", {"of": spec, **reading, **bed.judged_by(**more)}, make)
 
 
-def score_student(measure: Callable[..., tuple[float, float]], search: tuple[Walk, torch.Tensor], field_at: FieldAtScale,
-                  steps: Sequence[int], scales: Sequence[float], shift: float = 1.) -> dict:
-    """raw, dialled: {steps: SW2} at scale 1, and at the scales that were chosen; scales: {steps: chosen}; deviation:
-    {steps: that of the raw samples over the data's}."""
+def score_student(measure: Callable[..., tuple[float, float]], search: tuple[Walk, torch.Tensor],
+                  field_at: FieldAtScale, steps: Sequence[int], scales: Sequence[float],
+                  shift: float = 1.) -> dict:
+    """raw, dialled: {steps: SW2} at scale 1, and at the scales that were chosen; scales: {steps: chosen};
+    deviation: {steps: that of the raw samples over the data's}.
+    """
     walk, goal = search
-    chosen = by_steps(find_scales(lambda velocity, n: walk(velocity, n, shift), goal, field_at, steps, scales, shift))
+    walk_shifted = partial(walk, shift=shift)
+    chosen = by_steps(find_scales(walk_shifted, goal, field_at, steps, scales, shift))
     raw = {n: measure(field_at(1.), n, shift) for n in steps}
     return {"raw": {n: finite(sw2) for n, (sw2, _) in raw.items()},
             "deviation": {n: finite(deviation) for n, (_, deviation) in raw.items()},
@@ -261,7 +289,7 @@ def score_student(measure: Callable[..., tuple[float, float]], search: tuple[Wal
 def measure_floor(bed: Plane, job: Job, pairs: int) -> dict[str, float]:
     """SW2 of data against other data: mean, and the band that holds 95 % of the pairs."""
     def draw(i: int) -> torch.Tensor:
-        return DATA[job.data](bed.sizes.samples, keyed_generator(0, i, FLOOR))
+        return DATA[job.data](bed.sizes.samples, keyed_generator(0, i, Stream.FLOOR))
 
     def make() -> dict[str, float]:
         distances = torch.tensor([sliced_wasserstein(draw(2 * i), draw(2 * i + 1), bed.sizes.directions)

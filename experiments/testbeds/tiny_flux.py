@@ -1,286 +1,369 @@
-"""The cells of bench/compare.py on the tiny Flux of toy/: every method that can be a plain LoRA, judged by toy/judge.py.
+"""The tiny Flux of toy/: LoRAs on its teacher, judged on captions that name pairs which it never saw, or on
+others.
 
-All at the guidance scale and the shift at which the pipeline is sampled. A LoRA's backward passes through frozen weights: it counts 1.
-Data are drawings with their captions, as the teacher was trained on; the judge's captions name pairs that it never saw.
+`TinyFlux` trains on drawings with their captions, as the teacher was trained, at the guidance scale and the
+shift at which the pipeline is sampled. `TaughtFlux` trains on images that the teacher generated, as `scfm
+distill` does. A LoRA's backward passes through frozen weights: it counts 1 network evaluation.
 """
-import copy
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from compare_cells import STAGES
-from few_shot_flux import weights
-from plane_cells import changed, finite, moved_share, settings
-from scfm.method.baselines import (
-    distillation_loss, fit, multistep, network_evaluations, progressive_loss, reflow_loss,
-    sample_renoised, updates_for)
+from experiments import budgets
+from experiments.runner import CellCache, Job, non_defaults
+from experiments.streams import Stream
+from experiments.testbeds import BatchOf, Field, FieldAtScale, Walk
+from experiments.testbeds.plane import make_recipe, ramp_teacher_ratio
+from scfm.data.cache import fingerprint
+from scfm.data.prompts import read_prompts
 from scfm.method.consistency import keyed_generator
-from scfm.method.lora_scale import STEPS, choose_lora_scales, endpoint_curve
 from scfm.method.distill import SCFMConfig, distill
+from scfm.method.ema import shorten
+from scfm.method.flow import sample, time_grid
 from scfm.models.flux import Flux
-from scfm.method.flow import EVALUATIONS, sample, time_grid
-from scfm.models.lora import LoraModels, adapter_state, copy_adapter, load_adapter_state
+from scfm.models.lora import ADAPTERS, LoraModels, adapter_state, load_adapter_state, set_scale
 from scfm.models.sampling import on_device, start_noise, teacher_endpoints
+from toy.demo import PROMPTS
 from toy.judge import STOCK, Judge
-from toy.pipelines import GUIDANCE, TOKENS, load_flux
+from toy.pipelines import FLUX, GUIDANCE, TOKENS, load_flux
 from toy.shapes import draw_captions, draw_images
 
 NAME = "tiny Flux"
-PAIR_STEPS, RANK, LR = 32, 16, 1e-3
-SHIFT = (2.5, 4.5)                                           # the range in training, around the scheduler's own 3
-DIAL_STEPS, SCALES = (1, 2, 3, 4, 8), (0., .25, .5, .75, 1., 1.25, 1.5, 2.)        # beyond 8 steps: the teacher, untouched
-DATA, DIAL, PAIRS, RENOISE = range(20, 24)                   # streams of random numbers that nothing else uses
+Adapter = dict[str, torch.Tensor]                # a LoRA, as `adapter_state` gives it
 
 
-class FluxProtocol(NamedTuple):
-    """drawings: that are trained on; judged: captions of a measurement."""
-    updates: int = 0                                         # of `settings`, which every job replaces
+@lru_cache(1)
+def family() -> Flux:
+    """The pipeline's family; nobody trains its transformer."""
+    return Flux(load_flux(), 32, 32, TOKENS)
+
+
+@lru_cache(1)
+def pipeline_fingerprint() -> str:
+    """What tells the carried pipeline from another."""
+    return fingerprint(FLUX, *(part.name for part in FLUX.iterdir() if part.is_dir()))
+
+
+def teacher_field() -> Field:
+    return partial(family().velocity, family().pipe.transformer)
+
+
+def make_models(seed: int, rank: int) -> LoraModels:
+    """`LoraModels` on a pipeline of their own."""
+    velocity, targets = family().velocity, family().lora_targets
+    torch.manual_seed(seed)                                  # PEFT draws A from the global state
+    return LoraModels(load_flux().transformer, velocity, targets, rank)
+
+
+def copy_of_lora(models: LoraModels, adapter: str = "ema_slow") -> Adapter:
+    return {name: tensor.clone() for name, tensor in adapter_state(models.transformer, adapter).items()}
+
+
+def load_lora(models: LoraModels, lora: Adapter) -> FieldAtScale:
+    """The field, at any scale, of a LoRA that takes the slow EMA's place."""
+    load_adapter_state(models.transformer, "ema_slow", lora)
+    models.transformer.set_adapter("student")
+    return partial(models.field, "ema_slow")
+
+
+def walk_from(captions: Sequence[str], seed: int) -> Walk:
+    """walk(field, steps) -> latents (n, N, C), from a noise for each caption."""
+    noise = start_noise(family(), range(len(captions)), seed)
+
+    def walk(velocity: Field, steps: int) -> torch.Tensor:
+        return teacher_endpoints(family(), velocity, captions, noise, steps, STOCK, GUIDANCE)
+    return walk
+
+
+# Trained on drawings
+
+RANK, LEARNING_RATE = 16, 1e-3
+SHIFT_RANGE = (2.5, 4.5)                                     # in training, around the scheduler's own 3
+SEARCH_STEPS = (1, 2, 3, 4, 8)                               # beyond 8 steps: the teacher, untouched
+SEARCH_SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2.)
+
+
+@dataclass(frozen=True)
+class FluxSizes:
+    """updates: of `make_recipe`, which every job replaces; batch: examples of a step; drawings: that are
+    trained on; judged: captions of a measurement; dial_noises: of the search for scales.
+    """
+    updates: int = 0
     batch: int = 32
     drawings: int = 2048
     judged: int = 256
     dial_noises: int = 16
 
 
-def dial_search(protocol):
-    """Evaluations that finding a dial costs."""
-    return protocol.dial_noises * (sum(DIAL_STEPS) * len(SCALES) + PAIR_STEPS)
+SMOKE_SIZES = FluxSizes(batch=2, drawings=8, judged=2, dial_noises=1)
 
 
-def plan(protocol, method, budget):
-    """(updates, pairs) that a budget of evaluations buys. Reflow spends half of it on pairs, SCFM a part on its dial's search."""
-    if method == "reflow":
-        pairs = budget // 2 // PAIR_STEPS
-        return updates_for(method, budget, protocol.batch, pairs=pairs, pair_steps=PAIR_STEPS, lora=True), pairs
-    return updates_for(method, budget - dial_search(protocol) * (method == "scfm"), protocol.batch, lora=True), 0
+class Drawings:
+    """`count` drawings as latents, with what their captions are encoded to."""
 
-
-def spent(protocol, method, budget):
-    """The evaluations that a run with this budget really takes."""
-    updates, pairs = plan(protocol, method, budget)
-    if method == "progressive":
-        updates = len(STAGES) * (updates // len(STAGES))
-    search = dial_search(protocol) * (method == "scfm")
-    return network_evaluations(method, updates * protocol.batch, pairs, PAIR_STEPS, lora=True) + search
-
-
-class Captioned:
-    """DistillModels for the losses of scfm.method.baselines, which know no captions: the condition is that of the batch at hand, `cond`.
-
-    teacher: who speaks as such; None for the base.
-    """
-
-    def __init__(self, models, teacher=None):
-        self.models, self.cond, self.said_by = models, None, teacher or models.teacher
-        self.parameters = models.parameters
-
-    def student(self, x, t, step=None):
-        return self.models.student(x, t, self.cond)
-
-    def teacher(self, x, t, step=None):
-        return self.said_by(x, t, self.cond)
-
-    def ema_fast(self, x, t, step=None):
-        return self.models.ema_fast(x, t, self.cond)
-
-
-class World:
-    """The pipeline, its family and `count` drawings as latents, with what their captions are encoded to."""
-
-    def __init__(self, count):
-        self.family = Flux(load_flux(), 32, 32, TOKENS)
-        captions = draw_captions(count, keyed_generator(0, 0, DATA))
-        images, _ = draw_images(captions, keyed_generator(0, 1, DATA))
+    def __init__(self, count: int):
+        captions = draw_captions(count, keyed_generator(0, 0, Stream.DRAWINGS))
+        images, _ = draw_images(captions, keyed_generator(0, 1, Stream.DRAWINGS))
         self.captions = captions.text
-        self.latents = torch.cat([self.family.encode_images(part) for part in images.split(256)])
-        parts = [self.family.encode_text(list(self.captions[i:i + 256])) for i in range(0, count, 256)]
+        self.latents = torch.cat([family().encode_images(part) for part in images.split(256)])
+        parts = [family().encode_text(list(self.captions[i:i + 256])) for i in range(0, count, 256)]
         self.text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def cond(self, rows):
-        return {name: part[rows] for name, part in self.text.items()} | {"guidance": torch.full((len(rows),), GUIDANCE)}
-
-    def models(self, seed):
-        """`LoraModels` on a pipeline of their own."""
-        torch.manual_seed(seed)                              # PEFT draws A from the global state
-        return LoraModels(load_flux().transformer, self.family.velocity, self.family.lora_targets, RANK)
+    def cond(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The condition of the drawings with these numbers."""
+        text = {name: part[index] for name, part in self.text.items()}
+        return text | {"guidance": torch.full((len(index),), GUIDANCE)}
 
 
-world = lru_cache(1)(World)
+load_drawings = lru_cache(1)(Drawings)
 
 
 @lru_cache(1)
-def judge(captions):
+def load_judge(captions: int) -> Judge:
     """The judge, its goal set: where the teacher's own 32 steps end."""
-    judge = Judge(Flux(load_flux(), 32, 32, TOKENS), captions, progress=False)
-    judge.set_goal(partial(judge.family.velocity, judge.family.pipe.transformer))
+    judge = Judge(family(), captions, progress=False)
+    judge.set_goal(teacher_field())
     return judge
 
 
-def trained(cache, protocol, job):
-    """{name: LoRA}: the slow EMA of a method under "ema_slow" (SCFM's student and fast EMA beside it), or one for each stage; and the cell's spec."""
-    updates, pairs = plan(protocol, job.family, job.budget)
-    updates = updates // len(STAGES) if job.family == "progressive" else updates
-    usual = {"updates": updates, "batch": protocol.batch, "lr": LR, "shift": SHIFT}
-    asked, training, _ = settings(protocol, usual | job.change)
-    config = SCFMConfig(seed=job.seed, **asked)
-    moving = {name: training[name] for name in ("share_to",) if name in training}
-    spec = {"pipeline": weights(), "method": job.family, "pairs": pairs, "rank": RANK, "drawings": protocol.drawings, "guidance": GUIDANCE, "shift": STOCK,
-            "config": changed(config), **moving, **({"stages": STAGES} if job.family == "progressive" else {})}
-
-    def make():
-        place, models = world(protocol.drawings), world(protocol.drawings).models(job.seed)
-        return {"progressive": in_stages, "reflow": partial(reflowed, count=pairs), "consistency": made_consistent,
-                "scfm": partial(shortcut, **moving)}[job.family](place, models, config)
-    return cache("flux", spec, make), spec
+class Training(NamedTuple):
+    """What a method's training is determined by, and the spec of its cell. pairs: of Reflow;
+    teacher_ratio_end: where a moving k/N ends, None where it stays.
+    """
+    config: SCFMConfig
+    pairs: int
+    teacher_ratio_end: float | None
+    spec: dict[str, Any]
 
 
-def lora_of(models, adapter="ema_slow"):
-    return {name: tensor.clone() for name, tensor in adapter_state(models.transformer, adapter).items()}
+class TinyFlux:
+    """The `Testbed` of methods that can be a plain LoRA. A job's family names the method, its seed is that of
+    training.
+    """
+
+    shift = STOCK
+
+    def __init__(self, cache: CellCache, sizes: FluxSizes):
+        self.cache, self.sizes = cache, sizes
+
+    def teacher(self, job: Job) -> tuple[Field, str]:
+        return teacher_field(), pipeline_fingerprint()
+
+    def batches(self, job: Job) -> BatchOf:
+        """Latents of drawings with the condition of their captions."""
+        drawings = load_drawings(self.sizes.drawings)
+
+        def batch_of(generator: torch.Generator, count: int) -> tuple:
+            index = torch.randint(len(drawings.latents), (count,), generator=generator)
+            return drawings.latents[index], drawings.cond(index)
+        return batch_of
+
+    def training(self, job: Job) -> Training:
+        """Of a method, by the job's budget."""
+        steps, pairs = plan(self.sizes, job.family, job.budget)
+        stages = {"stages": budgets.STAGES} if job.family == "progressive" else {}
+        usual = {"max_train_steps": steps // len(budgets.STAGES) if stages else steps, "shift": SHIFT_RANGE,
+                 "global_batch_size": self.sizes.batch, "learning_rate": LEARNING_RATE}
+        recipe = make_recipe(self.sizes, usual | job.change)
+        config = SCFMConfig(seed=job.seed, **recipe.config)
+        ramp = {name: value for name, value in recipe.training.items() if name == "teacher_ratio_end"}
+        spec = {"pipeline": pipeline_fingerprint(), "method": job.family, "pairs": pairs, "rank": RANK,
+                "drawings": self.sizes.drawings, "guidance": GUIDANCE, "shift": STOCK,
+                "config": non_defaults(config), **ramp, **stages}
+        return Training(config, pairs, ramp.get("teacher_ratio_end"), spec)
+
+    def student(self, job: Job) -> tuple[dict[str, Adapter], dict]:
+        """{name: LoRA} of SCFM's student and EMAs, and the spec of their cell."""
+        config, _, teacher_ratio_end, spec = self.training(job)
+
+        def make() -> dict[str, Adapter]:
+            batch_of, models = self.batches(job), make_models(job.seed, RANK)
+            distill(models, batch_of, config, ramp_teacher_ratio(config, teacher_ratio_end), progress=False)
+            return {name: copy_of_lora(models, name) for name in ADAPTERS}
+        return self.cache("flux", spec, make), spec
+
+    def search(self, job: Job, teacher: Field) -> tuple[Walk, torch.Tensor]:
+        """From noises with captions of the drawings: no image, none of the judge's captions."""
+        walk = walk_from(load_drawings(self.sizes.drawings).captions[:self.sizes.dial_noises], 1000)
+        return walk, walk(teacher, budgets.PAIR_STEPS)
+
+    def judge(self, job: Job) -> Callable[..., dict[str, float]]:
+        """measure(field, steps, sampler) -> {"frechet", "prompt_accuracy", "endpoint"}. sampler(field, noise,
+        times).
+        """
+        judge = load_judge(self.sizes.judged)
+
+        @torch.no_grad()
+        def measure(velocity: Field, steps: int, sampler: Callable = sample) -> dict[str, float]:
+            reached = sampled(judge, velocity, steps, sampler)
+            images = torch.cat([judge.family.decode(part) for part in reached.split(256)])
+            marks = judge.score(reached, images)
+            return {name: marks[name] for name in ("frechet", "prompt_accuracy", "endpoint")}
+        return measure
 
 
-def on_drawings(place, bound):
-    """batch_of(generator, rows) for `fit`: latents of drawings and noise; tells the models the captions."""
-    def batch_of(generator, rows):
-        picked = torch.randint(len(place.latents), (rows,), generator=generator)
-        bound.cond = place.cond(picked)
-        return place.latents[picked], torch.randn(rows, *place.family.latent_shape, generator=generator)
-    return batch_of
+def search_cost(sizes: FluxSizes) -> int:
+    """Evaluations that the search for scales takes."""
+    return budgets.search_cost(sizes.dial_noises, SEARCH_STEPS, SEARCH_SCALES, budgets.PAIR_STEPS)
 
 
-def shortcut(place, models, config, share_to=None):
-    """SCFM, by the loop of scfm.method.distill; all three adapters. share_to: where k/N ends, if it moves."""
-    def batch_of(generator, rows):
-        picked = torch.randint(len(place.latents), (rows,), generator=generator)
-        return place.latents[picked], place.cond(picked)
-    distill(models, batch_of, config, moved_share(config, share_to), progress=False)
-    return {name: lora_of(models, name) for name in ("student", "ema_fast", "ema_slow")}
+def plan(sizes: FluxSizes, method: str, budget: int) -> tuple[int, int]:
+    """(training steps, pairs) that a budget of evaluations buys."""
+    return budgets.plan(method, budget, sizes.batch, search_cost(sizes), lora=True)
 
 
-def made_consistent(place, models, config):
-    bound = Captioned(models)
-    fit(bound, on_drawings(place, bound), config, partial(distillation_loss, shift=config.shift))
-    return {"ema_slow": lora_of(models)}
+def sampled(judge: Judge, velocity: Field, steps: int, sampler: Callable) -> torch.Tensor:
+    """Where a sampler takes the judge's noises (n, ...). sampler(field, noise, times) of a field without
+    captions.
+    """
+    reached = []
+    for index in torch.arange(len(judge.noise)).split(64):
+        text = judge.family.encode_text([judge.captions.text[i] for i in index])
+        cond = on_device(text, "cpu") | {"guidance": torch.full((len(index),), GUIDANCE)}
+        field = with_cond(velocity, cond)
+        reached.append(sampler(field, judge.noise[index], time_grid(steps, STOCK)))
+    return torch.cat(reached)
 
 
-def reflowed(place, models, config, count):
-    """Reflow on so many pairs: a caption of the drawings and a noise each."""
-    noise = torch.randn(count, *place.family.latent_shape, generator=keyed_generator(config.seed, 0, PAIRS))
-    rows = torch.arange(count) % len(place.captions)
-    ends = teacher_endpoints(place.family, models.teacher, [place.captions[i] for i in rows], noise, PAIR_STEPS, STOCK, GUIDANCE)
-    bound = Captioned(models)
-
-    def batch_of(generator, n):
-        picked = torch.randint(count, (n,), generator=generator)
-        bound.cond = place.cond(rows[picked])
-        return ends[picked], noise[picked]
-    fit(bound, batch_of, config, reflow_loss)
-    return {"ema_slow": lora_of(models)}
+def with_cond(velocity: Field, cond: dict[str, torch.Tensor]) -> Field:
+    """The field with a condition of its own, whatever it is given."""
+    return lambda x, t, *_: velocity(x, t, cond)
 
 
-def in_stages(place, models, config):
-    """Progressive distillation on the stock grid; one LoRA goes through all stages, a copy of it teaches the next. config.updates: of each."""
-    made, teacher = {}, models.teacher
-    for stage, steps in enumerate(STAGES):
-        bound = Captioned(models, teacher)
-        fit(bound, on_drawings(place, bound), replace(config, seed=len(STAGES) * config.seed + stage), partial(progressive_loss, steps=steps, shift=STOCK))
-        made[steps] = lora_of(models)
-        copy_adapter(models.transformer, "ema_slow", "student")
-        teacher = copy.deepcopy(models).field("ema_slow")
-    return made
+# Trained on images of the teacher
+
+TAUGHT_RANK, GUIDANCE_RANGE = 48, (1., 4.)
+TAUGHT_RECIPE = {"learning_rate": 1e-3, "lr_scheduler": "cosine", "adam_weight_decay": 1e-4,
+                 "max_grad_norm": 10., "shift": (2.5, 4.5)}
+KINDS = {"seen pairs": False, "held-out pairs": True}  # of captions: is their colour-shape pair held out?
 
 
-# Measuring
+class Images(NamedTuple):
+    """The teacher's images of the carried captions as latents (n, N, C), decoded and encoded again; and their
+    spec.
+    """
+    latents: torch.Tensor
+    captions: list[str]
+    spec: dict[str, Any]
 
 
-def walked(judge, field, steps, sampler):
-    """Where a sampler takes the judge's noises (n, ...). sampler(field, noise, times) of a field without captions."""
-    ends = []
-    for rows in torch.arange(len(judge.noise)).split(64):
-        cond = on_device(judge.family.encode_text([judge.captions.text[i] for i in rows]), "cpu") | {"guidance": torch.full((len(rows),), GUIDANCE)}
-        ends.append(sampler(lambda x, t, *_: field(x, t, cond), judge.noise[rows], time_grid(steps, STOCK)))
-    return torch.cat(ends)
+class TaughtFlux:
+    """The `Testbed` of LoRAs that are trained on images of the teacher, as `scfm distill` does it.
+
+    A job's change may name `few` images and the `seed` of that subset, which is also the seed of training.
+    sizes: updates, batch, images and goal_steps; for the search dial_noises, for the judge captions and
+    noises.
+    """
+
+    shift = STOCK
+
+    def __init__(self, cache: CellCache, sizes: Any):
+        self.cache, self.sizes = cache, sizes
+
+    def teacher(self, job: Job) -> tuple[Field, str]:
+        return teacher_field(), pipeline_fingerprint()
+
+    def images(self) -> Images:
+        """All that the teacher generates for training."""
+        captions, steps = read_prompts(PROMPTS)[:self.sizes.images], self.sizes.goal_steps
+        spec = {"pipeline": pipeline_fingerprint(), "captions": captions, "steps": steps,
+                "guidance": GUIDANCE, "shift": STOCK}
+
+        def make() -> torch.Tensor:
+            reached = walk_from(captions, 0)(teacher_field(), steps)
+            return torch.cat([family().encode_images(family().decode(part)) for part in reached.split(64)])
+        return Images(self.cache("few_pictures", spec, make), captions, spec)
+
+    def batches(self, job: Job) -> BatchOf:
+        """Latents with their captions, guidance scales drawn from a range; of the job's subset, if it names
+        one.
+        """
+        latents, captions, _ = self.images()
+        if "few" in job.change:
+            index = subset(job.change["few"], job.change["seed"], len(captions))
+            latents, captions = latents[index], [captions[i] for i in index]
+        text, (low, high) = family().encode_text(captions), GUIDANCE_RANGE
+
+        def batch_of(generator: torch.Generator, count: int) -> tuple:
+            index = torch.randint(len(captions), (count,), generator=generator)
+            scale = low + (high - low) * torch.rand(count, generator=generator)
+            return latents[index], {name: part[index] for name, part in text.items()} | {"guidance": scale}
+        return batch_of
+
+    def config(self, change: dict[str, Any]) -> SCFMConfig:
+        """One recipe for all, EMAs as short as the run, with a change."""
+        steps = self.sizes.updates
+        shortened = {"ema_decay_fast": shorten(.99, steps), "ema_decay_slow": shorten(.999, steps)}
+        size = {"max_train_steps": steps, "global_batch_size": self.sizes.batch}
+        return SCFMConfig(**{**TAUGHT_RECIPE, **shortened, **size, **change})
+
+    def search(self, job: Job, teacher: Field) -> tuple[Walk, torch.Tensor]:
+        """From noises with captions of the training: no image, none of the judge's captions."""
+        walk = walk_from(read_prompts(PROMPTS)[:self.sizes.dial_noises], 2)
+        return walk, walk(teacher, self.sizes.goal_steps)
+
+    def judge(self, job: Job, kind: str = "held-out pairs") -> Callable[..., dict[str, float]]:
+        """measure(field, steps) -> {"prompt_accuracy", "frechet", "endpoint", "spread"} on captions of a
+        kind; spread: over that of the teacher's images from the same noises.
+        """
+        judge, noises = load_judges(self.sizes.captions, self.sizes.noises)[kind], self.sizes.noises
+        judge.goal = self.goal(kind)
+        teachers_spread = spread(judge.family.decode(judge.goal), noises)
+
+        def measure(velocity: Field, steps: int) -> dict[str, float]:
+            reached = judge.endpoints(velocity, steps, STOCK)
+            images = judge.family.decode(reached)
+            marks = judge.score(reached, images)
+            return {**{name: marks[name] for name in ("prompt_accuracy", "frechet", "endpoint")},
+                    "spread": spread(images, noises) / teachers_spread}
+        return measure
+
+    def goal(self, kind: str) -> torch.Tensor:
+        """Latents that the teacher reaches in all its steps for a judge's captions."""
+        asked, steps = (self.sizes.captions, self.sizes.noises), self.sizes.goal_steps
+        spec = {"pipeline": pipeline_fingerprint(), "kind": kind, "asked": asked, "known": "left out",
+                "steps": steps}
+
+        def make() -> torch.Tensor:
+            return load_judges(*asked)[kind].endpoints(teacher_field(), steps, STOCK)
+        return self.cache("few_flux_goal", spec, make)
 
 
-def scored(judge, field_of, sampler_of=lambda n: sample, steps=STEPS, evaluations=1):
-    """{"": {NFE: Frechet}, " accuracy": ..., " coupling": ...}. field_of(NFE) -> field; sampler_of(NFE) -> what `walked` takes."""
-    found = {"": {}, " accuracy": {}, " coupling": {}}
-    for n in steps:
-        with torch.no_grad():
-            ends = walked(judge, field_of(n), n // evaluations, sampler_of(n))
-            row = judge.score(ends, torch.cat([judge.family.decode(part) for part in ends.split(256)]))
-        for kind, column in zip(found, ("frechet", "prompt_accuracy", "endpoint")):
-            found[kind][n] = row[column]
-    return found
+@lru_cache(1)
+def load_judges(captions: int, noises: int) -> dict[str, Judge]:
+    """{kind: `Judge`} whose goals are not set yet. Their captions are none of those that students are trained
+    on.
+    """
+    known = frozenset(read_prompts(PROMPTS))
+    return {kind: Judge(family(), captions, progress=False, held_out=held_out, noises=noises, known=known)
+            for kind, held_out in KINDS.items()}
 
 
-def named(curves):
-    """{"raw": {"": ..., " accuracy": ...}} as {"raw": ..., "raw accuracy": ...}."""
-    return {name + kind: values for name, found in curves.items() for kind, values in found.items()}
+def subset(size: int, seed: int, count: int) -> torch.Tensor:
+    """Numbers of the images of a subset of `count`: the first ones of its own shuffle, so that the larger
+    sizes hold the smaller. All of them for size 0.
+    """
+    return torch.randperm(count, generator=keyed_generator(seed, 0, Stream.SUBSET))[:size or None]
 
 
-def measure_flux(cache, protocol, job):
-    """Curves of a trained method: Frechet, and with " accuracy" and " coupling" behind the name the other two."""
-    loras, spec = trained(cache, protocol, job)
-
-    def make():
-        models, scorer = world(protocol.drawings).models(job.seed), judge(protocol.judged)
-
-        def field(name, scale=1.):
-            if name is None:
-                return models.teacher
-            load_adapter_state(models.transformer, "ema_slow", loras[name])
-            models.transformer.set_adapter("student")
-            return models.field("ema_slow", scale)
-        if job.family == "progressive":
-            stage = {n: min((k for k in STAGES if k >= n), default=None) for n in STEPS}
-            return named({"own stage": scored(scorer, lambda n: field(stage[n])), "last stage": scored(scorer, lambda n: field(1))})
-        curves = {"raw": scored(scorer, lambda n: field("ema_slow"))}
-        if job.family == "consistency":
-            again = lambda n: partial(sample_renoised, generator=keyed_generator(job.seed, n, RENOISE))      # one for all parts of a walk
-            curves["re-noised"] = scored(scorer, lambda n: field("ema_slow"), again)
-        if job.family == "scfm":
-            dial = found_dial(world(protocol.drawings), protocol.dial_noises, models.teacher, lambda scale: field("ema_slow", scale))
-            strength = {n: dial.scale(n) if n <= max(DIAL_STEPS) else 0. for n in STEPS}
-            curves["dialled"] = scored(scorer, lambda n: field("ema_slow", strength[n]))
-            return named(curves) | {"scales": strength}
-        return named(curves)
-    return cache("flux_scores", {"of": spec, "judged": protocol.judged, "steps": STEPS, "dial": [DIAL_STEPS, SCALES, protocol.dial_noises]}, make)
+def spread(images: torch.Tensor, noises: int) -> float:
+    """Root mean square deviation of the pixels of a caption's images, which stand together."""
+    return images.unflatten(0, (-1, noises)).var(1).mean().sqrt().item()
 
 
-def found_dial(place, count, teacher, field):
-    """The dial by the endpoints of a few noises with captions of the drawings: no image, none of the judge's captions."""
-    ends, goal = dialling(place, count, teacher)
-    curve = endpoint_curve(lambda n, s: ends(field(s), n), goal, DIAL_STEPS, SCALES)
-    return choose_lora_scales({pair: finite(distance) for pair, distance in curve.items()}, STOCK)
+def fused_field(rank: int, lora: Adapter) -> FieldAtScale:
+    """The field of a LoRA at any scale, fused into the weights: a third faster than beside them."""
+    transformer = make_models(0, rank).transformer
+    load_adapter_state(transformer, "ema_slow", lora)
+    transformer.set_adapter("ema_slow")
+    transformer.fuse_lora(adapter_names=["ema_slow"])
 
-
-def dialling(place, count, teacher):
-    """(ends, goal): ends(field, steps) walks `count` noises with captions of the drawings; goal is where the teacher's pair steps end."""
-    captions = place.captions[:count]
-    noise = start_noise(place.family, range(len(captions)), 1000)
-    ends = lambda field, n: teacher_endpoints(place.family, field, captions, noise, n, STOCK, GUIDANCE)
-    return ends, ends(teacher, PAIR_STEPS)
-
-
-def measure_teacher(cache, protocol, job):
-    """Curves of the untouched teacher by Euler, midpoint, Heun and DPM-Solver++(2M)."""
-    def make():
-        scorer = judge(protocol.judged)
-        field = partial(scorer.family.velocity, scorer.family.pipe.transformer)
-        curves = {}
-        for solver, cost in EVALUATIONS.items():
-            steps = [n for n in STEPS if n % cost == 0]
-            curves[solver] = scored(scorer, lambda n: field, lambda n: partial(sample, solver=solver), steps, cost)
-        curves["multistep"] = scored(scorer, lambda n: field, lambda n: multistep)
-        return named(curves)
-    return cache("flux_teacher", {"pipeline": weights(), "judged": protocol.judged, "steps": STEPS, "guidance": GUIDANCE, "shift": STOCK}, make)
-
-
-def measure_floor(cache, protocol, job):
-    """Frechet of as many fresh drawings as the judge has captions."""
-    make = lambda: {"mean": judge(protocol.judged).floor(), "low": None, "high": None}
-    return cache("flux_floor", {"pipeline": weights(), "judged": protocol.judged}, make)
-
-
-MEASURES = {"teacher": measure_teacher, "floor": measure_floor} | dict.fromkeys(("reflow", "progressive", "consistency", "scfm"), measure_flux)
+    def field_at(scale: float) -> Field:
+        transformer.unfuse_lora()
+        set_scale(transformer, "ema_slow", scale)  # fuse_lora's own argument would multiply, time after time
+        transformer.fuse_lora(adapter_names=["ema_slow"])
+        return partial(family().velocity, transformer)
+    return field_at

@@ -17,7 +17,14 @@ from typing import NamedTuple
 import torch
 
 from .consistency import LOSSES, DistillModels, consistency_target, draw_jumps, keyed_generator
-from .distill import CopiedModels, optimizer_step, make_emas, make_optimizer
+from scfm.method.distill import (
+    CopiedModels,
+    StepOutput,
+    make_emas,
+    make_optimizer,
+    optimizer_step,
+    training_loop,
+)
 from .flow import interpolate, per_row, sample, time_grid, velocity
 
 # %% ../../nbs/learn/40_comparison.ipynb #c09
@@ -88,11 +95,15 @@ def fit(models, batch_of, config, loss):
     config.check()
     optimizer, scheduler = make_optimizer(models, config)
     emas = make_emas(models, config)
-    for update in range(config.max_train_steps):
-        generator = keyed_generator(config.seed, update)
-        loss(models, *batch_of(generator, config.global_batch_size), generator).mean().backward()
-        optimizer_step(models, emas, optimizer, config)
+
+    def step(i):
+        generator = keyed_generator(config.seed, i)
+        losses = loss(models, *batch_of(generator, config.global_batch_size), generator)
+        losses.mean().backward()
+        norm = optimizer_step(models, emas, optimizer, config)
         scheduler.step()
+        return StepOutput(losses.detach(), None, norm)
+    training_loop(step, config.max_train_steps, progress=False)
     return models
 
 # %% ../../nbs/learn/40_comparison.ipynb #c20

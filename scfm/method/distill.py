@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['VALIDATORS', 'setting', 'SCFMConfig', 'validate', 'is_int', 'CopiedModels', 'call', 'jumps_from_config',
-           'sample_batch', 'make_optimizer', 'make_emas', 'StepOutput', 'train_step', 'optimizer_step', 'TimeBins',
-           'distill']
+           'sample_batch', 'make_optimizer', 'make_emas', 'Batch', 'StepOutput', 'train_step', 'optimizer_step',
+           'TimeBins', 'training_loop', 'distill']
 
 # %% ../../nbs/learn/03_distill.ipynb #c02
 import copy
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from .consistency import TARGET_MODELS, LOSSES, draw_jumps, keyed_generator, scfm_loss
+from .consistency import TARGET_MODELS, LOSSES, Jumps, Stream, draw_jumps, keyed_generator, scfm_loss
 from .ema import FastSlow
 
 # %% ../../nbs/learn/03_distill.ipynb #c05
@@ -141,10 +141,10 @@ def call(network, x, t, cond=None):
     return network(x, t) if cond is None else network(x, t, cond)
 
 # %% ../../nbs/learn/03_distill.ipynb #c13
-def jumps_from_config(config, rows, generator, dtype=torch.float32, dynamic_shift=None):
+def jumps_from_config(config, rows, generator, dtype=torch.float32, dynamic_shift=None, dynamic_shift_prob=.1):
     """`draw_jumps` with the settings of a config."""
-    return draw_jumps(rows, config.teacher_ratio, config.teacher_grid, config.self_grids, config.t_skip, config.shift, dtype,
-                      generator, config.non_shortcut_ratio, dynamic_shift)
+    return draw_jumps(rows, config.teacher_ratio, config.teacher_grid, config.self_grids, config.t_skip, config.shift,
+                      dtype, generator, config.non_shortcut_ratio, dynamic_shift, dynamic_shift_prob)
 
 def sample_batch(config, update, rows, shape, dtype=torch.float32, part=(0, 1)):
     """Noise (n, *shape) and `Jumps` of the n rows that belong to `part` = (index, count) of update number `update`.
@@ -176,33 +176,56 @@ def make_emas(models, config):
                     config.ema_decay_fast, config.ema_decay_slow, config.restart_every)
 
 # %% ../../nbs/learn/03_distill.ipynb #c18
+class Batch(NamedTuple):
+    """Examples of one forward. data, noise: (B, ...); jumps: their `Jumps`; cond: their condition, or None."""
+    data: torch.Tensor
+    noise: torch.Tensor
+    jumps: Jumps
+    cond: object = None
+
+
 class StepOutput(NamedTuple):
-    """What one update reports. losses: (B,) per row, detached; jumps: the `Jumps`; norm: gradient norm before clipping."""
+    """What one training step reports. losses: (B,), detached; jumps: the `Jumps`; norm: gradient norm before clipping."""
     losses: torch.Tensor
-    jumps: object
+    jumps: Jumps | None
     norm: float
 
-def train_step(models, emas, optimizer, data, noise, jumps, config, cond=None, backward=torch.Tensor.backward):
-    """One update of the student and of its EMAs: the same function for a 2-D MLP and for 12 B. Returns `StepOutput`.
 
-    data, noise: (B, ...). backward: how to run the backward pass of a scalar (accelerate brings its own).
-    FloatingPointError when the gradient is not finite, before any weight is changed.
+def train_step(models, emas, optimizer, batches, config, backward=torch.Tensor.backward, examples=None, sync=None):
+    """One training step of the student and of its EMAs: the same function for a 2-D MLP and for 12 B. Returns `StepOutput`.
+
+    batches: a list of `Batch`, whose gradients add up (gradient accumulation). examples: how many all processes have together,
+    those of `batches` when None. backward: runs the backward pass of a scalar (accelerate brings its own). sync(losses) -> losses:
+    called once before the optimizer, where several processes add up their gradients and gather their losses.
+    FloatingPointError when a loss or the gradient is not finite, before any weight is changed.
     """
-    noise, jumps = noise.to(data.device), jumps.to(data.device)
-    losses = scfm_loss(data, noise, jumps, models, cond, config.algorithm, config.loss)
-    backward(losses.mean())
-    return StepOutput(losses.detach(), jumps, optimizer_step(models, emas, optimizer, config))
+    examples = examples or sum(len(batch.data) for batch in batches)
+    losses = []
+    for data, noise, jumps, cond in batches:
+        loss = scfm_loss(data, noise.to(data.device), jumps.to(data.device), models, cond, config.algorithm, config.loss)
+        backward(loss.sum() / examples)
+        losses.append(loss.detach().float())
+    losses = sync(torch.cat(losses)) if sync else torch.cat(losses)
+    jumps = Jumps(*(torch.cat(parts) for parts in zip(*(batch.jumps for batch in batches), strict=True)))
+    return StepOutput(losses, jumps, optimizer_step(models, emas, optimizer, config, losses))
 
-def optimizer_step(models, emas, optimizer, config):
-    """The second half of an update: clips the student's gradient, steps, clears it, moves the EMAs; returns the norm before clipping."""
+
+def optimizer_step(models, emas, optimizer, config, losses=None):
+    """The second half of a step: clips the student's gradient, steps, clears it, moves the EMAs. Returns the norm before clipping.
+
+    losses: (B,), to be finite as well. FloatingPointError when they or the norm are not; then nothing has changed.
+    """
     norm = float(torch.nn.utils.clip_grad_norm_(models.parameters("student"), config.max_grad_norm))
-    if not math.isfinite(norm):
+    finite = losses is None or bool(torch.isfinite(losses).all())
+    if not (finite and math.isfinite(norm)):
         optimizer.zero_grad()
-        raise FloatingPointError(f"gradient norm {norm}: no weight was changed; try a lower lr, or float32")
+        what = f"gradient norm {norm}" if finite else "a loss that is not finite"
+        raise FloatingPointError(f"{what}: no weight was changed; try a lower learning_rate, or float32")
     optimizer.step()
     optimizer.zero_grad()
     emas.update()
     return norm
+
 
 # %% ../../nbs/learn/03_distill.ipynb #c21
 class TimeBins:
@@ -225,23 +248,40 @@ class TimeBins:
         return "loss, t1 0 to 1: " + " ".join("-" if math.isnan(v) else f"{v:.2g}" for v in self.values.tolist())
 
 # %% ../../nbs/learn/03_distill.ipynb #c24
-def distill(models, batch_of, config, on_update=None, progress=True):
-    """The plain loop, one process. Returns the models, of which the student, the fast and the slow have changed.
+def training_loop(step, steps, start=0, after=None, progress=True, name="distilling"):
+    """Calls step(i) -> `StepOutput` for i from `start` to `steps`, with a bar that shows the loss by time: every training's loop.
 
-    batch_of(generator, rows) -> data (rows, ...) or (data, cond). progress: a bar with the loss by t1.
-    on_update(update, Update) is called after each update, counted from 0. ValueError for a config that makes no sense.
+    after(i, output) is called after each step; when it returns True the loop ends there.
+    """
+    bins = TimeBins()
+    with tqdm(total=steps, initial=start, desc=name, disable=not progress) as bar:
+        for i in range(start, steps):
+            output = step(i)
+            if output.jumps is not None:                     # a loss without jumps has no times to show
+                bins.add(output.losses, output.jumps.t1)
+                bar.set_postfix_str(str(bins), refresh=False)
+            bar.update()
+            if after and after(i, output):
+                break
+
+
+def distill(models, batch_of, config, on_step=None, progress=True):
+    """Distillation in one process. Returns the models, of which the student and its two EMAs have changed.
+
+    batch_of(generator, n) -> data (n, ...) or (data, cond). progress: a bar with the loss by t1. on_step(i, output) is called
+    after each training step, counted from 0. ValueError for a config that makes no sense.
     """
     config.check()
     optimizer, scheduler = make_optimizer(models, config)
-    emas, bins = make_emas(models, config), TimeBins()
-    for update in (bar := tqdm(range(config.max_train_steps), disable=not progress)):
-        batch = batch_of(keyed_generator(config.seed, update, stream=1), config.global_batch_size)
+    emas = make_emas(models, config)
+
+    def step(i):
+        batch = batch_of(keyed_generator(config.seed, i, Stream.DATA), config.global_batch_size)
         data, cond = batch if isinstance(batch, tuple) else (batch, None)
-        noise, jumps = sample_batch(config, update, len(data), data.shape[1:])
-        result = train_step(models, emas, optimizer, data, noise, jumps, config, cond)
+        noise, jumps = sample_batch(config, i, len(data), data.shape[1:])
+        output = train_step(models, emas, optimizer, [Batch(data, noise, jumps, cond)], config)
         scheduler.step()
-        bins.add(result.losses, result.jumps.t1)
-        bar.set_postfix_str(str(bins), refresh=False)
-        if on_update:
-            on_update(update, result)
+        return output
+    training_loop(step, config.max_train_steps, after=on_step, progress=progress)
     return models
+

@@ -1,0 +1,75 @@
+"""What the figures of several studies share. matplotlib is imported where something is drawn."""
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+LEVELS = (.01, .02, .03, .05, .1, .2, .3, .5, 1)             # marks of the axis of SW2
+
+
+def headless_pyplot() -> Any:
+    """pyplot for writing files, without a display."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """(figure, axes (rows, columns)) of a size in inches."""
+    return headless_pyplot().subplots(rows, columns, figsize=size, squeeze=False)
+
+
+def stacked_canvas(heights: Iterable[float], columns: int, **grid: Any) -> tuple[Any, Any]:
+    """(figure, axes) 13 inches wide, of rows so many inches high. grid: for matplotlib's gridspec."""
+    gap, heights = .55, list(heights)
+    total = sum(heights) + gap * (len(heights) + 1)
+    margins = {"height_ratios": heights, "left": .12, "right": .89, "bottom": gap / total, "top": 1 - gap / total,
+               "hspace": gap * len(heights) / sum(heights), "wspace": .13}
+    return headless_pyplot().subplots(len(heights), columns, figsize=(13, total), squeeze=False,
+                                      gridspec_kw=margins | grid)
+
+
+def save(figure: Any, path: str | Path, dpi: int, **options: Any) -> None:
+    from matplotlib import pyplot
+    figure.savefig(path, dpi=dpi, **options)
+    pyplot.close(figure)
+
+
+def level_axis(ax: Any, levels: Sequence[float], limits: tuple[float, float] | None = None, **style: Any) -> None:
+    """Marks of a logarithmic y axis as plain numbers, its limits as they were or as they are given."""
+    limits = limits or ax.get_ylim()
+    ax.set_yticks(levels, [f"{level:g}" for level in levels], **style)
+    ax.minorticks_off()
+    ax.set_ylim(limits)
+
+
+def step_axes(ax: Any, steps: Sequence[int], title: str, levels: Sequence[float] = LEVELS) -> None:
+    """A quality, SW2 unless the caller says otherwise, against network evaluations, both logarithmic."""
+    ax.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="SW2 to the data")
+    ax.set_xticks(steps, steps)
+    level_axis(ax, levels)
+    ax.set_title(title, fontsize=9)
+
+
+def labelled_handles(axes: Iterable[Any]) -> dict[str, Any]:
+    """{label: line} of all axes, each label once."""
+    pairs = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    return {label: line for line, label in pairs}
+
+
+def heat_map(ax: Any, rows: Sequence, columns: Sequence, values: dict, title: str, by_column: bool = True) -> None:
+    """The numbers themselves, the darker the further from the best: of the column, or of all.
+
+    values: {(row, column): number}. "far": a student that has run away."""
+    best = {c: min((v for (_, at), v in values.items() if at == c or not by_column), default=1.) for c in columns}
+    shade = [[math.log2(values[r, c] / best[c]) if (r, c) in values else math.nan for c in columns] for r in rows]
+    ax.imshow(shade, cmap="Oranges", vmin=0, vmax=3, aspect="auto")      # at 8 times the best it is darkest
+    for (r, c), value in values.items():
+        y, x = rows.index(r), columns.index(c)
+        text = f"{value:.3f}".lstrip("0") if value < 10 else "far"
+        ax.text(x, y, text, ha="center", va="center", fontsize=7, color="w" if shade[y][x] > 2 else "k")
+    ax.set_xticks(range(len(columns)), columns, fontsize=7)
+    ax.set_yticks(range(len(rows)), rows, fontsize=7)
+    ax.tick_params(length=0)
+    ax.set_title(title, fontsize=9)
