@@ -24,8 +24,8 @@ def stacked_canvas(heights: Iterable[float], columns: int, **grid: Any) -> tuple
     """(figure, axes) 13 inches wide, of rows so many inches high. grid: for matplotlib's gridspec."""
     gap, heights = .55, list(heights)
     total = sum(heights) + gap * (len(heights) + 1)
-    margins = {"height_ratios": heights, "left": .12, "right": .89, "bottom": gap / total, "top": 1 - gap / total,
-               "hspace": gap * len(heights) / sum(heights), "wspace": .13}
+    margins = {"left": .12, "right": .89, "bottom": gap / total, "top": 1 - gap / total, "wspace": .13,
+               "hspace": gap * len(heights) / sum(heights), "height_ratios": heights}
     return headless_pyplot().subplots(len(heights), columns, figsize=(13, total), squeeze=False,
                                       gridspec_kw=margins | grid)
 
@@ -36,9 +36,9 @@ def save(figure: Any, path: str | Path, dpi: int, **options: Any) -> None:
     pyplot.close(figure)
 
 
-def level_axis(ax: Any, levels: Sequence[float], limits: tuple[float, float] | None = None, **style: Any) -> None:
-    """Marks of a logarithmic y axis as plain numbers, its limits as they were or as they are given."""
-    limits = limits or ax.get_ylim()
+def level_axis(ax: Any, levels: Sequence[float], **style: Any) -> None:
+    """Marks of a logarithmic y axis as plain numbers, its limits as they were."""
+    limits = ax.get_ylim()
     ax.set_yticks(levels, [f"{level:g}" for level in levels], **style)
     ax.minorticks_off()
     ax.set_ylim(limits)
@@ -52,18 +52,27 @@ def step_axes(ax: Any, steps: Sequence[int], title: str, levels: Sequence[float]
     ax.set_title(title, fontsize=9)
 
 
+def plot_curve(ax: Any, curve: dict[int, dict], **style: Any) -> None:
+    """Means over the steps, and spreads as bars."""
+    entries = curve.values()
+    ax.errorbar(list(curve), [e["mean"] for e in entries], [e["spread"] or 0 for e in entries], **style)
+
+
 def labelled_handles(axes: Iterable[Any]) -> dict[str, Any]:
     """{label: line} of all axes, each label once."""
     pairs = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
     return {label: line for line, label in pairs}
 
 
-def heat_map(ax: Any, rows: Sequence, columns: Sequence, values: dict, title: str, by_column: bool = True) -> None:
+def heat_map(ax: Any, rows: Sequence, columns: Sequence, values: dict, title: str,
+             by_column: bool = True) -> None:
     """The numbers themselves, the darker the further from the best: of the column, or of all.
 
     values: {(row, column): number}. "far": a student that has run away."""
-    best = {c: min((v for (_, at), v in values.items() if at == c or not by_column), default=1.) for c in columns}
-    shade = [[math.log2(values[r, c] / best[c]) if (r, c) in values else math.nan for c in columns] for r in rows]
+    best = {c: min((v for (_, at), v in values.items() if at == c or not by_column), default=1.)
+            for c in columns}
+    shade = [[math.log2(values[r, c] / best[c]) if (r, c) in values else math.nan for c in columns]
+             for r in rows]
     ax.imshow(shade, cmap="Oranges", vmin=0, vmax=3, aspect="auto")      # at 8 times the best it is darkest
     for (r, c), value in values.items():
         y, x = rows.index(r), columns.index(c)

@@ -1,28 +1,64 @@
-"""The command line: `scfm COMMAND --help` explains each command. Heavy imports happen only in the command that runs."""
+"""The command line: `scfm COMMAND --help` explains each command. Heavy imports happen only in the command
+that runs."""
+
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
+
+from scfm.threads import bound_spinning
 
 COMMANDS = {
-    "demo": ("toy.demo:main", "distil the tiny Flux that the repository carries, and compare (5 minutes on 2 cores)"),
-    "plan": ("scfm.commands.plan:main", "memory and hours of a run on a GPU, counted before anything is downloaded"),
-    "data": ("scfm.commands.data:main", "let a pipeline generate captions, and encode images and captions once for training"),
-    "distill": ("scfm.commands.distill:main", "turn a pre-trained pipeline into a few-step one: writes a LoRA"),
-    "pretrain": ("scfm.commands.pretrain:main", "train a flow on images that samples in few steps, or distil a finished one"),
-    "dial": ("scfm.commands.dial:main", "find the LoRA's strength for each step count, and store it with the LoRA"),
-    "sample": ("scfm.commands.sample:main", "generate prompts with a LoRA, at the strength that its dial says"),
-    "evaluate": ("scfm.commands.evaluate:main", "student, teacher and rivals by one protocol: numbers, images, a report"),
-    "export": ("scfm.commands.export:main", "a fused pipeline, or one LoRA of step and style, checked against its parts"),
+    "demo": (
+        "scfm.commands.demo:main",
+        "distil the tiny Flux that the repository carries, and compare (5 minutes on 2 cores)",
+    ),
+    "plan": (
+        "scfm.commands.plan:main",
+        "memory and hours of a run on a GPU, counted before anything is downloaded",
+    ),
+    "data": (
+        "scfm.commands.data:main",
+        "let a pipeline generate images of captions, and encode images and captions once for training",
+    ),
+    "distill": (
+        "scfm.commands.distill:main",
+        "turn a pre-trained pipeline into a few-step one: writes a LoRA",
+    ),
+    "pretrain": (
+        "scfm.commands.pretrain:main",
+        "train a flow on images that samples in few steps, or distil a finished one",
+    ),
+    "dial": (
+        "scfm.commands.dial:main",
+        "find the LoRA scale for each step count, and store it with the LoRA",
+    ),
+    "sample": (
+        "scfm.commands.sample:main",
+        "generate images of prompts with a LoRA, at the scale that it was found best at",
+    ),
+    "evaluate": (
+        "scfm.commands.evaluate:main",
+        "student, teacher and rivals by one protocol: numbers, images, a report",
+    ),
+    "export": (
+        "scfm.commands.export:main",
+        "a fused pipeline, or one LoRA of step and style, checked against its parts",
+    ),
 }
 
 
-def main(argv=None):
-    """Entry point of `scfm`. Exit codes: 0 done, 1 failed, 2 a mistake in what was asked, 130 interrupted, 143 ended."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `scfm`. Exit codes: 0 done, 1 failed, 2 a mistake in what was asked, 130 interrupted,
+    143 ended."""
+    bound_spinning()
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="scfm", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="scfm",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Few-step sampling from pre-trained flow-matching models (SCFM, arXiv 2510.17858).",
-        epilog="commands:\n" + "\n".join(f"  {name:9} {text}" for name, (_, text) in COMMANDS.items()))
+        epilog="commands:\n" + "\n".join(f"  {name:9} {text}" for name, (_, text) in COMMANDS.items()),
+    )
     parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
     name = parser.parse_args(argv[:1]).command
     module, function = COMMANDS[name][0].split(":")
@@ -31,7 +67,8 @@ def main(argv=None):
     except (ValueError, FileNotFoundError) as error:
         print(f"scfm {name}: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as error:      # a loss that is not finite, a full disk: the line says what is safe
+    # a loss that is not finite, a full disk: the line says what is safe
+    except (FloatingPointError, OSError) as error:
         print(f"scfm {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,11 +1,14 @@
-"""The interfaces that the parts of the library meet at: a velocity field, the four models of a distillation, a family."""
+"""The interfaces that the parts of the library meet at: a velocity field, the four models of a distillation,
+a family."""
+
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
 
 Condition: TypeAlias = Any
-"""What a network is conditioned on: None, a tensor (B, ...), or a dict, list or tuple of these; its first dim is the batch."""
+"""What a network is conditioned on: None, a tensor (B, ...), or a dict, list or tuple of these; its first dim
+is the batch."""
 
 
 class VelocityField(Protocol):
@@ -38,7 +41,8 @@ class Averages(Protocol):
 
 
 class Family(Protocol):
-    """What differs between model families, bound to one pipeline and image size; `scfm.models.check` holds a class to it."""
+    """What differs between model families, bound to one pipeline and image size; `scfm.models.check` holds a
+    class to it."""
 
     pipeline_class: type
     uses_cfg: bool
@@ -67,8 +71,15 @@ class Family(Protocol):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor: ...
 
-    def velocity(self, transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor,
-                 cond: dict[str, torch.Tensor]) -> torch.Tensor: ...
+    def velocity(
+        self, transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]
+    ) -> torch.Tensor: ...
 
-    def sample_stock(self, captions: Sequence[str], noise: torch.Tensor, steps: int, guidance: float,
-                     shift: float | None = None) -> torch.Tensor: ...
+    def sample_stock(
+        self,
+        captions: Sequence[str],
+        noise: torch.Tensor,
+        steps: int,
+        guidance: float,
+        shift: float | None = None,
+    ) -> torch.Tensor: ...

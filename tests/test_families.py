@@ -15,7 +15,8 @@ from scfm.cli import main
 from scfm.training.config import DistillConfig
 from scfm.method.consistency import consistency_target, draw_jumps, keyed_generator
 from scfm.models.lora_file import read_lora_scales
-from scfm.models.family import FAMILIES, family_of, velocities
+from scfm.models.family import FAMILIES, velocities
+from scfm.models.source import PipelineSource
 from scfm.models.loading import load_pipeline
 from scfm.models.check import (
     LAYERS, check_latents, check_lora, check_images, check_text, check_velocity, left_out)
@@ -192,7 +193,7 @@ def test_images_need_not_be_square(sd3):
 @pytest.mark.parametrize("t5", [True, False])
 def test_it_saves_and_reloads(tmp_path, t5):
     build_sd3(seed=1, t5=t5).save_pretrained(tmp_path)
-    assert family_of(tmp_path) is SD3
+    assert PipelineSource(tmp_path).family is SD3
     pipe, family_class = load_pipeline(tmp_path, torch.float32)
     assert family_class is SD3 and (pipe.text_encoder_3 is None) == (not t5)
     again, made = SD3(pipe, 32, 32, TOKENS), SD3(build_sd3(seed=1, t5=t5), 32, 32, TOKENS)

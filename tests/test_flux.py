@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from scfm.cli import main
 from scfm.models.flux import Flux
-from scfm.models.family import family_of
+from scfm.models.source import PipelineSource
 from scfm.models.loading import load_pipeline
 from scfm.method.flow import sample, time_grid
 from scfm.training.checkpoint import latest
@@ -159,7 +159,7 @@ def test_a_folder_of_another_run_is_refused(prompts, tmp_path, capsys):
 def test_unknown_pipelines_are_refused_by_name(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ValueError, match="StableDiffusionPipeline"):
-        family_of(tmp_path)
+        PipelineSource(tmp_path).family
     assert load_pipeline(FLUX, torch.float32)[1] is Flux and issubclass(Flux.pipeline_class, FluxPipeline)
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,16 @@ from packaging.requirements import Requirement
 from safetensors import safe_open
 
 import scfm
+from scfm.data.prepare import DataConfig
+from scfm.evaluation.evaluate import EvaluateConfig
+from scfm.inference.export import ExportConfig
+from scfm.inference.step_lora import InferenceConfig
+from scfm.method.distill import SCFMConfig
+from scfm.training.config import DistillConfig
+from scfm.training.flow_config import FlowConfig
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["types", "files", "method", "models", "data", "training", "inference", "evaluation", "commands", "cli"]
+ORDER = ["threads", "types", "files", "method", "models", "data", "training", "inference", "evaluation", "commands", "cli"]
 FIRST_CHAPTERS = [f"method.{p.stem}" for p in sorted((ROOT / "scfm" / "method").glob("[a-z]*.py"))]  # torch alone (and tqdm)
 HEAVY = ["diffusers", "transformers", "peft", "accelerate", "torchvision", "matplotlib"]
 TOOLS = re.compile(r"nbdev|execnb|ghapi|nbconvert|nbclient|ipykernel|notebook|jupyter.*")  # of development only
@@ -64,7 +72,7 @@ def test_a_module_imports_only_from_earlier_ones(path):
 @each_module
 def test_scfm_does_not_import_toy(path):
     assert not [name for name in imports(path) if name.split(".")[0] == "toy"]
-    if chapter(path) != "cli":  # it names toy.demo, and imports it when somebody asks for the demo
+    if path.name != "demo.py":  # it names toy.demo, and imports it when somebody asks for the demo
         strings = [n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
                    if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         assert not [s for s in strings if re.fullmatch(r"toy(\.\w+)+(:\w+)?", s)]
@@ -88,8 +96,31 @@ def test_the_first_chapters_load_no_heavy_library():
 
 def test_importing_scfm_takes_no_time_beyond_torch():
     code = "import time, torch\nbegan = time.perf_counter()\n"
-    code += "import scfm\nprint(time.perf_counter() - began)"
+    code += "import scfm\nscfm.scfm_loss\nprint(time.perf_counter() - began)"
     assert min(float(python(code)) for _ in range(3)) < .3
+    assert python(f"import sys, scfm\nprint(*[name for name in {HEAVY} + ['torch'] if name in sys.modules])") == ""
+
+
+def test_what_scfm_offers_is_there():
+    assert 20 <= len(scfm.__all__) <= 40 and sorted(dir(scfm)) == sorted(scfm.__all__)
+    assert all(getattr(scfm, name) is not None for name in scfm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'scfm_los'"):
+        scfm.scfm_los
+
+
+# What is read
+
+
+CONFIGS = [SCFMConfig, DistillConfig, FlowConfig, DataConfig, InferenceConfig, ExportConfig, EvaluateConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_every_setting_is_read_somewhere(config):
+    """`config.NAME` or `self.NAME` outside the validators, or in a table of names that are copied."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in MODULES)
+    text = re.sub(r"lambda c: .*", "", text)
+    unread = [f.name for f in fields(config) if not re.search(rf"\b(config|self)\.{f.name}\b", text)]
+    assert not unread, f"{config.__name__}: nothing reads {', '.join(unread)}"
 
 
 # What is exported
@@ -121,7 +152,16 @@ def test_nbdev_clean_would_change_nothing(tmp_path):
 
 @each_module
 def test_no_module_is_long(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    assert len(code_lines(path)) <= 300
+
+
+def code_lines(path):
+    """The numbers of the lines that hold code: no comment, no docstring, not blank."""
+    strings = {n.value.lineno: n.value.end_lineno for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+               if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)}
+    docs = {line for first, last in strings.items() for line in range(first, last + 1)}
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    return [i for i, line in lines if i not in docs and line.strip() and not line.strip().startswith("#")]
 
 
 # What is installed, and what is carried
@@ -158,7 +198,7 @@ def test_the_carried_weights_are_small_and_no_pickles():
 
 
 def test_no_file_names_a_path_of_a_machine():
-    places = [ROOT / name for name in ("bench", "docs", "scfm", "toy")]
+    places = [ROOT / name for name in ("benchmarks", "docs", "examples", "experiments", "scfm", "scripts", "toy")]
     files = [*ROOT.glob("*.md"), *(p for place in places for p in place.rglob("*"))]
     for path in files:
         if path.suffix in (".py", ".md", ".json", ".txt", ".sh"):

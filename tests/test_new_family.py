@@ -16,9 +16,9 @@ from diffusers.utils import logging
 
 from scfm.models import family as families
 from scfm.cli import main
-from scfm.models.family import FAMILIES, find_family, family_of, installed_families, register
+from scfm.models.family import FAMILIES, find_family, installed_families, register
 from scfm.models.loading import load_pipeline, with_vae
-from scfm.models.source import empty_transformer, without_weights
+from scfm.models.source import PipelineSource
 from scfm.models.check import (
     CONTRACT, check_family, check_latents, check_lora, check_images, check_text, check_velocity,
     left_out, stock_walk)
@@ -161,14 +161,14 @@ def test_two_packages_for_one_pipeline_are_refused(site):
         with pytest.raises(ValueError, match=f"{name} has more than one family: .*another:"):
             find_family(name)
     with pytest.raises(ValueError, match="more than one family"):
-        family_of(FLUX)
+        PipelineSource(FLUX).family
 
 
 def test_an_unknown_pipeline_is_told_what_there_is(site, tmp_path):
     install(site, {"Lumina2Pipeline": "outside_lumina:Lumina2"})
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
     with pytest.raises(ValueError, match="knows FluxPipeline, StableDiffusion3Pipeline, PixelPipeline, Lumina2Pipeline"):
-        family_of(tmp_path)
+        PipelineSource(tmp_path).family
 
 
 # From a folder, by the command line
@@ -183,10 +183,10 @@ def test_pipelines_and_parts_may_come_from_outside_diffusers(outside, tmp_path):
     register(outside.OwnFamily)
     pipe, family = load_pipeline(tmp_path / "own", torch.float32)
     assert type(pipe) is outside.OwnPipeline and type(pipe.transformer) is outside.OwnTransformer and family is outside.OwnFamily
-    assert pipe.vae_scale_factor == without_weights(tmp_path / "own").vae_scale_factor == 8
-    assert type(empty_transformer(tmp_path / "own")) is outside.OwnTransformer
+    assert pipe.vae_scale_factor == PipelineSource(tmp_path / "own").skeleton.vae_scale_factor == 8
+    assert type(PipelineSource(tmp_path / "own").empty_transformer()) is outside.OwnTransformer
     bare, _ = load_pipeline(tmp_path / "own", torch.float32, parts="transformer")
-    with with_vae(bare, tmp_path / "own"):
+    with with_vae(bare, PipelineSource(tmp_path / "own")):
         assert type(bare.vae) is type(made.vae)
     x = torch.randn(3, *family(pipe, *SIZE).latent_shape, generator=torch.Generator().manual_seed(0))
     mine, theirs = family(pipe, *SIZE), outside.Lumina2(made, *SIZE)
@@ -197,7 +197,7 @@ def test_a_part_that_cannot_be_imported_is_one_line(tmp_path):
     for library, kind in (("not_there", "Any"), ("diffusers", "NoSuchTransformer")):
         (tmp_path / "model_index.json").write_text(json.dumps({"transformer": [library, kind]}))
         with pytest.raises(ValueError, match=f"its transformer is a {kind} of {library}, which cannot be imported here"):
-            empty_transformer(tmp_path)
+            PipelineSource(tmp_path).empty_transformer()
 
 
 def test_a_vae_of_unknown_scale_is_one_line(tmp_path):
@@ -205,7 +205,7 @@ def test_a_vae_of_unknown_scale_is_one_line(tmp_path):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="no block_out_channels"):
-        without_weights(tmp_path)
+        PipelineSource(tmp_path).skeleton
 
 
 def test_distill_takes_it_and_the_stock_pipeline_takes_the_lora(site, tmp_path, capsys):

@@ -81,11 +81,11 @@ def test_a_preset_is_found_without_the_checkout(installed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_demo_says_that_it_needs_the_checkout(installed, tmp_path):
+def test_the_demo_says_that_it_needs_the_repository(installed, tmp_path):
     done = run(installed / "scfm", "demo", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.count("\n") == 1
-    assert "checkout" in done.stderr and "Traceback" not in done.stderr
+    assert "needs the repository" in done.stderr and "Traceback" not in done.stderr
 
 
 def package_files(tree):

@@ -1,162 +1,374 @@
-"""`scfm demo`: distil the tiny Flux now, and set the result beside its teacher and beside the LoRA of a longer run.
+"""`scfm demo`: distil the tiny Flux now, and set the result beside its teacher and beside the LoRA of a
+longer run.
 
-Everything comes from the repository: the pipeline, its captions and the carried LoRA. The live run is the same code as
-`scfm distill`, cut to what minutes allow.
+Everything comes from the repository: the pipeline, its captions, the carried LoRA, and the scores of what
+does not change
+(the teacher and the carried LoRA). The live run is the same code as `scfm distill`, cut to what minutes
+allow: a few steps
+are timed first, and the run is made as long as the time that is left for it. `python -m toy.demo --store`
+scores the teacher
+and the carried LoRA again.
 """
+
 import argparse
 import json
 import os
 import platform
 import shutil
+import statistics
+import textwrap
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from scfm.training.config import read_settings
-from scfm.models.lora_file import read_lora_scales
+from scfm.files import atomic_write
 from scfm.method.ema import shorten
-from toy.judge import STOCK, Entry, Judge, SHIFTS, table
-from toy.pipelines import FLUX, GUIDANCE, WEIGHTS
+from scfm.models.lora_file import read_lora_scales
+from scfm.training.config import DistillConfig, load_settings
+from scfm.types import VelocityField
+from toy.judge import SHIFTS, STOCK, Entry, Judge, table
+from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS
 
 PROMPTS = WEIGHTS / "prompts.txt"
 CARRIED = WEIGHTS / "lora"
-RECIPE = CARRIED / "config.json"
+STORED = WEIGHTS / "demo"  # scores of what does not change
+CAPTIONS = 128  # that the stored scores are of
+FEWEST = 100  # training steps below which a student has hardly learned
+TIMED = 4  # training steps that are timed, after one that warms up
+BATCHES = (32, 16, 8)  # tried in turn where a step is dear
+STUDENT_STEPS = (1, 2, 3, 4, 8)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Distils, scores, draws; returns the exit code."""
     args = parse(argv)
-    start, out = time.time(), Path(args.out)
-    from diffusers.utils import logging  # heavy imports wait until the flags are known to be right
-    from scfm.training.selection import finish
-    from scfm.training.distill_trainer import DistillTrainer
-    logging.set_verbosity_error()  # diffusers remarks that our LoRA has nothing for the text encoders
-    live = out / "live"
-    shutil.rmtree(live, ignore_errors=True)  # a demo starts from nothing
-    out.mkdir(parents=True, exist_ok=True)
+    if args.store:
+        return store()
+    start, out = time.time(), Path(args.output_dir)
+    for folder in ("images", "cache", "timed", "live"):  # a demo starts from nothing
+        shutil.rmtree(out / folder, ignore_errors=True)
+    print(f"1/3  live distillation of {FLUX.name}", flush=True)
+    make_images(args.prompts, out)
+    plan = plan_run(out, args)
+    print(plan.in_words(args.seconds), flush=True)
+    trainer = make_trainer(out / "live", plan.steps, plan.batch_size, min(32, args.captions))
+    trainer.train()
+    from scfm.training.selection import select_and_save
 
-    print(f"1/3  live distillation of {FLUX.name}: at most {args.seconds} s, {args.updates} updates", flush=True)
-    config = live_config(live, args.updates, args.prompts, min(32, args.captions))
-    print(f"     (EMA decays {config.ema_decay_fast:.3f} and {config.ema_decay_slow:.3f}: scaled to the short run from "
-          ".99 and .999)", flush=True)
-    run = DistillTrainer(config)
-    deadline = time.time() + args.seconds
-    run.train(keep_going=lambda: time.time() < deadline)
-    live_choice = finish(run)
+    selection = select_and_save(trainer)
 
-    print(f"2/3  judging on {args.captions} captions of pairs that no training image showed", flush=True)
-    record, judge, carried = compare(run, live_choice, args.captions)
+    print(f"2/3  scoring on {args.captions} captions of pairs that no training image showed", flush=True)
+    judge, carried, entries = compare(trainer, selection, args.captions)
+    record = describe(judge, selection, entries, carried, args.captions, plan)
     print("\n" + table(record["entries"]) + "\n\n" + explain(record), flush=True)
 
     print("3/3  writing", out / "comparison.png", "and", out / "results.json")
-    draw_comparison(run, live_choice, carried, judge, out / "comparison.png")
+    draw_comparison(trainer, selection, carried, judge, out / "comparison.png")
     record["seconds_in_all"] = round(time.time() - start)
-    write(out / "results.json", record)
+    write_json(out / "results.json", record)
     print(f"     done in {record['seconds_in_all']} s")
     return 0
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(prog="scfm demo", description=__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. ValueError for numbers that make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="scfm demo",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--output_dir", default="runs/demo", help="folder of comparison.png and results.json")
-    parser.add_argument("--max_train_steps", type=int, default=300, help="updates of the live run, at most")
-    parser.add_argument("--seconds", type=int, default=85, help="seconds of the live run, at most")
-    parser.add_argument("--prompts", default=str(PROMPTS), help="captions that the teacher generates for the live run")
-    parser.add_argument("--captions", type=int, default=128, help="captions on which all are judged")
+    parser.add_argument(
+        "--max_train_steps", type=int, default=300, help="training steps of the live run, at most"
+    )
+    parser.add_argument("--seconds", type=int, default=85, help="seconds that the live run should take")
+    parser.add_argument(
+        "--prompts", default=str(PROMPTS), help="captions whose images the live run is trained on"
+    )
+    parser.add_argument("--captions", type=int, default=CAPTIONS, help="captions on which all are scored")
+    parser.add_argument(
+        "--store", action="store_true", help="only score the teacher and the carried LoRA, and store it"
+    )
     args = parser.parse_args(argv)
-    for name in ("updates", "seconds", "captions"):
+    for name in ("max_train_steps", "seconds", "captions"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}: give 1 or more")
     return args
 
 
-def live_config(out, updates, prompts=PROMPTS, judge=32):
-    """The recipe of the carried LoRA, with the memories of the EMAs scaled to the number of updates."""
-    from scfm.training.config import DistillConfig
-    return DistillConfig(**{**read_settings(RECIPE), "pipeline": str(FLUX), "prompts": str(prompts), "out": str(out),
-                        "updates": updates, "ema_decay_fast": shorten(.99, updates), "ema_decay_slow": shorten(.999, updates),
-                        "validation_steps": 0, "tracker": "none", "judge": judge, "eval_num_steps": (1, 2, 3, 4, 8),
-                        "eval_lora_scales": (.5, .75, 1., 1.25)})
+# The live run
 
 
-def compare(run, live_choice, captions):
-    """Judges the teacher, the live student and the carried LoRA by one protocol."""
-    models, carried = run.models, carried_lora()
+class Plan(NamedTuple):
+    """How long the live run is. cost: seconds of a step."""
+
+    steps: int
+    batch_size: int
+    cost: float
+
+    def in_words(self, seconds: int) -> str:
+        """What the run will do, and why."""
+        takes = self.steps * self.cost
+        text = (
+            f"     {self.steps} training steps of {self.batch_size} examples; a step costs {self.cost:.2f} "
+            f"s here, so about "
+            f"{takes:.0f} s"
+        )
+        if takes > 1.2 * seconds:
+            text += (
+                f": more than the {seconds} s planned, since fewer steps teach nothing (is the machine busy?)"
+            )
+        return text + (
+            f"\n     (EMA decays {shorten(0.99, self.steps):.3f} and {shorten(0.999, self.steps):.3f}: "
+            f"scaled to the "
+            "short run from .99 and .999)"
+        )
+
+
+def plan_run(out: Path, args: argparse.Namespace) -> Plan:
+    """Times some steps and makes the run as long as they allow; where they are dear, first with fewer
+    examples in each."""
+    fewest, plan = min(FEWEST, args.max_train_steps), None
+    for batch_size in BATCHES:
+        cost = seconds_of_step(out / "timed" / str(batch_size), batch_size)
+        plan = Plan(max(fewest, min(args.max_train_steps, int(args.seconds / cost))), batch_size, cost)
+        if plan.steps * cost <= args.seconds or args.max_train_steps < FEWEST:
+            break
+    assert plan is not None
+    return plan
+
+
+def seconds_of_step(folder: Path, batch_size: int) -> float:
+    """The median over `TIMED` training steps."""
+    trainer = make_trainer(folder, TIMED + 1, batch_size)
+    clocks = [time.perf_counter()]
+    for step in range(TIMED + 1):
+        trainer.train_step(step)
+        clocks.append(time.perf_counter())
+    return statistics.median(b - a for a, b in zip(clocks[1:], clocks[2:], strict=False))
+
+
+def make_images(prompts: str, out: Path) -> None:
+    """The teacher's images of the captions, once for all runs of this demo."""
+    from accelerate import PartialState
+
+    from scfm.data.prepare import DataConfig, make_data, read_inputs
+    from scfm.models.source import PipelineSource
+
+    recipe = load_settings(CARRIED / "config.json")
+    config = DataConfig(
+        pretrained_model_name_or_path=str(FLUX),
+        prompts=prompts,
+        output_dir=str(out / "images"),
+        sizes=("32x32",),
+        max_sequence_length=TOKENS,
+        teacher_steps=recipe["teacher_steps"],
+        teacher_guidance_scale=recipe["teacher_guidance_scale"],
+        cache_dir=str(out / "cache"),
+    )
+    config.check()
+    source = PipelineSource(FLUX)
+    make_data(config, source, read_inputs(config, source), PartialState(cpu=not torch.cuda.is_available()))
+
+
+def make_trainer(folder: Path, steps: int, batch_size: int, eval_prompts: int = 2) -> Any:
+    """A trainer with the recipe of the carried LoRA, the memories of the EMAs scaled to the number of
+    steps."""
+    from diffusers.utils import logging
+
+    from scfm.training.distill_trainer import DistillTrainer
+
+    logging.set_verbosity_error()  # diffusers remarks that our LoRA has nothing for the text encoders
+    return DistillTrainer(
+        live_config(folder, steps, batch_size, eval_prompts), progress=folder.name == "live"
+    )
+
+
+def live_config(folder: Path, steps: int, batch_size: int = 32, eval_prompts: int = 32) -> DistillConfig:
+    """The settings of a live run in `folder`, beside whose folder the images and their cache lie."""
+    place = folder.parent if folder.name == "live" else folder.parent.parent
+    own = {
+        "pretrained_model_name_or_path": str(FLUX),
+        "prompts": "",
+        "train_data_dir": str(place / "images"),
+        "cache_dir": str(place / "cache"),
+        "output_dir": str(folder),
+        "max_train_steps": steps,
+        "global_batch_size": batch_size,
+        "ema_decay_fast": shorten(0.99, steps),
+        "ema_decay_slow": shorten(0.999, steps),
+        "validation_steps": 0,
+        "report_to": "none",
+        "num_eval_prompts": eval_prompts,
+        "eval_num_steps": STUDENT_STEPS,
+        "eval_lora_scales": (0.5, 0.75, 1.0, 1.25),
+    }
+    return DistillConfig(**{**load_settings(CARRIED / "config.json"), **own})
+
+
+# The scores
+
+
+def compare(trainer: Any, selection: dict[str, Any], captions: int) -> tuple[Judge, Any, dict[str, list]]:
+    """(judge, carried LoRA, {name: rows}) of the teacher, the live student and the carried LoRA, by one
+    protocol.
+
+    What does not change is read from the repository where it is of these captions, and scored now otherwise.
+    """
+    carried = carried_lora()
     judge = Judge(carried.family, captions)
-    judge.set_goal(models.teacher)
-    live = live_student(run, live_choice)
-    entries = [Entry("teacher", lambda steps: models.teacher, SHIFTS),
-               Entry(f"live student ({live_choice['updates']} updates), its dial", live, (STOCK,)),
-               Entry("carried LoRA, strength 1", lambda steps: carried.at(1), (STOCK,)),
-               Entry("carried LoRA, its dial", lambda steps: carried.at(carried.dial.scale(steps)), (STOCK,))]
-    record = {"captions": captions, "seeds": 1, "guidance": GUIDANCE, "goal": "teacher, 32 steps, shift 3",
-              "reference": "4000 drawings of held-out pairs", "frechet_floor": judge.floor(),
-              "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
-              "live": live_choice, "dial": dict(zip(carried.dial.steps, carried.dial.scales)),
-              "entries": judge.record(entries)}
-    return record, judge, carried
+    stored = read_stored() if captions == CAPTIONS else None
+    if stored:
+        judge.goal, fixed = stored
+    else:
+        judge.set_goal(trainer.models.teacher)
+        fixed = judge.record(fixed_entries(trainer.models.teacher, carried))
+    name = f"live student ({selection['train_steps']} steps), its scales"
+    live = judge.record([Entry(name, live_student(trainer, selection), (STOCK,))], steps=STUDENT_STEPS)
+    teacher, *others = fixed
+    return judge, carried, {teacher: fixed[teacher], **live, **{other: fixed[other] for other in others}}
 
 
-def live_student(run, choice):
-    """steps -> the field of the adapter that won, at the strength of its dial."""
-    dial = read_lora_scales(run.out / "pytorch_lora_weights.safetensors")
-    return lambda steps: run.models.field(choice["ships"], dial.scale(steps))
+def fixed_entries(teacher: VelocityField, carried: Any) -> list[Entry]:
+    """What does not change from demo to demo."""
+    return [
+        Entry("teacher", lambda steps: teacher, SHIFTS),
+        Entry("carried LoRA, scale 1", lambda steps: carried.at_scale(1), (STOCK,)),
+        Entry(
+            "carried LoRA, its scales",
+            lambda steps: carried.at_scale(carried.lora_scales.scale(steps)),
+            (STOCK,),
+        ),
+    ]
 
 
-def carried_lora():
-    """The LoRA of the repository on a pipeline of its own, with its dial."""
-    from scfm.inference.step_lora import StepLora, InferenceConfig
+def store() -> int:
+    """Scores what does not change, and writes it into the repository."""
+    carried = carried_lora()
+    judge = Judge(carried.family, CAPTIONS)
+    judge.set_goal(carried.at_scale(0.0))
+    record = judge.record(fixed_entries(carried.at_scale(0.0), carried))
+    assert judge.goal is not None
+    goal = judge.goal.contiguous()
+    atomic_write(
+        STORED / "teacher_endpoints.safetensors", lambda new: save_file({"endpoints": goal}, str(new))
+    )
+    write_json(STORED / "scores.json", {"captions": CAPTIONS, "entries": record, "machine": machine()})
+    print(f"written to {STORED}")
+    return 0
+
+
+def read_stored() -> tuple[torch.Tensor, dict[str, list]] | None:
+    """(the teacher's endpoints, {name: rows}) that the repository carries; None where it carries none."""
+    path = STORED / "scores.json"
+    if not path.is_file():
+        return None
+    return load_file(str(STORED / "teacher_endpoints.safetensors"))["endpoints"], json.loads(
+        path.read_text()
+    )["entries"]
+
+
+def live_student(trainer: Any, selection: dict[str, Any]) -> Callable[[int], VelocityField]:
+    """steps -> the field of the adapter that was selected, at its LoRA scale."""
+    scales = read_lora_scales(trainer.output_dir / "pytorch_lora_weights.safetensors")
+    assert scales is not None
+    return lambda steps: trainer.models.field(selection["selected"], scales.scale(steps))
+
+
+def carried_lora() -> Any:
+    """The LoRA of the repository on a pipeline of its own."""
+    from scfm.inference.step_lora import InferenceConfig, StepLora
+
     return StepLora(InferenceConfig(lora=str(CARRIED), pretrained_model_name_or_path=str(FLUX)))
 
 
-def explain(record):
-    return ("prompt acc.: share of the attributes named by the caption that a classifier sees (higher is better)\n"
-            f"Frechet: distance on that classifier's features to drawings, not FID; {record['captions']} fresh drawings "
-            f"score {record['frechet_floor']:.3f} (lower is better)\n"
-            "endpoint: root mean square distance, in latents, to the teacher's 32-step endpoint from the same noise\n"
-            "its dial: the LoRA's strength by number of steps ("
-            + ", ".join(f"{n}: {s:g}" for n, s in record["dial"].items()) + "), found without data by `scfm dial`\n"
-            "best shift per column: each column at whichever of the shifts "
-            f"{', '.join(f'{s:g}' for s in SHIFTS)} is best for it")
+def describe(
+    judge: Judge, selection: dict[str, Any], entries: dict[str, list], carried: Any, captions: int, plan: Plan
+) -> dict[str, Any]:
+    """The record: scores and all that they depend on."""
+    scales = carried.lora_scales
+    return {
+        "captions": captions,
+        "seeds": 1,
+        "guidance": GUIDANCE,
+        "target": "teacher, 32 steps, shift 3",
+        "reference": "4000 drawings of held-out pairs",
+        "frechet_floor": judge.floor(),
+        "machine": machine(),
+        "live": selection | plan._asdict(),
+        "lora_scales": dict(zip(scales.steps, scales.scales, strict=True)),
+        "entries": entries,
+    }
 
 
-def draw_comparison(run, live_choice, carried, judge, path, columns=12):
+def machine() -> str:
+    """Where the numbers come from."""
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}"
+
+
+def explain(record: dict[str, Any]) -> str:
+    """What the columns of the table mean."""
+    scales = ", ".join(f"{n}: {s:g}" for n, s in record["lora_scales"].items())
+    return (
+        "prompt acc.: share of the attributes named by the caption that a classifier sees (higher is "
+        "better)\n"
+        f"Frechet: distance on that classifier's features to drawings, not FID; {record['captions']} fresh "
+        f"drawings "
+        f"score {record['frechet_floor']:.3f} (lower is better)\n"
+        "endpoint: root mean square distance, in latents, to the teacher's 32-step endpoint from the same "
+        "noise\n"
+        f"its scales: the LoRA scale by number of steps ({scales} for the carried one), found without data\n"
+        "best shift per column: each column at whichever of the shifts "
+        f"{', '.join(f'{s:g}' for s in SHIFTS)} is best for it"
+    )
+
+
+# The image
+
+
+def draw_comparison(
+    trainer: Any, selection: dict[str, Any], carried: Any, judge: Judge, path: Path, columns: int = 12
+) -> None:
     """Rows of samplers, columns of captions; the noise of a column is the same in every row."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    models = run.models
-    student = live_student(run, live_choice)
-    turned = lambda steps: carried.at(carried.dial.scale(steps))
-    rows = [("teacher, 32 steps", models.teacher, 32), ("teacher, 3 steps", models.teacher, 3),
-            ("teacher, 4 steps", models.teacher, 4), ("live student, 3 steps", student(3), 3),
-            ("live student, 4 steps", student(4), 4), ("carried LoRA, 3 steps", turned(3), 3),
-            ("carried LoRA, 4 steps", turned(4), 4)]
-    figure, axes = plt.subplots(len(rows), columns, figsize=(columns + 1.6, len(rows) + .9))
-    for line, (name, field, steps) in zip(axes, rows):
+
+    teacher, student = trainer.models.teacher, live_student(trainer, selection)
+    carried_field = fixed_entries(teacher, carried)[-1].field_for
+    rows = [
+        ("teacher, 32 steps", teacher, 32),
+        ("teacher, 3 steps", teacher, 3),
+        ("teacher, 4 steps", teacher, 4),
+        ("live student, 3 steps", student(3), 3),
+        ("live student, 4 steps", student(4), 4),
+        ("carried LoRA, 3 steps", carried_field(3), 3),
+        ("carried LoRA, 4 steps", carried_field(4), 4),
+    ]
+    figure, axes = plt.subplots(len(rows), columns, figsize=(columns + 1.6, len(rows) + 0.9))
+    for line, (name, field, steps) in zip(axes, rows, strict=True):
         images = judge.family.decode(judge.endpoints(field, steps, STOCK, columns))
-        for ax, image in zip(line, images):
+        for ax, image in zip(line, images, strict=False):
             ax.imshow((image.permute(1, 2, 0).numpy() + 1) / 2, interpolation="nearest")
-            ax.set_xticks([]), ax.set_yticks([])
+        for ax in line:
+            ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    for ax, caption in zip(axes[0], judge.captions.text):
-        ax.set_title(fold(caption), fontsize=6.5)
-    figure.tight_layout(pad=.3)
-    figure.savefig(str(path) + ".new", dpi=90, format="png")
+    for ax, caption in zip(axes[0], judge.captions.text, strict=False):
+        ax.set_title("\n".join(textwrap.wrap(caption, 16)), fontsize=6.5)
+    figure.tight_layout(pad=0.3)
+    atomic_write(path, lambda new: figure.savefig(str(new), dpi=90, format="png"))
     plt.close(figure)
-    os.replace(str(path) + ".new", path)
 
 
-def fold(caption, width=16):
-    import textwrap
-    return "\n".join(textwrap.wrap(caption, width))
-
-
-def write(path, record):
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(record, indent=1))
-    os.replace(new, path)
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """A record, whole or not at all."""
+    atomic_write(path, lambda new: new.write_text(json.dumps(record, indent=1)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """A small ResNet on CIFAR-10, whose features stand in for Inception's where no download is possible.
 
-It looks at images (B, 3, 32, 32) in [-1, 1] and gives 256 features and 10 class logits. A Frechet distance on the features is
-*not* FID: other features, another scale. `toy/train_features.py` trains it; what it reached stands in the file's header.
+It looks at images (B, 3, 32, 32) in [-1, 1] and gives 256 features and 10 class logits. A Frechet distance on
+the features is
+*not* FID: other features, another scale. `toy/train_features.py` trains it; what it reached stands in the
+file's header.
 """
+
 import hashlib
 import json
 from pathlib import Path
@@ -21,7 +24,9 @@ WIDTHS = (32, 64, 128, 256)
 def convolution(wide_in, wide_out, halve=False):
     """3 x 3 convolution, a max over 2 x 2 where the size is to be halved, batch norm, ReLU."""
     pool = [nn.MaxPool2d(2)] if halve else []
-    return nn.Sequential(nn.Conv2d(wide_in, wide_out, 3, 1, 1, bias=False), *pool, nn.BatchNorm2d(wide_out), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(wide_in, wide_out, 3, 1, 1, bias=False), *pool, nn.BatchNorm2d(wide_out), nn.ReLU()
+    )
 
 
 class Residual(nn.Module):
@@ -36,13 +41,20 @@ class Residual(nn.Module):
 
 
 class Features(nn.Module):
-    """Nine layers. Images (B, 3, 32, 32) in [-1, 1] -> logits (B, 10); features(images) -> (B, 256), the head's input."""
+    """Nine layers. Images (B, 3, 32, 32) in [-1, 1] -> logits (B, 10); features(images) -> (B, 256), the
+    head's input."""
 
     def __init__(self):
         super().__init__()
         a, b, c, d = WIDTHS
-        self.body = nn.Sequential(convolution(3, a), convolution(a, b, True), Residual(b), convolution(b, c, True),
-                                  convolution(c, d, True), Residual(d))
+        self.body = nn.Sequential(
+            convolution(3, a),
+            convolution(a, b, True),
+            Residual(b),
+            convolution(b, c, True),
+            convolution(c, d, True),
+            Residual(d),
+        )
         self.head = nn.Linear(d, len(CLASSES))
 
     def features(self, images):
@@ -55,6 +67,7 @@ class Features(nn.Module):
 
 class Seen(NamedTuple):
     """What the network sees in N images. features: (N, 256) float32; logits: (N, 10)."""
+
     features: torch.Tensor
     logits: torch.Tensor
 
@@ -64,7 +77,9 @@ def load_features(path=WEIGHTS):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: python -m toy.train_features FOLDER makes it")
     network = Features()
-    network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(str(path)).items()})
+    network.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in load_file(str(path)).items()}
+    )
     return network.eval().requires_grad_(False)
 
 
@@ -81,11 +96,12 @@ def mark(path=WEIGHTS):
 
 @torch.no_grad()
 def look(network, images, batch=500):
-    """`Seen` of images (N, 3, 32, 32), uint8 or float in [-1, 1]; in parts of `batch`, on the network's device."""
+    """`Seen` of images (N, 3, 32, 32), uint8 or float in [-1, 1]; in parts of `batch`, on the network's
+    device."""
     device, seen = next(network.parameters()).device, []
     for chunk in images.split(batch):
         chunk = chunk.to(device)
         chunk = chunk.float() / 127.5 - 1 if chunk.dtype == torch.uint8 else chunk.float().clamp(-1, 1)
         features = network.features(chunk)
         seen.append((features.cpu(), network.head(features).cpu()))
-    return Seen(*(torch.cat(part) for part in zip(*seen)))
+    return Seen(*(torch.cat(part) for part in zip(*seen, strict=False)))

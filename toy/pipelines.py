@@ -1,11 +1,16 @@
-"""Genuine, tiny pipelines. Flux: the same classes as FLUX.1-dev, 2.3 M parameters in the transformer instead of 11.9 B.
+"""Genuine, tiny pipelines. Flux: the same classes as FLUX.1-dev, 2.3 M parameters in the transformer instead
+of 11.9 B.
 
-`build_flux` makes it with random weights, `load_flux` reads the trained one that the repo carries, `toy/train_flux.py`
-is how it was trained. What differs from FLUX.1-dev beside the size: 32 x 32 pixels instead of 1024 x 1024, a VAE that
+`build_flux` makes it with random weights, `load_flux` reads the trained one that the repo carries,
+`toy/train_flux.py`
+is how it was trained. What differs from FLUX.1-dev beside the size: 32 x 32 pixels instead of 1024 x 1024, a
+VAE that
 halves the side once, 16 text tokens (so pass `max_sequence_length=16`), and a fixed sampling shift of 3.
 
-`build_sd3` makes a StableDiffusion3Pipeline of the same kind, with random weights: nobody has trained one yet.
+`build_sd3` makes a StableDiffusion3Pipeline of the same kind, with random weights: nobody has trained one
+yet.
 """
+
 import itertools
 import os
 import tempfile
@@ -13,90 +18,195 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
-                       SD3Transformer2DModel, StableDiffusion3Pipeline)
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config,
-                          T5EncoderModel, T5TokenizerFast)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from scfm.models.loading import no_loading_bars
 from toy.shapes import COLOURS, OPENINGS, PLACES, SHAPES, SIDE, SIZES
 
 WEIGHTS = Path(__file__).parent / "weights"
 FLUX = WEIGHTS / "flux"
-TOKENS = 16          # length of every caption, in tokens
-GUIDANCE = 2.5       # the guidance scale at which the carried pipeline is sampled; set beforehand, not tuned
-WIDTH = 64           # of both text encoders
+TOKENS = 16  # length of every caption, in tokens
+GUIDANCE = 2.5  # the guidance scale at which the carried pipeline is sampled; set beforehand, not tuned
+WIDTH = 64  # of both text encoders
 
 WORDS = sorted({w for line in (*COLOURS, *SHAPES, *SIZES, *PLACES, *OPENINGS, "a an") for w in line.split()})
 
 
 def build_flux(seed=0):
-    """A FluxPipeline with random weights, in fp32 on the CPU: for training it, and for tests that need no images."""
+    """A FluxPipeline with random weights, in fp32 on the CPU: for training it, and for tests that need no
+    images."""
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False),
-        vae=AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-                          block_out_channels=[16, 32], layers_per_block=1, latent_channels=4, norm_num_groups=8,
-                          mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
-                          sample_size=SIDE, scaling_factor=1.0, shift_factor=0.0),
-        text_encoder=CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(clip), hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH,
-            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS,
-            bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id)),
+        vae=AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            block_out_channels=[16, 32],
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            sample_size=SIDE,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(clip),
+                hidden_size=WIDTH,
+                intermediate_size=2 * WIDTH,
+                projection_dim=WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=TOKENS,
+                bos_token_id=clip.bos_token_id,
+                eos_token_id=clip.eos_token_id,
+                pad_token_id=clip.pad_token_id,
+            )
+        ),
         tokenizer=clip,
-        text_encoder_2=T5EncoderModel(T5Config(
-            vocab_size=len(t5), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4,
-            feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=t5.pad_token_id)),
+        text_encoder_2=T5EncoderModel(
+            T5Config(
+                vocab_size=len(t5),
+                d_model=WIDTH,
+                d_kv=16,
+                d_ff=2 * WIDTH,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+                pad_token_id=t5.pad_token_id,
+            )
+        ),
         tokenizer_2=t5,
         transformer=FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=2, num_single_layers=4, attention_head_dim=32,
-            num_attention_heads=4, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True,
-            axes_dims_rope=(4, 14, 14)),
+            patch_size=1,
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=4,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 14, 14),
+        ),
     )
 
 
 def build_sd3(seed=0, t5=True):
     """A StableDiffusion3Pipeline with random weights, in fp32 on the CPU, for 32 x 32 pixels.
 
-    Built like SD3.5: normalized queries and keys, a second attention in the first block (as in Medium). The VAE's scale and
-    shift are those of SD3, and the table of positions is larger than the image, so that it is cropped. t5=False leaves
+    Built like SD3.5: normalized queries and keys, a second attention in the first block (as in Medium). The
+    VAE's scale and
+    shift are those of SD3, and the table of positions is larger than the image, so that it is cropped.
+    t5=False leaves
     the third text encoder out, as people do to save memory.
     """
     torch.manual_seed(seed)
     clip = clip_tokenizer()
-    encoder = lambda: CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(clip), hidden_size=WIDTH // 2, intermediate_size=WIDTH, projection_dim=WIDTH // 2,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS,
-        bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id))
+
+    def encoder():
+        return CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(clip),
+                hidden_size=WIDTH // 2,
+                intermediate_size=WIDTH,
+                projection_dim=WIDTH // 2,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=TOKENS,
+                bos_token_id=clip.bos_token_id,
+                eos_token_id=clip.eos_token_id,
+                pad_token_id=clip.pad_token_id,
+            )
+        )
+
     t5_words = t5_tokenizer() if t5 else None
     return StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False),
-        vae=AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-                          block_out_channels=[16, 32], layers_per_block=1, latent_channels=4, norm_num_groups=8,
-                          mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
-                          sample_size=SIDE, scaling_factor=1.5305, shift_factor=0.0609),
-        text_encoder=encoder(), tokenizer=clip, text_encoder_2=encoder(), tokenizer_2=clip,
-        text_encoder_3=T5EncoderModel(T5Config(
-            vocab_size=len(t5_words), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4,
-            feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=t5_words.pad_token_id)) if t5 else None,
+        vae=AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            block_out_channels=[16, 32],
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            sample_size=SIDE,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+        ),
+        text_encoder=encoder(),
+        tokenizer=clip,
+        text_encoder_2=encoder(),
+        tokenizer_2=clip,
+        text_encoder_3=T5EncoderModel(
+            T5Config(
+                vocab_size=len(t5_words),
+                d_model=WIDTH,
+                d_kv=16,
+                d_ff=2 * WIDTH,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+                pad_token_id=t5_words.pad_token_id,
+            )
+        )
+        if t5
+        else None,
         tokenizer_3=t5_words,
         transformer=SD3Transformer2DModel(
-            sample_size=SIDE // 2, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=32,
-            num_attention_heads=4, caption_projection_dim=128, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH,
-            pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm"),
+            sample_size=SIDE // 2,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            caption_projection_dim=128,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            pos_embed_max_size=12,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
     )
 
 
 def load_flux(folder=FLUX, dtype=torch.float32):
-    """The trained pipeline. The folder is plain diffusers: `FluxPipeline.from_pretrained(folder)` reads it as well.
+    """The trained pipeline. The folder is plain diffusers: `FluxPipeline.from_pretrained(folder)` reads it as
+    well.
 
     A stock pipeline's call needs `max_sequence_length=16` (`TOKENS`).
     """
     if not (Path(folder) / "model_index.json").is_file():
-        raise FileNotFoundError(f"no pipeline in {folder}: it has no model_index.json "
-                                "(python -m toy.train_flux makes one)")
+        raise FileNotFoundError(
+            f"no pipeline in {folder}: it has no model_index.json (python -m toy.train_flux makes one)"
+        )
     with no_loading_bars():
         pipe = FluxPipeline.from_pretrained(str(folder), dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -116,7 +226,7 @@ def save_flux(pipe, folder):
         for part in big:
             part.half()
         pipe.save_pretrained(new)
-        for part, state in zip(big, kept):
+        for part, state in zip(big, kept, strict=False):
             part.float().load_state_dict(state)
         if folder.exists():
             os.rename(folder, old)
@@ -135,16 +245,19 @@ def clip_tokenizer():
 
 
 def byte_pairs(words):
-    """Vocabulary and merges that make each word one token. The library's own trainer breaks ties anew in each process."""
+    """Vocabulary and merges that make each word one token. The library's own trainer breaks ties anew in each
+    process."""
     split = [[*w[:-1], w[-1] + "</w>"] for w in words]
     symbols, merges = sorted({s for word in split for s in word}), []
     while pairs := Counter(pair for word in split for pair in itertools.pairwise(word)):
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))    # the most frequent, and of these the first by name
+        best = min(
+            pairs, key=lambda pair: (-pairs[pair], pair)
+        )  # the most frequent, and of these the first by name
         merges.append(best)
         for word in split:
             for i in range(len(word) - 1, 0, -1):
-                if word[i - 1:i + 1] == [*best]:
-                    word[i - 1:i + 1] = ["".join(best)]
+                if word[i - 1 : i + 1] == [*best]:
+                    word[i - 1 : i + 1] = ["".join(best)]
     symbols += ["".join(pair) for pair in merges]
     return {s: i for i, s in enumerate(dict.fromkeys(["<|startoftext|>", "<|endoftext|>", *symbols]))}, merges
 
@@ -159,5 +272,11 @@ def t5_tokenizer():
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Metaspace()
     inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return T5TokenizerFast(tokenizer_object=inner, extra_ids=0, eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-                           model_max_length=TOKENS)
+    return T5TokenizerFast(
+        tokenizer_object=inner,
+        extra_ids=0,
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_max_length=TOKENS,
+    )

@@ -1,9 +1,12 @@
 """The attribute reader: a small classifier that says which colour, shape, size and place an image shows.
 
-It is trained on drawings (`toy/train_flux.py`), where the truth is known. It gives two figures of merit, each called by what it is:
-*prompt accuracy*, the share of named attributes that the image shows, and the *features of the reader*, on which a
+It is trained on drawings (`toy/train_flux.py`), where the truth is known. It gives two figures of merit, each
+called by what it is:
+*prompt accuracy*, the share of named attributes that the image shows, and the *features of the reader*, on
+which a
 Frechet distance can be taken. That distance is not FID: FID uses Inception features of natural images.
 """
+
 from pathlib import Path
 
 import torch
@@ -18,14 +21,27 @@ FEATURES = 64
 
 
 class Reader(nn.Module):
-    """Images (B, 3, 32, 32) in [-1, 1] -> one tensor of logits per attribute, in the order of `ATTRIBUTES`."""
+    """Images (B, 3, 32, 32) in [-1, 1] -> one tensor of logits per attribute, in the order of
+    `ATTRIBUTES`."""
 
     def __init__(self):
         super().__init__()
-        block = lambda i, o, stride: [nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU()]
-        self.body = nn.Sequential(*block(3, 16, 1), *block(16, 32, 2), *block(32, 48, 2), *block(48, 64, 2),
-                                  nn.Flatten(), nn.Linear(64 * 16, FEATURES), nn.SiLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(words)) for name, words in ATTRIBUTES.items()})
+
+        def block(i, o, stride):
+            return [nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU()]
+
+        self.body = nn.Sequential(
+            *block(3, 16, 1),
+            *block(16, 32, 2),
+            *block(32, 48, 2),
+            *block(48, 64, 2),
+            nn.Flatten(),
+            nn.Linear(64 * 16, FEATURES),
+            nn.SiLU(),
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(FEATURES, len(words)) for name, words in ATTRIBUTES.items()}
+        )
 
     def features(self, images):
         """(B, 64), the input of the heads."""
@@ -61,7 +77,12 @@ def prompt_accuracy(seen, named):
     attribute that its caption names is there; "named" is the mean over all named attributes.
     """
     asked, right = named >= 0, seen == named
-    per = {name: (right[:, i] & asked[:, i]).sum().item() / max(1, asked[:, i].sum().item())
-           for i, name in enumerate(ATTRIBUTES)}
-    return {**per, "named": (right & asked).sum().item() / asked.sum().item(),
-            "all": (right | ~asked).all(1).float().mean().item()}
+    per = {
+        name: (right[:, i] & asked[:, i]).sum().item() / max(1, asked[:, i].sum().item())
+        for i, name in enumerate(ATTRIBUTES)
+    }
+    return {
+        **per,
+        "named": (right & asked).sum().item() / asked.sum().item(),
+        "all": (right | ~asked).all(1).float().mean().item(),
+    }

@@ -1,56 +1,65 @@
-"""What matters:  python bench/ablations.py --workers 2      (about an hour of CPU for plane and grids, 40 minutes for the tiny Flux)
+"""What matters:  python -m experiments.studies.ablations --workers 2
 
-One setting changed at a time, around one default, then two at a time. Every run is looked at several times on its way.
+One setting changed at a time, around one default, then two at a time. Every run is looked at several times on
+its way. About an hour of CPU for plane and grids, 40 minutes for the tiny Flux.
 
-    plane   checkerboard; the share of teacher rows and the EMAs on moons and 8 Gaussians too. The default is the paper's
-            recipe: Algorithm 2, decays .99 and .999, k/N .4, a constant learning rate, the student itself read out.
-            Sliced-Wasserstein-2 (SW2) against fresh data at 1, 2, 3, 4 and 8 steps, raw (scale 1) and dialled
-    grids   fast against slow decay, and the two settings that mattered most on the plane (by what was just measured)
-    flux    the tiny Flux of toy/, a LoRA, the carried recipe cut to minutes: the distance to the teacher's endpoints, on
-            captions of pairs that no training image shows, at 3, 4 and 8 steps
+    plane   checkerboard; the share of teacher examples and the EMAs on moons and 8 Gaussians too. The default
+            is the paper's recipe: Algorithm 2, decays .99 and .999, k/N .4, a constant learning rate, the
+            student itself read out. Sliced-Wasserstein-2 (SW2) against fresh data at 1, 2, 3, 4 and 8 steps,
+            raw (scale 1) and dialled
+    grids   the decays of both EMAs, and the two settings that mattered most on the plane (by what was just
+            measured)
+    flux    the tiny Flux of toy/, a LoRA, the carried recipe cut to minutes: the distance to the teacher's
+            endpoints, on captions of pairs that no training image shows, at 3, 4 and 8 steps
 
-One seed for each change; the default has three. Every cell is a file under --cache, so a killed run goes on where it was; in the
-folder of bench/plane.py its teachers are found. Writes bench/results/ablations.json, ablations.png, ablations_grids.png
-and ablations_flux.png.
+One seed for each change; the default has three. Every cell is a file under --cache, so a killed run goes on
+where it was; in the folder of the study `plane` its teachers are found. Writes
+experiments/results/ablations.json, ablations.png, ablations_grids.png and ablations_flux.png.
 
-    python bench/ablations.py --only flux   computes one part, and takes of the others what is there
-    python bench/ablations.py --report      computes nothing, writes what the cells that are there give
-    python bench/ablations.py --smoke --cache /tmp/cells --out /tmp/ablations      seconds; the numbers mean nothing
+    --only flux     computes one part, and takes of the others what is there
+    --report        computes nothing, writes what the cells that are there give
+    --smoke --cache /tmp/cells --out /tmp/ablations      seconds; the numbers mean nothing
 """
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations_with_replacement, product
-from typing import NamedTuple
 
-import plane
-from ablation_cells import measure_flux, measure_flux_teacher, measure_run
-from ablation_report import gathered, most_sensitive, plot_families, plot_flux, plot_grids, text
-from cells import about, parser_of, run_all, write
-from plane_cells import FEWER, MEASURES, do
-from scfm.method.lora_scale import SCALES
+from experiments.runner import CellCache, Job, make_parser, run_info, run_jobs, write_record
+from experiments.studies.ablations_cells import measure_flux_run, measure_flux_teacher, measure_plane_run
+from experiments.studies.ablations_report import (
+    gather,
+    most_sensitive,
+    plot_families,
+    plot_flux,
+    plot_grids,
+    text,
+)
+from experiments.testbeds import plane, tiny_flux
+from experiments.testbeds.plane import FEWER
 from scfm.method.ema import shorten
+from scfm.method.lora_scale import SCALES
 from toy.plane import DATA
 
 ABLATED, PARTS = "checkerboard", ("plane", "grids", "flux")
 DECAYS = (.95, .99, .999, .9995)
+ONE_EMA = {"algorithm": "one_ema"}
 
 
-class PlaneProtocol(NamedTuple):
-    """Sizes, by the names of `Protocol` in bench/plane.py; looks: the numbers of updates after which a run is measured."""
+@dataclass(frozen=True)
+class PlaneSizes(plane.PlaneSizes):
+    """looks: the numbers of training steps after which a run is measured."""
+    scales: tuple = (*SCALES[::2], 2.5, 3., 4.)              # students of weak EMAs want more than 2
+    floor_pairs: int = 60
     steps: tuple = FEWER
     looks: tuple = (250, 500, 1000, 2000)
-    updates: int = 2000
-    teacher_updates: dict = plane.Protocol().teacher_updates
-    batch: int = 256
-    samples: int = 10_000
-    directions: int = 64
-    floor_pairs: int = 60
-    dial_noises: int = 512
-    goal_steps: int = 128
-    scales: tuple = (*SCALES[::2], 2.5, 3., 4.)              # students of weak models want more than 2
 
 
-class FluxProtocol(NamedTuple):
-    """captions: judged; dial_captions: on which the dial is found; goal_steps: the teacher's; images: that it generates."""
+@dataclass(frozen=True)
+class FluxSizes:
+    """captions: judged; dial_captions: on which scales are found; goal_steps: the teacher's; images: that it
+    generates.
+    """
     steps: tuple = (3, 4, 8)
     looks: tuple = (100, 200)
     updates: int = 200
@@ -62,115 +71,157 @@ class FluxProtocol(NamedTuple):
     scales: tuple = (0., .25, .5, .75, 1., 1.5, 2., 3.)
 
 
-FULL = {"plane": PlaneProtocol(), "flux": FluxProtocol()}
-TINY = {"plane": PlaneProtocol(looks=(4, 8), updates=8, teacher_updates=dict.fromkeys(DATA, 2), batch=8, samples=32, directions=4,
-                               floor_pairs=2, dial_noises=4, goal_steps=4, scales=(0., 1.)),
-        "flux": FluxProtocol((1, 2), (1, 2), 2, 2, 4, 2, 2, 4, (0., 1.))}
-NOTES = ("Plane: constant learning rate 3e-4, batch 256, shift 1 to 2, decays not shortened, raw student read out, unless it says otherwise.",
-         "A LoRA has the learning rate 1e-3. t_skip: at equal evaluations, so 4 and 8 have 5/7 and 5/11 of the updates; self grids below it are left out.",
-         "When stalled: both EMAs are set to the student once its distance to the slow EMA has not grown for 60 updates.",
-         "Most sensitive: the mean over 2, 3, 4 and 8 steps of log(worst / best), dialled, over the values of the coarse grids; three seeds of the default "
-         "say what chance does, and a setting below twice that is not told from it.",
-         "Tiny Flux: decays shortened to the updates, unless it says otherwise; student and slow EMA are both measured.")
+Sizes = dict[str, PlaneSizes | FluxSizes]
+FULL: Sizes = {"plane": PlaneSizes(), "flux": FluxSizes()}
+SMOKE: Sizes = {"plane": PlaneSizes(dict.fromkeys(DATA, 2), 8, 8, 32, 4, 4, 4, (0., 1.), 2, looks=(4, 8)),
+                "flux": FluxSizes((1, 2), (1, 2), 2, 2, 4, 2, 2, 4, (0., 1.))}
+METRIC = "sliced-Wasserstein-2; floor: data against data"
+NOTES = (
+    "Plane: constant learning rate 3e-4, batch 256, shift 1 to 2, decays not shortened, raw student read "
+    "out, unless it says otherwise.",
+    "A LoRA has the learning rate 1e-3. t_skip: at equal evaluations, so 4 and 8 have 5/7 and 5/11 of the "
+    "updates; self grids below it are left out.",
+    "When stalled: both EMAs are set to the student once its distance to the slow EMA has not grown for 60 "
+    "updates.",
+    "Most sensitive: the mean over 2, 3, 4 and 8 steps of log(worst / best), dialled, over the values of "
+    "the coarse grids; three seeds of the default "
+    "say what chance does, and a setting below twice that is not told from it.",
+    "Tiny Flux: decays shortened to the updates, unless it says otherwise; student and slow EMA are both "
+    "measured.")
 
 
-class Job(NamedTuple):
-    """One measurement. `change`: of the default; label: how the value is called, in a grid `first|second`."""
-    part: str
-    family: str
-    label: str
-    data: str
-    seed: int
-    change: dict
+def jumps(steps: int) -> dict[str, dict]:
+    """label -> change: examples that jump more steps of their grid cost a forward for each, so there are
+    fewer training steps.
+    """
+    fewer = {n: {"max_train_steps": max(1, steps * 5 // (3 + n))} if n > 2 else {} for n in (2, 4, 8)}
+    return {f"{n}": {"t_skip": n, **change} for n, change in fewer.items()}
 
 
-def jumps(updates):
-    """label -> change: rows that jump more steps of their grid cost a forward for each, so they get fewer updates."""
-    return {f"{n}": {"t_skip": n, **({"updates": max(1, updates * 5 // (3 + n))} if n > 2 else {})} for n in (2, 4, 8)}
+def each(setting: str, values: Iterable[float]) -> dict[str, dict]:
+    """label -> change: one setting at each of its values."""
+    return {f"{value:g}": {setting: value} for value in values}
 
 
-def families(updates):
-    """family -> label -> change of the default, for the plane."""
-    parts = [updates // 8, updates // 4, updates // 2]
-    one, stalled = {"algorithm": "one_ema"}, {"restart_when_stalled": True}
-    averages = {"dual": {}, **{f"dual, restart {n}": {"restart_every": n} for n in parts}, "dual, when stalled": stalled,
-                "one EMA": one, **{f"one EMA, restart {n}": one | {"restart_every": n} for n in parts},
-                "one EMA, when stalled": one | stalled, "dual pure": {"algorithm": "dual_pure"},
-                "dual, shortened": {"ema_decay_fast": shorten(.99, updates), "ema_decay_slow": shorten(.999, updates)}}
-    return {"k/N": {f"{k:g}": {"teacher_ratio": k} for k in (0., .1, .2, .4, .6, .8, 1.)},
-            "averages": averages,
-            "decay of one EMA": {f"{d:g}": one | {"ema_decay_slow": d} for d in DECAYS},
-            "speaker scale": {f"{s:g}": {"ema_target_scale": s} for s in (0., .25, .5, .75, 1., 1.25)},
-            "learning rate": {f"{lr:g}": {"lr": lr} for lr in (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)},
-            "shift": {f"{a:g} to {b:g}": {"shift": (a, b)} for a, b in ((.5, 1.), (1., 1.), (1., 2.), (1., 3.), (2.5, 4.5))},
-            "t_skip": jumps(updates),
+def shifts(ranges: Iterable[tuple[float, float]]) -> dict[str, dict]:
+    return {f"{low:g} to {high:g}": {"shift": (low, high)} for low, high in ranges}
+
+
+def decays_of_one_ema() -> dict[str, dict]:
+    return {label: ONE_EMA | change for label, change in each("ema_decay_slow", DECAYS).items()}
+
+
+def averages(steps: int) -> dict[str, dict]:
+    parts, stalled = [steps // 8, steps // 4, steps // 2], {"restart_when_stalled": True}
+    return {"dual": {}, **{f"dual, restart {n}": {"restart_every": n} for n in parts},
+            "dual, when stalled": stalled,
+            "one EMA": ONE_EMA, **{f"one EMA, restart {n}": ONE_EMA | {"restart_every": n} for n in parts},
+            "one EMA, when stalled": ONE_EMA | stalled, "dual pure": {"algorithm": "dual_pure"},
+            "dual, "
+            "shortened": {"ema_decay_fast": shorten(.99, steps), "ema_decay_slow": shorten(.999, steps)}}
+
+
+def families(steps: int) -> dict[str, dict[str, dict]]:
+    """family -> label -> change of the default, for the plane. steps: of training."""
+    ranks = {f"{rank}": {"rank": rank, "learning_rate": 1e-3} for rank in (1, 4, 16, 64)}
+    return {"k/N": each("teacher_ratio", (0., .1, .2, .4, .6, .8, 1.)),
+            "averages": averages(steps),
+            "decay of one EMA": decays_of_one_ema(),
+            "speaker scale": each("ema_target_scale", (0., .25, .5, .75, 1., 1.25)),
+            "learning rate": each("learning_rate", (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
+            "shift": shifts(((.5, 1.), (1., 1.), (1., 2.), (1., 3.), (2.5, 4.5))),
+            "t_skip": jumps(steps),
             "loss": {name: {"loss": name} for name in ("mse", "huber", "cosine")},
-            "rank": {f"{r}": {"rank": r, "lr": 1e-3} for r in (1, 4, 16, 64)} | {"all weights": {}, "all weights, 1e-3": {"lr": 1e-3}},
+            "rank": ranks | {"all weights": {}, "all weights, 1e-3": {"learning_rate": 1e-3}},
             "read-out": {name: {"read_out": name} for name in ("student", "ema_fast", "ema_slow")},
             "seed": {f"{seed}": {"seed": seed} for seed in range(3)}}
 
 
-EVERYWHERE = {"k/N": lambda label: True, "averages": lambda label: label in ("dual", "one EMA") or "stalled" in label}
 # what may stand on an axis of the grid of two settings: family -> label -> change
-COARSE = {"k/N": {f"{k:g}": {"teacher_ratio": k} for k in (.1, .2, .4, .8)},
-          "speaker scale": {f"{s:g}": {"ema_target_scale": s} for s in (.25, .5, .75, 1.)},
-          "learning rate": {f"{lr:g}": {"lr": lr} for lr in (1e-4, 3e-4, 1e-3, 3e-3)},
-          "shift": {f"{a:g} to {b:g}": {"shift": (a, b)} for a, b in ((1., 1.), (1., 2.), (1., 3.), (2.5, 4.5))},
-          "t_skip": jumps(PlaneProtocol().updates),
-          "decay of one EMA": {f"{d:g}": {"algorithm": "one_ema", "ema_decay_slow": d} for d in DECAYS}}
+COARSE = {"k/N": each("teacher_ratio", (.1, .2, .4, .8)),
+          "speaker scale": each("ema_target_scale", (.25, .5, .75, 1.)),
+          "learning rate": each("learning_rate", (1e-4, 3e-4, 1e-3, 3e-3)),
+          "shift": shifts(((1., 1.), (1., 2.), (1., 3.), (2.5, 4.5))),
+          "t_skip": jumps(PlaneSizes().updates),
+          "decay of one EMA": decays_of_one_ema()}
 
 
-def flux_families(updates):
-    one = {"algorithm": "one_ema"}
-    return {"k/N": {f"{k:g}": {"teacher_ratio": k} for k in (0., .2, .4, .6, .8, 1.)},
-            "averages": {"dual": {}, f"dual, restart {3 * updates // 10}": {"restart_every": max(1, 3 * updates // 10)}, "one EMA": one,
+def flux_families(steps: int) -> dict[str, dict[str, dict]]:
+    restart = 3 * steps // 10
+    return {"k/N": each("teacher_ratio", (0., .2, .4, .6, .8, 1.)),
+            "averages": {"dual": {}, f"dual, restart {restart}": {"restart_every": max(1, restart)},
+                         "one EMA": ONE_EMA,
                          "dual, not shortened": {"ema_decay_fast": .99, "ema_decay_slow": .999}},
-            "rank": {f"{r}": {"rank": r} for r in (4, 16, 48)},
-            "learning rate": {f"{lr:g}": {"lr": lr} for lr in (3e-4, 1e-3, 3e-3)},
-            "speaker scale": {f"{s:g}": {"ema_target_scale": s} for s in (.5, 1.)}}
+            "rank": {f"{rank}": {"rank": rank} for rank in (4, 16, 48)},
+            "learning rate": each("learning_rate", (3e-4, 1e-3, 3e-3)),
+            "speaker scale": each("ema_target_scale", (.5, 1.))}
 
 
-def jobs(protocols, smoke):
+def on_every_set(family: str, label: str) -> bool:
+    """Whether a value is tried on all sets of the plane, and not on one alone."""
+    return family == "k/N" or (family == "averages" and (label in ("dual", "one EMA") or "stalled" in label))
+
+
+def first_and_last(changes: dict[str, dict], family: str = "") -> dict[str, dict]:
+    """Of a family in a smoke run: the first value and the last that a grid could show."""
+    shown = [label for label in changes if label in COARSE.get(family, changes)]
+    return {label: changes[label] for label in shown[::max(1, len(shown) - 1)]}
+
+
+def jobs(sizes: Sizes, smoke: bool) -> list[Job]:
     """All measurements but those of the grid of two settings, in the order in which they matter."""
-    def some(changes, family=""):                            # of a family in a smoke run: the first value and the last that a grid could show
-        shown = [(label, change) for label, change in changes.items() if label in COARSE.get(family, changes)]
-        return shown[::max(1, len(shown) - 1)] if smoke else changes.items()
-    found = [Job("plane", "teacher", "teacher", data, 0, {}) for data in DATA]
-    found += [Job("plane", family, label, data, 0, change)
-              for family, changes in families(protocols["plane"].updates).items() for data in DATA for label, change in some(changes, family)
-              if data == ABLATED or (family in EVERYWHERE and EVERYWHERE[family](label))]
-    found += [Job("plane", "floor", "floor", data, 0, {}) for data in DATA]
-    found += [Job("grids", "fast decay, slow decay", f"{fast:g}|{slow:g}", ABLATED, 0, {"ema_decay_fast": fast, "ema_decay_slow": slow})
+    found = [Job("plane", "teacher", "teacher", data, 0) for data in DATA]
+    for family, changes in families(sizes["plane"].updates).items():
+        values = first_and_last(changes, family) if smoke else changes
+        found += [Job("plane", family, label, data, 0, change)
+                  for data in DATA for label, change in values.items()
+                  if data == ABLATED or on_every_set(family, label)]
+    found += [Job("plane", "floor", "floor", data, 0) for data in DATA]
+    found += [Job("grids", "fast decay, slow decay", f"{fast:g}|{slow:g}", ABLATED, 0,
+                  {"ema_decay_fast": fast, "ema_decay_slow": slow})
               for fast, slow in combinations_with_replacement(DECAYS, 2)]
-    found += [Job("flux", "teacher", "teacher", "tiny Flux", 0, {})]
-    return found + [Job("flux", family, label, "tiny Flux", 0, change)
-                    for family, changes in flux_families(protocols["flux"].updates).items() for label, change in some(changes)
-                    if not smoke or family in ("k/N", "rank")]
+    return found + flux_jobs(sizes["flux"].updates, smoke)
 
 
-def grid_of(pair):
+def flux_jobs(steps: int, smoke: bool) -> list[Job]:
+    found = [Job("flux", "teacher", "teacher", tiny_flux.NAME, 0)]
+    for family, changes in flux_families(steps).items():
+        if not smoke or family in ("k/N", "rank"):
+            values = first_and_last(changes) if smoke else changes
+            found += [Job("flux", family, label, tiny_flux.NAME, 0, change)
+                      for label, change in values.items()]
+    return found
+
+
+def grid_of(pair: Sequence[str]) -> list[Job]:
     """The measurements of two settings together. pair: names of `COARSE`, or () for none."""
+    axes = [COARSE[name].items() for name in pair]
     return [Job("grids", ", ".join(pair), f"{a}|{b}", ABLATED, 0, first | second)
-            for (a, first), (b, second) in (product(*(COARSE[name].items() for name in pair)) if pair else ())]
+            for (a, first), (b, second) in (product(*axes) if axes else ())]
 
 
-def one_of(job, folder, protocols, parts):
-    """`do` with what the part of a job asks for."""
+def measure(cache: CellCache, job: Job, sizes: Sizes) -> dict:
+    """The measurement of a job, on its testbed; all but teachers and floors are runs."""
     if job.part == "flux":
-        return do(job, folder, protocols["flux"], parts, {job.family: measure_flux} | {"teacher": measure_flux_teacher})
-    return do(job, folder, protocols["plane"], parts, {job.family: measure_run} | MEASURES)
+        bed = tiny_flux.TaughtFlux(cache, sizes["flux"])
+        return measure_flux_teacher(bed, job) if job.family == "teacher" else measure_flux_run(bed, job)
+    bed = plane.Plane(cache, sizes["plane"])
+    if job.family == "floor":
+        return plane.measure_floor(bed, job, bed.sizes.floor_pairs)
+    return plane.measure_teacher(bed, job) if job.family == "teacher" else measure_plane_run(bed, job)
 
 
-def main():
-    args = parser_of(__doc__, "ablations", PARTS).parse_args()
-    protocols = TINY if args.smoke else FULL
-    work = partial(one_of, folder=args.cache, protocols=protocols, parts=[] if args.report else args.only)
-    done = run_all(work, jobs(protocols, args.smoke), args.workers)
-    ranked, pair = most_sensitive(done, COARSE, ABLATED, small=args.smoke)
-    done += run_all(work, grid_of(pair), args.workers)
-    record = {"notes": NOTES, "protocol": {part: p._asdict() for part, p in protocols.items()}, "ablated": ABLATED,
-              "sensitivity": ranked, "metric": "sliced-Wasserstein-2; floor: data against data", **about(done), **gathered(done)}
-    write(record, args.out)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser(__doc__, "ablations", PARTS).parse_args(argv)
+    sizes = SMOKE if args.smoke else FULL
+    work = partial(measure, sizes=sizes)
+    results = run_jobs(jobs(sizes, args.smoke), work, args)
+    ranked, pair = most_sensitive(results, COARSE, ABLATED, small=args.smoke)
+    results += run_jobs(grid_of(pair), work, args)
+    record = {"notes": NOTES, "protocol": {part: asdict(of_part) for part, of_part in sizes.items()},
+              "ablated": ABLATED, "sensitivity": ranked, "metric": METRIC,
+              **run_info(results), **gather(results)}
+    write_record(record, args.out)
     for kind, plot in (("", plot_families), ("_grids", plot_grids), ("_flux", plot_flux)):
         plot(record, f"{args.out}{kind}.png")
     print(text(record))

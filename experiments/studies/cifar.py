@@ -1,78 +1,138 @@
-"""CIFAR-10 from scratch and shortcut afterwards, at equal network evaluations:  python bench/cifar.py FOLDER
+"""CIFAR-10 from scratch and shortcut afterwards, at equal network evaluations:
+
+    python -m experiments.studies.cifar FOLDER
 
 FOLDER holds the parquet files (default: the environment variable SCFM_CIFAR10). Ways to spend one budget:
 
     plain            plain flow matching
-    scfm 1/8 1/4 1/2 flow matching and that share of self rows (the method inside pre-training)
-    shortcut         a Shortcut Model (arXiv 2410.12557): the network is told the step size, a quarter of bootstrap rows
-    plain, distilled plain flow matching for four fifths of the budget, then SCFM with a teacher for the rest; raw and dialled
-    plain, LoRA      the same by `scfm distill`: a LoRA of rank 16 on the frozen flow, a thousand images; raw and dialled
+    scfm 1/8 1/4 1/2 flow matching and that share of self-consistency examples (the method inside pre-training)
+    shortcut         a Shortcut Model (arXiv 2410.12557): the step size is an input, a quarter of bootstrap examples
+    plain, distilled plain flow matching for four fifths of the budget, then SCFM with a teacher for the rest; raw
+                     and dialled
+    plain, LoRA      the same by `scfm distill`: a LoRA of rank 16 on the frozen flow, a thousand images; raw and
+                     dialled
 
-A row's forward counts 1 evaluation, its backward 2. Every sampler gets the same noises and labels. The Frechet distance is taken on the
-features of `toy/features.py` and is not FID; with --inception FILE the same rows get the true FID in a column of its own.
-Trainings and measurements are files under --cells, so a killed bench goes on; several may run at once with --only.
-Writes bench/results/cifar.json, cifar.png and cifar_images.png.
+An example's forward counts 1 evaluation, its backward 2. Every sampler gets the same noises and labels. The
+Frechet distance is taken on the features of `toy/features.py` and is not FID; with --inception FILE the same
+rows get the true FID in a column of its own. Trainings and measurements are files under --cells, so a killed
+run goes on; several may run at once with --only. Writes experiments/results/cifar.json, cifar.png and
+cifar_images.png.
 
-    python bench/cifar.py FOLDER --only plain shortcut     trains and measures these
-    python bench/cifar.py FOLDER --train                   trains, measures nothing
-    python bench/cifar.py FOLDER --report                  computes nothing, writes what the cells that are there give
-    python bench/cifar.py FOLDER --smoke --cells /tmp/c --out /tmp/cifar     seconds; the numbers mean nothing
+    --only plain shortcut     trains and measures these
+    --train                   trains, measures nothing
+    --report                  computes nothing, writes what the cells that are there give
+    --smoke --cells /tmp/c --out /tmp/cifar     seconds; the numbers mean nothing
 """
 import argparse
 import os
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from cifar_cells import Judge, Painter, dialled, floor, lora_painter, generate_all, sampler, score_all
-from cifar_report import report
-from cifar_training import DISTILLED, LORA, METHODS, NFE, RECIPES, Plan, folder_of, train_all
-from scfm.data.labelled_images import load_labelled_images
-from scfm.models.unet import load_flow
+import torch
+
+from experiments.runner import RESULTS, Job
+from experiments.scales import find_scales
+from experiments.studies.cifar_report import report
+from experiments.testbeds.cifar import (
+    DISTILLED,
+    LORA,
+    METHODS,
+    NFE,
+    RECIPES,
+    SEARCH_NOISES,
+    SEARCH_SCALES,
+    Cifar10,
+    Plan,
+    job_of,
+)
+from experiments.testbeds.cifar_judge import Sampler
+from scfm.inference.step_lora import InferenceConfig, StepLora, search_lora_scales
+from scfm.method.distill import CopiedModels
+from scfm.method.flow import EVALUATIONS, sample, time_grid
+from scfm.method.lora_scale import LoraScales
+from scfm.models.unet import UNetFlow, generate, load_flow
 
 ALL = ("plain", "scfm 1/4", "shortcut", DISTILLED, LORA, "scfm 1/8", "scfm 1/2")
+BY_MIDPOINT = ("plain", "scfm 1/4")
+MOST_FEW = 16                                    # beyond it a dial stands near 0, and midpoint has arrived
 
 
-def generate(plan, name, seed, painter, names):
-    """The images of one method and seed, by Euler; of plain flow matching and SCFM by midpoint too. [(files, notes)]."""
-    if name == LORA:
-        raw, turned, dial = lora_painter(plan, seed, names, painter.device)
-        return [(generate_all(plan, f"{LORA} {seed}", raw, painter), {}),
-                (generate_all(few(plan), f"{LORA}, dialled {seed}", turned, painter), {"dial": dial._asdict()})]
-    network = load_flow(folder_of(plan, name, seed) / "flow.safetensors").to(painter.device)
-    sets = [(generate_all(plan, f"{name} {seed}", sampler(network), painter), {})]
-    if name in ("plain", "scfm 1/4"):
-        sets.append((generate_all(few(plan), f"{name} {seed}", sampler(network), painter, ("midpoint",)), {}))
-    if name == DISTILLED:
-        turned, dial = dialled(plan, seed, painter.device)
-        sets.append((generate_all(few(plan), f"{DISTILLED}, dialled {seed}", turned, painter), {"dial": dial._asdict()}))
-    return sets
+def flow_sampler(network: UNetFlow) -> Sampler:
+    network.bf16 = network.init_kwargs["size"] != "tiny"
+    return partial(generate, network)
 
 
-def few(plan):
-    """The same without the large counts: there a dial stands near 0, and midpoint has arrived."""
-    return plan._replace(nfe=tuple(n for n in plan.nfe if n <= 16))
+def distilled_sampler(bed: Cifar10, job: Job) -> tuple[Sampler, LoraScales]:
+    """The distilled network at the scale for each number of steps, and the scales."""
+    teacher, _ = bed.teacher(job)
+    models = CopiedModels(teacher)
+    models.networks["student"].load_state_dict(load_flow(bed.flow_file(job)).state_dict())
+    for network in models.networks.values():
+        network.eval().bf16 = bed.plan.size != "tiny"
+    field_at = partial(models.field, "student")
+    scales = find_scales(*bed.search(job, models.field("teacher")), field_at, bed.plan.searched, SEARCH_SCALES)
+
+    def sampler(labels: torch.Tensor, noise: torch.Tensor, steps: int, solver: str) -> torch.Tensor:
+        field, times = field_at(scales.scale(steps)), time_grid(steps)
+        parts = zip(noise.split(500), labels.split(500), strict=True)
+        return torch.cat([sample(field, z, times, y, solver) for z, y in parts])
+    return sampler, scales
 
 
-def measure(plan, names, seeds, classes):
-    """Generates everything, then judges everything. classes: the names of the labels."""
-    painter = Painter(plan)
-    sets = [told for seed in seeds for name in names for told in generate(plan, name, seed, painter, classes)]
-    judge = Judge(plan)
-    floor(plan, judge)
-    for files, notes in sets:
-        score_all(plan, files, judge, notes)
+def lora_samplers(bed: Cifar10, job: Job, noises: int = SEARCH_NOISES) -> tuple[Sampler, Sampler, LoraScales]:
+    """The LoRA at scale 1, the same at its scale for each number of steps, and the scales."""
+    step_lora = StepLora(InferenceConfig(lora=str(bed.folder(job)), seed=1000 + job.seed), bed.device)
+    network, names = step_lora.pipe.transformer, bed.images.names
+    network.bf16 = bed.plan.size != "tiny"
+    captions = [f"a {names[i % len(names)]}" for i in range(noises)]
+    scales, _ = search_lora_scales(step_lora, captions, bed.plan.searched, SEARCH_SCALES, seed=1000 + job.seed,
+                                   progress=False)
+
+    def at_scale(scale_of: Callable[[int], float]) -> Sampler:
+        def sampler(labels: torch.Tensor, noise: torch.Tensor, steps: int, solver: str) -> torch.Tensor:
+            step_lora.set_scale(scale_of(steps))
+            return generate(network, labels, noise, steps, solver)
+        return sampler
+    return at_scale(lambda steps: 1.), at_scale(scales.scale), scales
 
 
-def main(argv=None, keep_going=lambda: True):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(bed: Cifar10, job: Job) -> None:
+    """The rows of one training, by Euler; of plain flow matching and SCFM by midpoint too, of the distilled
+    dialled too.
+    """
+    if job.family == LORA:
+        raw, turned, scales = lora_samplers(bed, job)
+    else:
+        raw = flow_sampler(load_flow(bed.flow_file(job)).to(bed.device))
+        turned, scales = distilled_sampler(bed, job) if job.family == DISTILLED else (None, None)
+    measure_all(bed, job, raw)
+    if job.family in BY_MIDPOINT:
+        measure_all(bed, job, raw, "midpoint", MOST_FEW)
+    if turned:
+        dialled = job._replace(label=f"{job.family}, dialled")
+        measure_all(bed, dialled, turned, most=MOST_FEW, about={"dial": scales._asdict()})
+
+
+def measure_all(bed: Cifar10, job: Job, sampler: Sampler | None, solver: str = "euler", most: int = max(NFE),
+                about: dict | None = None) -> list[dict]:
+    """A row for each number of evaluations that the solver can spend, up to `most`."""
+    judge = bed.judge(job)
+    return [judge(sampler, n, solver, about) for n in bed.plan.nfe if n <= most and n % EVALUATIONS[solver] == 0]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", default=os.environ.get("SCFM_CIFAR10"), help="folder of parquet files")
     parser.add_argument("--cells", type=Path, default=Path("runs/cifar/cells"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cifar", help="path without suffix")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cifar", help="path without suffix")
     parser.add_argument("--size", default="nano", choices=list(RECIPES))
     parser.add_argument("--evaluations", type=int, default=600_000, help="network evaluations of one training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--count", type=int, default=2000, help="images of one measurement")
-    parser.add_argument("--nfe", type=int, nargs="+", default=NFE, help="network evaluations of an image at which to measure")
+    parser.add_argument("--nfe", type=int, nargs="+", default=NFE,
+                        help="network evaluations of an image at which to measure")
     parser.add_argument("--only", nargs="+", default=ALL, choices=[*METHODS, DISTILLED, LORA])
     parser.add_argument("--copy", default="JPEG quality 75 copy", help="what is special about this copy of CIFAR-10")
     parser.add_argument("--note", nargs="*", default=(), help="what else a reader of the record must know")
@@ -83,16 +143,22 @@ def main(argv=None, keep_going=lambda: True):
     args = parser.parse_args(argv)
     if not args.data:
         parser.error("name the folder of the parquet files, or set SCFM_CIFAR10")
-    plan = Plan(args.data, args.cells, args.size, args.evaluations, args.count, inception=args.inception, nfe=tuple(args.nfe))
+    return args
+
+
+def main(argv: Sequence[str] | None = None, should_stop: Callable[[], bool] = lambda: False) -> int:
+    args = parse(argv)
+    plan = Plan(args.data, args.cells, args.size, args.evaluations, args.count, inception=args.inception,
+                nfe=tuple(args.nfe))
     if args.smoke:
         plan = plan._replace(size="tiny", budget=400, count=40, previews=0)
-    images = None if args.report else load_labelled_images(args.data)
-    for seed in args.seeds:
-        for name in args.only:
-            if not args.report and train_all(plan, name, seed, images, keep_going) is None:
-                return 143
+    bed, jobs = Cifar10(plan, should_stop), [job_of(name, seed) for seed in args.seeds for name in args.only]
+    if not args.report and any(bed.train(job) is None for job in jobs):
+        return 143
     if not (args.train or args.report):
-        measure(plan, args.only, args.seeds, images.names)
+        bed.eyes.floor()
+        for job in jobs:
+            measure(bed, job)
     if not args.train:
         report(plan, args.seeds, args.out, args.copy, args.note)
     return 0

@@ -1,158 +1,205 @@
-"""The record, the tables and the figures of bench/compare.py, from the measurements that it made."""
+"""The record, the tables and the figures of the study `compare`, from its results."""
 import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-import compare_flux
-from compare_cells import plan, spent
-from plane_report import LEVELS, axes_of_steps, canvas, gather, table
+from experiments.curves import Curves, curve_table, gather_curves
+from experiments.figures import LEVELS, canvas, labelled_handles, plot_curve, save, step_axes
+from experiments.runner import Result
+from experiments.studies import compare_flux, compare_plane
+from experiments.testbeds import plane, tiny_flux
 from scfm.method.lora_scale import STEPS
 
-FLUX = compare_flux.NAME
-STYLES = {"Reflow raw": "C0o-", "progressive own stage": "C1o-", "consistency re-noised": "C2o-", "Shortcut raw": "C4o-",
-          "MeanFlow raw": "C5o-", "SCFM, Algorithm 2 raw": "C3.--", "SCFM, tuned dialled": "C3o-", "SCFM, tuned stepwise": "C3*-"}
-ON_FLUX_ALONE, BOLD = "SCFM, tuned dialled", "SCFM, tuned stepwise"             # the plane has better, and many lines
+FLUX = tiny_flux.NAME
+STYLES = {"Reflow raw": "C0o-", "progressive own stage": "C1o-", "consistency re-noised": "C2o-",
+          "Shortcut raw": "C4o-", "MeanFlow raw": "C5o-", "SCFM, Algorithm 2 raw": "C3.--",
+          "SCFM, tuned dialled": "C3o-", "SCFM, tuned stepwise": "C3*-"}
+ON_FLUX_ALONE, BOLD = "SCFM, tuned dialled", "SCFM, tuned stepwise"  # the plane has better, and many lines
 FLUX_LEVELS = (30, 50, 70, 100, 150, 200, 300, 500, 1000)
 FREE_STYLES = {"teacher euler": "ko-", "teacher midpoint": "ks--", "teacher multistep": "k^:"}
-BESIDE = ("coupling", "scales", "deviation", "accuracy")          # curves of something else than the quality
-NEEDS = {"teacher euler": "nothing", "teacher midpoint": "nothing", "teacher heun": "nothing", "teacher multistep": "nothing", "Reflow raw": "stored pairs",
-         "progressive own stage": "a network a stage", "consistency re-noised": "re-noising", "consistency raw": "nothing", "Shortcut raw": "a second input",
-         "MeanFlow raw": "a second input, a JVP", "SCFM, Algorithm 2 raw": "nothing", "SCFM, Algorithm 2 dialled": "a dial", "SCFM, Algorithm 2 stepwise": "a dial for each step",
-         "SCFM, Algorithm 1 stepwise": "a dial for each step", "SCFM, self grid 2 stepwise": "a dial for each step",
-         "SCFM, damped dialled": "a dial", "SCFM, tuned dialled": "a dial", "SCFM, damped stepwise": "a dial for each step",
+BESIDE = ("coupling", "scales", "deviation", "accuracy")     # curves of something else than the quality
+NEEDS = {"teacher euler": "nothing", "teacher midpoint": "nothing", "teacher heun": "nothing",
+         "teacher multistep": "nothing", "Reflow raw": "stored pairs",
+         "progressive own stage": "a network a stage", "consistency re-noised": "re-noising",
+         "consistency raw": "nothing", "Shortcut raw": "a second input",
+         "MeanFlow raw": "a second input, a JVP",
+         "SCFM, Algorithm 2 raw": "nothing", "SCFM, Algorithm 2 dialled": "a dial",
+         "SCFM, Algorithm 2 stepwise": "a dial for each step",
+         "SCFM, Algorithm 1 stepwise": "a dial for each step",
+         "SCFM, self grid 2 stepwise": "a dial for each step", "SCFM, damped dialled": "a dial",
+         "SCFM, tuned dialled": "a dial", "SCFM, damped stepwise": "a dial for each step",
          "SCFM, tuned stepwise": "a dial for each step"}
 
 
-def gathered(done, protocol, flux_protocol, budgets):
-    """floor; free: the teacher's curves; budgets: for each its evaluations, what each method makes of them, and the curves.
+def gather(results: Sequence[Result], sizes: Any, flux_sizes: Any,
+           budgets: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """floor; free: the teacher's curves; budgets: for each its evaluations, what each method makes of them,
+    the curves.
 
     budgets: {name: (evaluations on the plane, on the tiny Flux)}.
     """
-    free = of_jobs(done, lambda job: job.budget == 0)
-    record = {"floor": free["floor"], "free": free["main"], "budgets": {}}
-    for name, (plane, flux) in budgets.items():
-        methods = sorted({job.family for job, *_ in done if job.budget == plane and job.data != FLUX})
-        step_lora = sorted({job.family for job, *_ in done if 0 < job.budget == flux and job.data == FLUX})
-        main = of_jobs(done, lambda job: 0 < job.budget == (flux if job.data == FLUX else plane))["main"]
+    done = [result for result in results if result.value is not None]
+    free = [result for result in done if result.job.budget == 0]
+    record = {"floor": {r.job.data: r.value for r in free if r.job.family == "floor"},
+              "free": gather_curves(r for r in free if r.job.family != "floor"), "budgets": {}}
+    for name, (on_plane, on_flux) in budgets.items():
+        planar, captioned = at_budget(results, False, on_plane), at_budget(results, True, on_flux)
         record["budgets"][name] = {
-            "evaluations": plane, "methods": {m: cost(plan(protocol, m, plane), spent(protocol, m, plane)) for m in methods},
-            "flux_evaluations": flux, "flux_methods": {m: cost(compare_flux.plan(flux_protocol, m, flux), compare_flux.spent(flux_protocol, m, flux))
-                                                          for m in step_lora}, "main": main}
+            "evaluations": on_plane, "methods": costs(planar, plane.plan, compare_plane.spent, sizes),
+            "flux_evaluations": on_flux,
+            "flux_methods": costs(captioned, tiny_flux.plan, compare_flux.spent, flux_sizes),
+            "main": gather_curves(r for r in (*planar, *captioned) if r.value is not None)}
     return record
 
 
-def of_jobs(done, wanted):
-    return gather([(job._replace(part="main"), *rest) for job, *rest in done if wanted(job)])
+def at_budget(results: Sequence[Result], on_flux: bool, budget: int) -> list[Result]:
+    """What was trained on one testbed at a budget."""
+    return [r for r in results if 0 < r.job.budget == budget and (r.job.data == FLUX) == on_flux]
 
 
-def cost(planned, evaluations):
-    return {"updates": planned[0], "pairs": planned[1], "evaluations": evaluations}
+def costs(results: Sequence[Result], plan: Callable, spent: Callable,
+          sizes: Any) -> dict[str, dict[str, int]]:
+    """{method: its training steps, its pairs, the evaluations that it really takes}."""
+    found = {}
+    for method, budget in sorted({(result.job.family, result.job.budget) for result in results}):
+        steps, pairs = plan(sizes, method, budget)
+        found[method] = {"updates": steps, "pairs": pairs, "evaluations": spent(sizes, method, budget)}
+    return found
 
 
-def ruler(data):
+def quality_axis(data: str) -> str:
     return "Frechet (toy reader, not FID)" if data == FLUX else "SW2 to the data"
 
 
-def plot(record, path):
+def plot(record: dict[str, Any], path: str | Path) -> None:
     """A row for each budget, a column for each set."""
     sets = list(record["free"])
     figure, axes = canvas(len(record["budgets"]), len(sets), (4.4 * len(sets), 10))
-    for row, (name, found) in zip(axes, record["budgets"].items()):
-        for ax, data in zip(row, sets):
-            spent_there = found["flux_evaluations" if data == FLUX else "evaluations"]
-            draw(ax, record, found, data, f"{data}, {name} ({spent_there:,} evaluations)") if data in found["main"] else ax.axis("off")
+    for row, (name, of_budget) in zip(axes, record["budgets"].items(), strict=True):
+        for ax, data in zip(row, sets, strict=True):
+            if data not in of_budget["main"]:
+                ax.axis("off")
+                continue
+            evaluations = of_budget["flux_evaluations" if data == FLUX else "evaluations"]
+            draw(ax, record, of_budget, data, f"{data}, {name} ({evaluations:,} evaluations)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8)
     figure.tight_layout(rect=(0, .06, 1, 1))
-    figure.savefig(path, dpi=80)
+    save(figure, path, 80)
 
 
-def plot_summary(record, path, budget="medium"):
+def plot_summary(record: dict[str, Any], path: str | Path, budget: str = "medium") -> None:
     """One budget on a screen: the sets of the plane, the tiny Flux by two rulers, and the legend."""
-    places = [(data, "") for data in sorted(record["free"], key=lambda data: data == FLUX)] + [(FLUX, " coupling")] * (FLUX in record["free"])
-    figure, axes = canvas(-(-(len(places) + 1) // 3), 3, (10.8, 3 * -(-(len(places) + 1) // 3)))
-    cells = [ax for row in axes for ax in row]
-    for ax, (data, kind) in zip(cells, places):
+    places = [(data, "") for data in sorted(record["free"], key=lambda data: data == FLUX)]
+    places += [(FLUX, " coupling")] * (FLUX in record["free"])
+    rows = -(-(len(places) + 1) // 3)
+    figure, axes = canvas(rows, 3, (10.8, 3 * rows))
+    cells = list(axes.flat)
+    for ax, (data, kind) in zip(cells, places, strict=False):
         draw(ax, record, record["budgets"][budget], data, data + (", endpoints" if kind else ""), kind)
     for ax in cells[len(places):]:
         ax.axis("off")
-    named = {label: line for ax in cells for line, label in zip(*ax.get_legend_handles_labels())}
-    cells[len(places)].legend(named.values(), named.keys(), loc="center left", fontsize=8.5, frameon=False)
+    lines = labelled_handles(cells)
+    cells[len(places)].legend(lines.values(), lines.keys(), loc="center left", fontsize=8.5, frameon=False)
     figure.suptitle(f"Few-step methods from one teacher, {budget} budget: lower is better", fontsize=11)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)       # a third of the bytes, for the page that shows it
+    save(figure, path, 80)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)   # a third of the bytes
 
 
-def draw(ax, record, found, data, title, kind=""):
+def draw(ax: Any, record: dict[str, Any], of_budget: dict[str, Any], data: str, title: str,
+         kind: str = "") -> None:
     """Every curve of STYLES that there is. kind: of the curve, such as " coupling"."""
-    curves = record["free"][data] | found["main"].get(data, {})
+    curves = record["free"][data] | of_budget["main"].get(data, {})
     for label, style in {**FREE_STYLES, **STYLES}.items():
-        curve = {n: e for n, e in curves.get(label + kind, {}).items() if e["mean"] > 0}         # the tiny Flux's goal is the teacher's own 32 steps
+        # the tiny Flux's goal is the teacher's own 32 steps: no distance there
+        curve = {n: e for n, e in curves.get(label + kind, {}).items() if e["mean"] > 0}
         if curve and (label != ON_FLUX_ALONE or data == FLUX):
-            ax.errorbar(list(curve), [e["mean"] for e in curve.values()], [e["spread"] or 0 for e in curve.values()], fmt=style,
-                        ms=7 if label == BOLD else 3, lw=2 if label == BOLD else 1, elinewidth=.6, label=label)
+            size, width = (7, 2) if label == BOLD else (3, 1)
+            plot_curve(ax, curve, fmt=style, ms=size, lw=width, elinewidth=.6, label=label)
     floor = record["floor"].get(data) if not kind else None
-    if floor:                                                # one number on the tiny Flux, a band of 95 % on the plane
-        ax.axhspan(floor["low"] or .99 * floor["mean"], floor["high"] or 1.01 * floor["mean"], color="C2", alpha=.25, lw=0,
-                   label="data against data")
-    axes_of_steps(ax, STEPS, title, FLUX_LEVELS if data == FLUX and not kind else LEVELS)
-    ax.set_ylabel("distance to the teacher's endpoints" if kind else ruler(data))
+    if floor:  # one number on the tiny Flux, a band of 95 % on the plane
+        low, high = floor["low"] or .99 * floor["mean"], floor["high"] or 1.01 * floor["mean"]
+        ax.axhspan(low, high, color="C2", alpha=.25, lw=0, label="data against data")
+    step_axes(ax, STEPS, title, FLUX_LEVELS if data == FLUX and not kind else LEVELS)
+    ax.set_ylabel("distance to the teacher's endpoints" if kind else quality_axis(data))
 
 
-def text(record):
+def quality(curves: Curves) -> Curves:
+    return {label: curve for label, curve in curves.items() if not label.endswith(BESIDE)}
+
+
+def text(record: dict[str, Any]) -> str:
     """All curves of the quality as text, by budget."""
-    quality = lambda of: {label: curve for label, curve in of.items() if not label.endswith(BESIDE)}
-    free = {data: quality(of) for data, of in record["free"].items()}
-    floor = {data: found for data, found in record["floor"].items() if data != FLUX}
-    parts = [table({"main": free, "floor": floor, "targets": {}}), floor_of_flux(record)]
-    for name, found in record["budgets"].items():
-        curves = {data: quality(of) for data, of in found["main"].items()}
-        parts += [f"\n{name}: {found['evaluations']:,} evaluations on the plane, {found['flux_evaluations']:,} on the tiny Flux",
-                  table({"main": curves, "floor": {}, "targets": {}})]
+    free = {data: quality(curves) for data, curves in record["free"].items()}
+    floors = {data: floor for data, floor in record["floor"].items() if data != FLUX}
+    parts = [curve_table(free, floors), flux_floor_text(record)]
+    for name, of_budget in record["budgets"].items():
+        parts += ["\n" + budget_text(name, of_budget),
+                  curve_table({data: quality(curves) for data, curves in of_budget["main"].items()}, {})]
     return "\n".join(parts)
 
 
-def over_sets(record, budget, label, steps):
-    """Of a curve at a step count: the geometric mean over the plane's sets of its value over the best of all curves, and whether it lies
-    on every set within what data score against data. None where it is missing."""
-    ratios, in_noise = [], True
-    for data, of in record["free"].items():
-        if data != FLUX:
-            curves = quality_of(record, budget, data)
-            best = min((c[steps]["mean"] for c in curves.values() if steps in c), default=None)
-            if best is None or steps not in curves.get(label, {}):
-                return None
-            ratios.append(curves[label][steps]["mean"] / best)
-            in_noise &= data in record["floor"] and curves[label][steps]["mean"] <= record["floor"][data]["high"]
-    return (math.exp(sum(map(math.log, ratios)) / len(ratios)), in_noise) if ratios else None
+def budget_text(name: str, of_budget: dict[str, Any]) -> str:
+    return (f"{name}: {of_budget['evaluations']:,} evaluations on the plane, "
+            f"{of_budget['flux_evaluations']:,} on the tiny Flux")
 
 
-def floor_of_flux(record):
-    """What the Frechet distance on the tiny Flux cannot get below, as a sentence; empty where it was not measured."""
+def flux_floor_text(record: dict[str, Any]) -> str:
+    """What the Frechet distance on the tiny Flux cannot get below, as a sentence; empty where it was not
+    measured.
+    """
     if FLUX not in record["floor"]:
         return ""
     count, floor = record["protocol"]["flux"]["judged"], record["floor"][FLUX]["mean"]
     return f"tiny Flux: {count} images, of which fresh drawings score {floor:.0f}; one seed"
 
 
-def quality_of(record, budget, data):
+def over_sets(record: dict[str, Any], budget: str, label: str, steps: int) -> tuple[float, bool] | None:
+    """Of a curve at a step count: the geometric mean over the plane's sets of its value over the best of all
+    curves, and whether it lies on every set within what data score against data. None where it is missing.
+    """
+    ratios, in_noise = [], True
+    for data in (data for data in record["free"] if data != FLUX):
+        curves = summary_curves(record, budget, data)
+        best = min((c[steps]["mean"] for c in curves.values() if steps in c), default=None)
+        if best is None or steps not in curves.get(label, {}):
+            return None
+        value = curves[label][steps]["mean"]
+        ratios.append(value / best)
+        in_noise &= data in record["floor"] and value <= record["floor"][data]["high"]
+    return (math.exp(sum(map(math.log, ratios)) / len(ratios)), in_noise) if ratios else None
+
+
+def summary_curves(record: dict[str, Any], budget: str, data: str) -> Curves:
     """The curves that the summary shows, of one set at one budget."""
     curves = record["free"][data] | record["budgets"][budget]["main"].get(data, {})
     return {label: curves[label] for label in NEEDS if label in curves}
 
 
-def summary(record, budget="medium", steps=(1, 2, 3, 4, 8, 32)):
-    """One table for a screen: on the plane times the best of that column, on the tiny Flux the Frechet distance itself."""
-    found = record["budgets"][budget]
-    flux = quality_of(record, budget, FLUX) if FLUX in record["free"] else {}
-    show = lambda value: f"{format(value, '.0f') if value is not None else '-':>7}"
-    times = lambda pair: f"{pair[0]:6.2f}{'=' if pair[1] else ' '}" if pair else f"{'-':>6} "
-    lines = [f"{budget}: {found['evaluations']:,} evaluations on the plane, {found['flux_evaluations']:,} on the tiny Flux",
-             f"{'':26}{'plane: times the best there':^{7 * len(steps)}}  {'tiny Flux: Frechet':^{7 * len(steps)}}",
-             f"{'':26}" + "".join(f"{n:7}" for n in steps) + "  " + "".join(f"{n:7}" for n in steps) + "  needs"]
+def summary(record: dict[str, Any], budget: str = "medium",
+            steps: Sequence[int] = (1, 2, 3, 4, 8, 32)) -> str:
+    """One table for a screen: on the plane times the best of that column, on the tiny Flux the Frechet
+    distance itself.
+    """
+    flux = summary_curves(record, budget, FLUX) if FLUX in record["free"] else {}
+    width, counts = 7 * len(steps), "".join(f"{n:7}" for n in steps)
+    lines = [budget_text(budget, record["budgets"][budget]),
+             f"{'':26}{'plane: times the best there':^{width}}  {'tiny Flux: Frechet':^{width}}",
+             f"{'':26}{counts}  {counts}  needs"]
     for label, needs in NEEDS.items():
-        plane = [over_sets(record, budget, label, n) for n in steps]
-        step_lora = [flux.get(label, {}).get(n, {}).get("mean") for n in steps]
-        lines.append(f"{label:26}" + "".join(map(times, plane)) + "  " + "".join(map(show, step_lora)) + f"  {needs}")
-    lines += ["= on every set within what data score against data; means of the seeds", floor_of_flux(record)]
-    return "\n".join(lines)
+        ratios = "".join(ratio_text(over_sets(record, budget, label, n)) for n in steps)
+        frechet = "".join(mean_text(flux.get(label, {}).get(n)) for n in steps)
+        lines.append(f"{label:26}{ratios}  {frechet}  {needs}")
+    note = "= on every set within what data score against data; means of the seeds"
+    return "\n".join([*lines, note, flux_floor_text(record)])
+
+
+def ratio_text(ratio: tuple[float, bool] | None) -> str:
+    return f"{ratio[0]:6.2f}{'=' if ratio[1] else ' '}" if ratio else f"{'-':>6} "
+
+
+def mean_text(entry: dict | None) -> str:
+    return f"{entry['mean']:7.0f}" if entry else f"{'-':>7}"

@@ -1,116 +1,135 @@
-"""The evidence on the plane:  python bench/plane.py --workers 2      (about 34 CPU minutes, so 17 on two idle cores)
+"""The evidence on the plane, about 34 CPU minutes:  python -m experiments.studies.plane --workers 2
 
-Checkerboard, moons and 8 Gaussians; sliced-Wasserstein-2 (SW2) against fresh data at 1 to 32 network evaluations:
+Checkerboard, moons and 8 Gaussians; sliced-Wasserstein-2 (SW2) against fresh data at 1 to 32 network
+evaluations:
 
-    teacher   an MLP trained by flow matching, walked by Euler, midpoint and Heun
-    paper     its student by the paper's recipe (Algorithm 2, EMAs speaking at scale 1): raw (scale 1), and dialled
-    damped    the same with both EMAs speaking at scale .5: raw, and dialled; and this again with k/N .2
-    ablations one thing changed at a time, on the checkerboard, seed 0, with fewer updates
+    teacher   an MLP trained by flow matching, sampled by Euler, midpoint and Heun
+    paper     its student by the paper's recipe (Algorithm 2): raw (scale 1), and dialled
+    damped    the same with ema_target_scale .5: raw, and dialled; and this again with k/N .2
+    ablations one thing changed at a time, on the checkerboard, seed 0, with fewer training steps
 
-Dialled: the scale for each step count is chosen without data, by endpoints, on noises that the evaluation never sees.
-Every cell (a training, a measurement) is a file under --cache, so a killed run goes on where it was. Writes
-bench/results/plane.json, plane.png and plane_ablations.png.
+Dialled: the scale for each step count is chosen without data, by endpoints, on noises that the evaluation
+never sees. Every cell (a training, a measurement) is a file under --cache, so a killed run goes on where it
+was. Writes experiments/results/plane.json, plane.png and plane_ablations.png.
 
-    python bench/plane.py --quick           computes one seed, no ablations; its cells serve a full run too
-    python bench/plane.py --only ablations  computes one part; of the other it takes the cells that are there
-    python bench/plane.py --report          computes nothing, writes what the cells that are there give
-    python bench/plane.py --smoke --cache /tmp/cells --out /tmp/plane     seconds; the numbers mean nothing
+    --quick           computes one seed, no ablations; its cells serve a full run too
+    --only ablations  computes one part; of the other it takes the cells that are there
+    --report          computes nothing, writes what the cells that are there give
+    --smoke --cache /tmp/cells --out /tmp/plane     seconds; the numbers mean nothing
 """
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
-from cells import about, parser_of, run_all, write
-from plane_cells import FEWER, do
-from plane_report import gather, plot, plot_ablations, table, targets
-from scfm.method.lora_scale import SCALES
+from experiments.runner import CellCache, Job, make_parser, run_info, run_jobs, write_record
+from experiments.studies.plane_cells import measure_choosers, measure_teacher_shift
+from experiments.studies.plane_report import gather, plot, plot_ablations, table, targets
+from experiments.testbeds.plane import (
+    FEWER,
+    SMOKE_SIZES,
+    Plane,
+    PlaneSizes,
+    measure_floor,
+    measure_student,
+    measure_teacher,
+)
+from scfm.method.lora_scale import STEPS
 from toy.plane import DATA
 
 RECIPES = {"damped": {"ema_target_scale": .5}, "paper": {},
            "damped, k/N .2": {"ema_target_scale": .5, "teacher_ratio": .2}}
-ABLATED = "checkerboard"                                     # the set of the ablations
-
-
-class Protocol(NamedTuple):
-    seeds: int = 3
-    teacher_updates: dict = {"checkerboard": 14_000, "moons": 5000, "8 gaussians": 5000}
-    updates: int = 2000
-    ablation_updates: int = 1000
-    batch: int = 256
-    samples: int = 10_000
-    directions: int = 64
-    floor_pairs: int = 60
-    dial_noises: int = 512
-    goal_steps: int = 128
-    scales: tuple = SCALES
-
-
+ABLATED = "checkerboard"                         # the set of the ablations
+PARTS = ("main", "ablations")
+METRIC = "sliced-Wasserstein-2; floor: data against data; spread: standard deviation over seeds"
 NOTES = (
-    "Kept small for a slow machine: 2000 updates of a student, 14000 of the checkerboard's teacher, 5000 of the others.",
-    "EMA decays: the paper's, shortened to the updates (scfm.method.ema.shorten). Students are read out from the slow EMA.",
-    "Ablations: one set, one seed, 1000 updates unless the label says otherwise, up to 8 steps, one thing changed.",
-    "The recipe with k/N .2 was added after k/N .4 had missed two aims, by the ablations (checkerboard, seed 0).",
-    "A target is met at or below 1.05 times the rival, or below the upper end of the noise band of one pair of samples.",
+    "Kept small for a slow machine: 2000 updates of a student, 14000 of the checkerboard's teacher, 5000 of "
+    "the others.",
+    "EMA decays: the paper's, shortened to the updates (scfm.method.ema.shorten). Students are read out "
+    "from the slow EMA.",
+    "Ablations: one set, one seed, 1000 updates unless the label says otherwise, up to 8 steps, one thing "
+    "changed.",
+    "The recipe with k/N .2 was added after k/N .4 had missed two aims, by the ablations (checkerboard, "
+    "seed 0).",
+    "A target is met at or below 1.05 times the rival, or below the upper end of the noise band of one pair "
+    "of samples.",
     "All curves of one set and seed share noises and reference; Heun was measured up to 8 evaluations only.")
-SMOKE = Protocol(1, dict.fromkeys(DATA, 2), 2, 2, 8, 64, 8, 4, 8, 4, (0., 1.))
 
 
-class Job(NamedTuple):
-    """One measurement. `change`: of `settings`; for the paper's recipe it is empty."""
-    part: str
-    family: str
-    label: str
-    data: str
-    seed: int
-    change: dict
+@dataclass(frozen=True)
+class Sizes(PlaneSizes):
+    """seeds: of each recipe; ablation_updates: training steps of an ablation; floor_pairs: of data against
+    data.
+    """
+    seeds: int = 3
+    ablation_updates: int = 1000
+    floor_pairs: int = 60
 
 
-def jobs(protocol):
-    """All measurements, in the order in which they matter: seed 0, further seeds, ablations, the paper's further seeds."""
-    seeds, measured = range(protocol.seeds), [("teacher", "teacher"), *(("recipe", name) for name in RECIPES)]
+SMOKE = Sizes(**vars(SMOKE_SIZES), seeds=1, ablation_updates=2, floor_pairs=4)
+
+
+def jobs(sizes: Sizes) -> list[Job]:
+    """In the order in which they matter: seed 0, further seeds, ablations, the paper's further seeds."""
+    measured = [("teacher", "teacher"), *(("recipe", name) for name in RECIPES)]
     main = [Job("main", family, label, data, seed, RECIPES.get(label, {}))
-            for seed in seeds for data in DATA for family, label in measured]
-    main += [Job("main", "floor", "floor", data, 0, {}) for data in DATA]
+            for seed in range(sizes.seeds) for data in DATA for family, label in measured]
+    main += [Job("main", "floor", "floor", data, 0) for data in DATA]
     late = [job for job in main if job.label == "paper" and job.seed > 0]
-    ablated = [Job("ablations", family, label, ABLATED, 0, {"updates": protocol.ablation_updates} | change)
-               for family, changes in ablations(protocol.ablation_updates).items() for label, change in changes.items()]
-    ablated += [Job("ablations", "choosers", "damped", data, seed, RECIPES["damped"]) for seed in seeds for data in DATA]
-    ablated += [Job("ablations", "teacher shift", "teacher", data, 0, {}) for data in DATA]
-    return [job for job in main if job not in late] + ablated + late
+    return [job for job in main if job not in late] + ablation_jobs(sizes) + late
 
 
-def ablations(updates):
-    """family -> label -> what is changed of the paper's recipe."""
-    damped, sizes = RECIPES["damped"], [max(1, int(updates * share)) for share in (.25, .5, 1, 2)]
+def ablation_jobs(sizes: Sizes) -> list[Job]:
+    """One thing changed of the paper's recipe; ways to choose the scale; the teacher's own shift."""
+    found = [Job("ablations", family, label, ABLATED, 0, {"max_train_steps": sizes.ablation_updates} | change)
+             for family, changes in ablations(sizes.ablation_updates).items()
+             for label, change in changes.items()]
+    found += [Job("ablations", "choosers", "damped", data, seed, RECIPES["damped"])
+              for seed in range(sizes.seeds) for data in DATA]
+    return found + [Job("ablations", "teacher shift", "teacher", data, 0) for data in DATA]
+
+
+def ablations(steps: int) -> dict[str, dict[str, dict]]:
+    """family -> label -> what is changed of the paper's recipe. steps: of training."""
+    damped, lengths = RECIPES["damped"], [max(1, int(steps * share)) for share in (.25, .5, 1, 2)]
+    restarted = {"restart_every": max(1, 3 * steps // 10)}   # none falls on the end, where the EMA is read
     return {
         "speaker scale": {f"{s:g}": {"ema_target_scale": s} for s in (.15, .25, .5, .7, 1.)},
         "k/N": {f"{k:g}": {"teacher_ratio": k} for k in (0., .2, .4, .6, .8, 1.)},
         "self grids": {", ".join(map(str, g)): {"self_grids": g} for g in ((2,), (2, 4), (2, 4, 8, 16))},
-        "EMA": {"one EMA": {"algorithm": "one_ema"}, "dual": {},
-                "dual + restart": {"restart_every": max(1, 3 * updates // 10)},        # none falls on the end, where the EMA is read
+        "EMA": {"one EMA": {"algorithm": "one_ema"}, "dual": {}, "dual + restart": restarted,
                 "one EMA, damped": damped | {"algorithm": "one_ema"}},
         "loss": {"velocity": {}, "sample space": {"sample_space": True}},
         "read-out": {name: {"read_out": name} for name in ("student", "ema_fast", "ema_slow")},
         "data": {"1 point": {"few": 1}, "10 points": {"few": 10}, "all": {}},
         "shift": {"1": {"shift": (1., 1.)}, "1 to 2": {}, "2.5 to 4.5": {"shift": (2.5, 4.5)},
                   "2.5 to 4.5, sampled at 3": {"shift": (2.5, 4.5), "sampling_shift": 3.}},
-        "updates": {str(n): {"updates": n} for n in sizes},
-        "updates, damped": {str(n): damped | {"updates": n} for n in sizes},
+        "updates": {str(n): {"max_train_steps": n} for n in lengths},
+        "updates, damped": {str(n): damped | {"max_train_steps": n} for n in lengths},
         "k/N, damped": {f"{k:g}": damped | {"teacher_ratio": k} for k in (0., .2, .4, .8)},
     }
 
 
-def main():
-    parser = parser_of(__doc__, "plane", ["main", "ablations"])
+def measure(cache: CellCache, job: Job, sizes: Sizes) -> dict:
+    """The measurement of a job, by its family; all but those named here are students."""
+    bed = Plane(cache, sizes)
+    named = {"teacher": measure_teacher, "floor": partial(measure_floor, pairs=sizes.floor_pairs),
+             "choosers": measure_choosers, "teacher shift": measure_teacher_shift}
+    student = partial(measure_student, steps=STEPS if job.part == "main" else FEWER)
+    return named.get(job.family, student)(bed, job)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__, "plane", PARTS)
     parser.add_argument("--quick", action="store_true", help="one seed, no ablations")
-    args = parser.parse_args()
-    protocol = SMOKE if args.smoke else Protocol(seeds=1) if args.quick else Protocol()
-    parts = [] if args.report else ["main"] if args.quick else args.only
-    done = run_all(partial(do, folder=args.cache, protocol=protocol, parts=parts), jobs(protocol), args.workers)
-    told = {"protocol": protocol._asdict() | {"ablated": ABLATED, "ablation_steps": FEWER, "ablation_seeds": [0]},
-            "metric": "sliced-Wasserstein-2; floor: data against data; spread: standard deviation over seeds"}
-    record = {"notes": NOTES, **told, **about(done), **gather(done)}
+    args = parser.parse_args(argv)
+    sizes = SMOKE if args.smoke else Sizes()
+    if args.quick:
+        sizes, args.only = replace(sizes, seeds=1), ["main"]
+    results = run_jobs(jobs(sizes), partial(measure, sizes=sizes), args)
+    protocol = asdict(sizes) | {"ablated": ABLATED, "ablation_steps": FEWER, "ablation_seeds": [0]}
+    record = {"notes": NOTES, "protocol": protocol, "metric": METRIC, **run_info(results), **gather(results)}
     record["targets"] = targets(record)
-    write(record, args.out)
+    write_record(record, args.out)
     if record["main"]:
         plot(record, f"{args.out}.png")
     if record["ablations"]:

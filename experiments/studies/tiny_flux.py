@@ -1,8 +1,9 @@
 """The committed evaluation of the carried LoRA:  python bench/tiny_flux.py --run runs/carried --captions 2048
 
-The teacher at five sampling shifts, the carried LoRA at the stock shift and at the strengths of its dial, and with --run
-all three adapters of the run at 3 and 4 steps. Same captions, noises and reference drawings for all (see toy/judge.py). Resumes: a row that stands in the
-result is not measured again. Writes bench/results/tiny_flux.json and .png.
+The teacher at five sampling shifts, the carried LoRA at the stock shift and at the strengths of its dial, and
+with --run all three adapters of the run at 3 and 4 steps. Same captions, noises and reference drawings for
+all (see toy/judge.py). Resumes: a row that stands in the result is not measured again. Writes
+bench/results/tiny_flux.json and .png.
 """
 import argparse
 import json
@@ -100,7 +101,7 @@ def begin(args, judge):
             return old
         if all(old.get(k) == fresh[k] for k in ("captions", "seed", "guidance")) and \
                 old["weights"]["teacher"] == fresh["weights"]["teacher"]:
-            fresh["entries"] = {TEACHER: old["entries"].get(TEACHER, [])}      # another LoRA, the same teacher
+            fresh["entries"] = {TEACHER: old["entries"].get(TEACHER, [])}  # another LoRA, the same teacher
     return fresh
 
 

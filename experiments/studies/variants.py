@@ -1,107 +1,136 @@
-"""The room that the method leaves:  python bench/variants.py --workers 2
+"""The room that the method leaves:  python -m experiments.studies.variants --workers 2
 
-SCFM with damped models (strength .5, k/N .2) on its dial, one thing changed at a time, on the plane's three sets and on the tiny Flux
-of toy/, one seed, at the medium budget of bench/compare.py; in its folder of cells the base is found.
+SCFM with damped models (ema_target_scale .5, k/N .2) on its dial, one thing changed at a time, on the plane's
+three sets and on the tiny Flux of toy/, one seed, at the medium budget of the study `compare`; in its folder
+of cells the base is found.
 
-    training    self grids, k/N and how it moves in time, who speaks teacher rows, the strength of the models, the range of the shift (where
-                in t the rows are spent; the shift at which samples are drawn stays inside), the length of the jumps (t_skip), the loss, one EMA
+    training    self grids, k/N and how it moves in time, who makes the targets of teacher examples, the scale
+                of the EMAs, the range of the shift (where in t the examples are spent; the shift at which
+                samples are drawn stays inside), the length of the jumps (t_skip), the loss, one EMA
     read-out    the student or the fast EMA instead of the slow one
-    undamped    the paper's own setting (models at full strength, k/N .4), as it is and with the self grids that gained most, and then with k/N .6
-    dial        `free`: a scale for each step count, each chosen alone; `smooth`: a parabola through the table; `each step`: a strength for
-                each step of a walk (scfm.method.scale_schedule)
+    undamped    the paper's own setting (EMAs at full scale, k/N .4), as it is and with the self grids that
+                gained most, and then with k/N .6
+    dial        `free`: a scale for each step count, each chosen alone; `smooth`: a parabola through the
+                table; `each step`: a scale for each step of a walk (scfm.method.scale_schedule)
 
-`the three` put together what gained alone. On the tiny Flux, where a training takes ten minutes, only those are tried that came 5 % nearer on
-the plane, and the undamped. Judged at 2, 3, 4 and 8 steps against the base: the distance to the teacher's own endpoints, and the quality (sliced-Wasserstein-2; Frechet on
-the tiny Flux). Two more seeds of the base's training say what chance does. A variant counts when the geometric mean of that distance falls on
-the plane *and* on the tiny Flux, by a tenth or more and below what any seed of the base does, while the mean SW2 rises by no tenth and the
-accuracy in reading what captions name falls by no more than .01 at any step count. The Frechet distance of so few images is mostly its floor, so it has no vote.
-Every cell is a file under --cache, so a killed run goes on where it was. Writes bench/results/variants.json and variants.png.
+`the three` put together what gained alone. On the tiny Flux, where a training takes ten minutes, only those
+are tried that came 5 % nearer on the plane, and the undamped. Judged at 2, 3, 4 and 8 steps against the base:
+the distance to the teacher's own endpoints, and the quality (sliced-Wasserstein-2; Frechet on the tiny Flux).
+Two more seeds of the base's training say what chance does. A variant counts when the geometric mean of that
+distance falls on the plane *and* on the tiny Flux, by a tenth or more and below what any seed of the base
+does, while the mean SW2 rises by no tenth and the accuracy in reading what captions name falls by no more
+than .01 at any step count. The Frechet distance of so few images is mostly its floor, so it has no vote.
 
-    python bench/variants.py --only plane    or "tiny Flux": computes one part, and takes of the other what is there
-    python bench/variants.py --report        computes nothing, writes what the cells that are there give
-    python bench/variants.py --smoke --cache /tmp/cells --out /tmp/variants      seconds, one set; the numbers mean nothing
+Every cell is a file under --cache, so a killed run goes on where it was. Writes
+experiments/results/variants.json and variants.png.
+
+    --only plane    or "tiny Flux": computes one part, and takes of the other what is there
+    --report        computes nothing, writes what the cells that are there give
+    --smoke --cache /tmp/cells --out /tmp/variants      seconds, one set; the numbers mean nothing
 """
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
-import compare
-import compare_flux
-from cells import about, parser_of, run_all, write
-from compare_cells import plan
-from plane_cells import do
+from experiments.recipes import BUDGETS, DAMPED, SMOKE_BUDGETS
+from experiments.runner import CellCache, Job, make_parser, run_info, run_jobs, write_record
+from experiments.studies.variants_cells import measure_on_flux, measure_on_plane
+from experiments.studies.variants_report import gather, plot, text
+from experiments.testbeds import plane, tiny_flux
 from toy.plane import DATA
-from variant_cells import measure_on_flux, measure_on_plane
-from variant_report import gathered, plot, text
 
-BASE, BUDGET = compare.SCFM["SCFM, damped"], "medium"
+FLUX = tiny_flux.NAME
+PARTS = ("plane", FLUX)
+GRIDS = {"self_grids": (4, 8, 16)}
+GAINED = GRIDS | {"teacher_ratio": .1, "shift": "wider"}     # each 5 to 9 % nearer on the plane
+PAPERS = {"ema_target_scale": 1., "teacher_ratio": .4}
 VARIANTS = {
     "base": {},
-    "self grids 2, 4, 8": {"self_grids": (2, 4, 8)}, "self grids 4, 8, 16": {"self_grids": (4, 8, 16)},
+    "self grids 2, 4, 8": {"self_grids": (2, 4, 8)}, "self grids 4, 8, 16": GRIDS,
     "k/N .1": {"teacher_ratio": .1}, "k/N .4": {"teacher_ratio": .4},
-    "k/N .4 to 0": {"teacher_ratio": .4, "share_to": 0.}, "k/N 0 to .4": {"teacher_ratio": 0., "share_to": .4},
+    "k/N .4 to 0": {"teacher_ratio": .4, "teacher_ratio_end": 0.},
+    "k/N 0 to .4": {"teacher_ratio": 0., "teacher_ratio_end": .4},
     "models at .25": {"ema_target_scale": .25}, "models at .75": {"ema_target_scale": .75},
     "one shift": {"shift": "one"}, "wider shifts": {"shift": "wider"},
-    "jumps of 4": {"t_skip": 4, "self_grids": (4, 8, 16)}, "Huber": {"loss": "huber"}, "one EMA": {"algorithm": "one_ema"},
+    "jumps of 4": {"t_skip": 4} | GRIDS, "Huber": {"loss": "huber"}, "one EMA": {"algorithm": "one_ema"},
     "pure teacher rows": {"algorithm": "dual_pure"},
     "student read out": {"read_out": "student"}, "fast EMA read out": {"read_out": "ema_fast"},
-    "free": {"dial": "free"}, "smooth": {"dial": "smooth"}, "each step": {"dial": "each step"}}
-GAINED = {"self_grids": (4, 8, 16), "teacher_ratio": .1, "shift": "wider"}    # each 5 to 9 % nearer on the plane
-PAPERS = {"ema_target_scale": 1., "teacher_ratio": .4}
-VARIANTS |= {"the three that gained": GAINED, "the three, each step": GAINED | {"dial": "each step"}}
-VARIANTS |= {"undamped": PAPERS, "undamped, self grids 4, 8, 16": PAPERS | {"self_grids": (4, 8, 16)},
-             "undamped, these grids, each step": PAPERS | {"self_grids": (4, 8, 16), "dial": "each step"},
-             "undamped, these grids, k/N .6": PAPERS | {"self_grids": (4, 8, 16), "teacher_ratio": .6}}
-ON_FLUX = ("base", "base, seed 1", "base, seed 2", "self grids 4, 8, 16", "k/N .1", "k/N .4 to 0", "wider shifts", "smooth", "each step", "the three that gained",
-           "the three, each step", *[label for label in VARIANTS if "undamped" in label])      # the others came no 5 % nearer on the plane
-SHIFTS = {"one": {"plane": (1., 1.), compare_flux.NAME: (3., 3.)}, "wider": {"plane": (1., 3.), compare_flux.NAME: (2., 6.)}}
-SEEDS = {"base, seed 1": 1, "base, seed 2": 2}               # of the training alone: the teacher and what judges stay
-NOTES = ("One seed of each variant, one budget; what a strength for each step costs to find beyond the dial is not taken from its budget (some 430 evaluations a noise, 55,000 on the plane and 7,000 on the tiny Flux).",
-         "Jumps of 4: two evaluations more a row, so fewer updates of the same budget, and no self grid of 2.",
-         "On the tiny Flux only what came 5 % nearer on the plane was tried, the rest cannot win; `the three` were put together after each had been seen alone.",
-         "Undamped: added when all others had been seen, because bench/compare.py had it nearer than the base on the tiny Flux; k/N .4 unless it says otherwise; .6 because bench/ablations.py had it ahead there.",
-         "A k/N that moves goes evenly from the first number to the second over the training; it and pure teacher rows (the slow EMA says nothing on them) were added last.",
-         "The base was chosen by ablations on the checkerboard, seed 0, with the same samples that judge here.")
+    "free": {"dial": "free"}, "smooth": {"dial": "smooth"}, "each step": {"dial": "each step"},
+    "the three that gained": GAINED, "the three, each step": GAINED | {"dial": "each step"},
+    "undamped": PAPERS, "undamped, self grids 4, 8, 16": PAPERS | GRIDS,
+    "undamped, these grids, each step": PAPERS | GRIDS | {"dial": "each step"},
+    "undamped, these grids, k/N .6": PAPERS | GRIDS | {"teacher_ratio": .6}}
+SMOKE_SIZES = replace(plane.SMOKE_SIZES, dial_noises=2)
+SEEDS = {"base, seed 1": 1, "base, seed 2": 2}  # of training alone: the teacher and what judges stay
+# the others came no 5 % nearer on the plane
+ON_FLUX = ("base", *SEEDS, "self grids 4, 8, 16", "k/N .1", "k/N .4 to 0", "wider shifts", "smooth",
+           "each step", "the three that gained", "the three, each step",
+           *(label for label in VARIANTS if "undamped" in label))
+SHIFTS = {"one": {"plane": (1., 1.), FLUX: (3., 3.)}, "wider": {"plane": (1., 3.), FLUX: (2., 6.)}}
+NOTES = (
+    "One seed of each variant, one budget; what a strength for each step costs to find beyond the dial is "
+    "not taken from its budget (some 430 evaluations a noise, 55,000 on the plane and 7,000 on the tiny "
+    "Flux).",
+    "Jumps of 4: two evaluations more a row, so fewer updates of the same budget, and no self grid of 2.",
+    "On the tiny Flux only what came 5 % nearer on the plane was tried, the rest cannot win; `the three` "
+    "were put together after each had been seen alone.",
+    "Undamped: added when all others had been seen, because bench/compare.py had it nearer than the base on "
+    "the tiny Flux; k/N .4 unless it says otherwise; .6 because bench/ablations.py had it ahead there.",
+    "A k/N that moves goes evenly from the first number to the second over the training; it and pure "
+    "teacher rows (the slow EMA says nothing on them) were added last.",
+    "The base was chosen by ablations on the checkerboard, seed 0, with the same samples that judge here.")
 
 
-def changes(part, label):
-    """What a variant changes of `settings`, the base's change included."""
-    told = VARIANTS.get(label, {})
-    return BASE | told | ({"shift": SHIFTS[told["shift"]][part]} if "shift" in told else {})
+def change_of(part: str, label: str) -> dict[str, Any]:
+    """What a variant changes of the recipe, the base's change included."""
+    own = VARIANTS.get(label, {})
+    return DAMPED | own | ({"shift": SHIFTS[own["shift"]][part]} if "shift" in own else {})
 
 
-def job_of(label, part, data, protocol, flux, budgets):
-    """The job of a variant in a world. budgets: (evaluations on the plane, on the tiny Flux)."""
-    on_plane = part == "plane"
-    change, seed = changes(part, label), SEEDS.get(label, 0)
-    budget = budgets[0 if on_plane else 1]
-    updates = plan(protocol, "scfm", budget)[0] if on_plane else compare_flux.plan(flux, "scfm", budget)[0]
-    row, more = 5 if on_plane else 4, change.get("t_skip", 2) - 2              # evaluations of a usual row, and what longer jumps add
-    told = {"updates": max(1, updates * row // (row + more)), **change}
+def job_of(label: str, part: str, data: str, steps: int, budget: int) -> Job:
+    """The job of a variant. steps: of training, where the examples have the usual jumps."""
+    on_plane, change, seed = part == "plane", change_of(part, label), SEEDS.get(label, 0)
+    usual, more = 5 if on_plane else 4, change.get("t_skip", 2) - 2          # evaluations of an example
+    change = {"max_train_steps": max(1, steps * usual // (usual + more)), **change}
     if on_plane:                                             # there the job's seed is the teacher's too
-        return compare.Job(part, "scfm", label, data, 0, told | ({"seed": seed} if seed else {}), budget)
-    return compare.Job(part, "scfm", label, data, seed, told, budget)
+        return Job(part, "scfm", label, data, 0, change | ({"seed": seed} if seed else {}), budget)
+    return Job(part, "scfm", label, data, seed, change, budget)
 
 
-def jobs(protocol, flux, budgets, sets, labels):
-    return [job_of(label, part, data, protocol, flux, budgets) for label in labels
-            for part, data in [*(("plane", data) for data in sets), (compare_flux.NAME, compare_flux.NAME)]
-            if part == "plane" or label in ON_FLUX]
+def jobs(sizes: plane.PlaneSizes, flux_sizes: tiny_flux.FluxSizes, budget: tuple[int, int],
+         sets: Sequence[str], labels: Sequence[str]) -> list[Job]:
+    """budget: evaluations on the plane, on the tiny Flux."""
+    on_plane, on_flux = budget
+    steps, _ = plane.plan(sizes, "scfm", on_plane)
+    flux_steps, _ = tiny_flux.plan(flux_sizes, "scfm", on_flux)
+    found = []
+    for label in labels:
+        found += [job_of(label, "plane", data, steps, on_plane) for data in sets]
+        if label in ON_FLUX:
+            found.append(job_of(label, FLUX, FLUX, flux_steps, on_flux))
+    return found
 
 
-def in_its_world(cache, protocol, job, flux):
-    """The measurement of a job: on the plane, or on the tiny Flux with a protocol of its own."""
-    return measure_on_plane(cache, protocol, job) if job.part == "plane" else measure_on_flux(cache, flux, job)
+def measure(cache: CellCache, job: Job, sizes: plane.PlaneSizes, flux_sizes: tiny_flux.FluxSizes) -> dict:
+    """The measurement of a job, on its testbed."""
+    if job.part == "plane":
+        return measure_on_plane(plane.Plane(cache, sizes), job)
+    return measure_on_flux(tiny_flux.TinyFlux(cache, flux_sizes), job)
 
 
-def main():
-    args = parser_of(__doc__, "variants", list(compare.PARTS)).parse_args()
-    protocol, flux = (compare.TINY, compare.TINY_FLUX) if args.smoke else (compare.FULL, compare_flux.FluxProtocol())
-    budgets = compare.SMOKE_BUDGETS["small"] if args.smoke else compare.BUDGETS[BUDGET]
-    sets, labels = (["moons"], ("base", "base, seed 1", "k/N .1", "each step")) if args.smoke else (list(DATA), ["base", *SEEDS, *list(VARIANTS)[1:]])
-    work = partial(do, folder=args.cache, protocol=protocol, parts=[] if args.report else args.only,
-                   measures={"scfm": partial(in_its_world, flux=flux)})
-    done = run_all(work, jobs(protocol, flux, budgets, sets, labels), args.workers)
-    record = {"notes": NOTES, "base": BASE, "budget": {"plane": budgets[0], compare_flux.NAME: budgets[1]}, **about(done), **gathered(done)}
-    write(record, args.out)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser(__doc__, "variants", PARTS).parse_args(argv)
+    sizes, flux_sizes, budget = plane.BUDGETED_SIZES, tiny_flux.FluxSizes(), BUDGETS["medium"]
+    sets, labels = tuple(DATA), ("base", *SEEDS, *list(VARIANTS)[1:])
+    if args.smoke:
+        sizes, flux_sizes, budget = SMOKE_SIZES, tiny_flux.SMOKE_SIZES, SMOKE_BUDGETS["small"]
+        sets, labels = ("moons",), ("base", "base, seed 1", "k/N .1", "each step")
+    work = partial(measure, sizes=sizes, flux_sizes=flux_sizes)
+    results = run_jobs(jobs(sizes, flux_sizes, budget, sets, labels), work, args)
+    record = {"notes": NOTES, "base": DAMPED, "budget": dict(zip(PARTS, budget, strict=True)),
+              **run_info(results), **gather(results)}
+    write_record(record, args.out)
     if any(record["ratios"].values()):
         plot(record, f"{args.out}.png")
     print(text(record))

@@ -1,75 +1,110 @@
-"""The record, the verdicts and the figure of bench/variants.py, from the measurements that it made."""
+"""The record, the verdicts and the figure of the study `variants`, from its results."""
 import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-from plane_report import canvas
+from experiments.figures import canvas, labelled_handles, save
+from experiments.runner import Result
 
-MARGIN, WORSE = .9, .01                                      # a gain is a tenth or more; so much accuracy may be lost
+MARGIN, WORSE = .9, .01                          # a gain is a tenth or more; so much accuracy may be lost
 KINDS, TINY = ("endpoints", "quality"), 1e-9
+MARKS = (.7, .8, .9, 1, 1.2, 1.5, 2)             # of the axis
 
 
-def gathered(done):
-    """worlds: {part: {variant: {set: what was measured}}}; ratios: {variant: {part: {kind: times the base, ...}}}; chance: {part: the
-    smallest ratio of the base's other seeds}; wins: [variant]."""
-    worlds = {}
-    for job, value, _, _ in done:
+def gather(results: Sequence[Result]) -> dict[str, Any]:
+    """worlds: {part: {variant: {set: what was measured}}}; ratios: {variant: {part: {kind: times the base,
+    ...}}}; chance: {part: the smallest ratio of the base's other seeds}; wins: [variant].
+    """
+    worlds: dict[str, dict] = {}
+    for job, value, *_ in results:
         if value is not None:
             worlds.setdefault(job.part, {}).setdefault(job.label, {})[job.data] = value
-    labels = [label for label in dict.fromkeys(job.label for job, *_ in done) if label != "base"]
-    ratios = {label: {part: found for part, world in worlds.items() if (found := against(world, label))} for label in labels}
-    chance = {part: min([1., *(found[part]["endpoints"] for label, found in ratios.items() if of_base(label) and part in found)]) for part in worlds}
-    wins = [label for label, found in ratios.items() if not of_base(label) and len(found) > 1 and all(gains(found[part], chance[part]) for part in found)]
+    labels = [label for label in dict.fromkeys(job.label for job, *_ in results) if label != "base"]
+    ratios = {label: {part: against(world, label) for part, world in worlds.items()} for label in labels}
+    ratios = {label: {part: found for part, found in of.items() if found} for label, of in ratios.items()}
+    chance = {part: chance_of(part, ratios) for part in worlds}
+    wins = [label for label, of in ratios.items() if not is_base(label) and len(of) > 1
+            and all(gains(found, chance[part]) for part, found in of.items())]
     return {"worlds": worlds, "ratios": ratios, "chance": chance, "wins": wins}
 
 
-def of_base(label):
+def is_base(label: str) -> bool:
     return label.startswith("base")
 
 
-def against(world, label):
-    """{kind: geometric mean over sets and step counts of the variant's distance over the base's; least accuracy: the largest fall of it; end of
-    table: whether a chosen scale is the largest}; {} where a measurement is missing."""
+def chance_of(part: str, ratios: dict[str, dict]) -> float:
+    """The smallest ratio of the base's other seeds; 1 where none is smaller."""
+    seeds = [of[part]["endpoints"] for label, of in ratios.items() if is_base(label) and part in of]
+    return min([1., *seeds])
+
+
+def against(world: dict[str, dict], label: str) -> dict[str, Any]:
+    """{kind: geometric mean over sets and step counts of the variant's distance over the base's;
+    accuracy_lost: the largest fall of it; end_of_table: whether a chosen scale is the largest}; {} where a
+    measurement is missing.
+    """
     mine, base = world.get(label, {}), world.get("base", {})
     if not mine or mine.keys() != base.keys():
         return {}
-    pairs = {kind: [(mine[data][kind][n], base[data][kind][n]) for data in base for n in base[data][kind]] for kind in KINDS}
-    falls = [base[data]["accuracy"][n] - mine[data]["accuracy"][n] for data in base for n in base[data].get("accuracy", {})]
-    told = {kind: math.exp(sum(math.log(max(a, TINY) / max(b, TINY)) for a, b in found) / len(found)) for kind, found in pairs.items()}
-    return told | {"accuracy_lost": max(falls, default=None), "end_of_table": any(of_set["at_the_end"] for of_set in mine.values())}
+    ratios = {kind: geometric_mean(max(mine[data][kind][n], TINY) / max(base[data][kind][n], TINY)
+                                   for data in base for n in base[data][kind]) for kind in KINDS}
+    falls = [base[data]["accuracy"][n] - mine[data]["accuracy"][n]
+             for data in base for n in base[data].get("accuracy", {})]
+    return ratios | {"accuracy_lost": max(falls, default=None),
+                     "end_of_table": any(of_set["at_the_end"] for of_set in mine.values())}
 
 
-def gains(found, chance):
-    """Whether the endpoints come nearer by the margin and by more than chance does, and the quality holds: where accuracy was measured it decides."""
-    holds = found["quality"] < 1 / MARGIN if found["accuracy_lost"] is None else found["accuracy_lost"] <= WORSE
+def geometric_mean(numbers: Iterable[float]) -> float:
+    logs = [math.log(number) for number in numbers]
+    return math.exp(sum(logs) / len(logs))
+
+
+def gains(found: dict[str, Any], chance: float) -> bool:
+    """Whether the endpoints come nearer by the margin and by more than chance does, and the quality holds:
+    where accuracy was measured it decides.
+    """
+    lost = found["accuracy_lost"]
+    holds = found["quality"] < 1 / MARGIN if lost is None else lost <= WORSE
     return found["endpoints"] <= MARGIN and found["endpoints"] < chance and holds
 
 
-def text(record):
+def text(record: dict[str, Any]) -> str:
     """All ratios as a table; below it those that win in both worlds."""
-    parts = list(record["worlds"])
-    lines = ["times the base (damped models, k/N .2, on its dial), geometric mean over 2, 3, 4 and 8 steps; below 1 is better; > the dial stood at its end",
-             f"{'':34}" + "".join(f"{f'{part}, {kind}':>22}" for part in parts for kind in KINDS)]
+    columns = [(part, kind) for part in record["worlds"] for kind in KINDS]
+    lines = ["times the base (damped models, k/N .2, on its dial), geometric mean over 2, 3, 4 and 8 steps; "
+             "below 1 is better; > the dial stood at its end",
+             f"{'':34}" + "".join(f"{f'{part}, {kind}':>22}" for part, kind in columns)]
     for label, found in record["ratios"].items():
-        cells = [f"{found[part][kind]:.3f}{'>' if found[part]['end_of_table'] else ' '}" if part in found else "- " for part in parts for kind in KINDS]
+        cells = [ratio_text(found.get(part), kind) for part, kind in columns]
         lines.append(f"{label:34}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join([*lines, "wins on both: " + (", ".join(record["wins"]) or "none")])
 
 
-def plot(record, path):
-    """A line for each variant: full marks the distance to the teacher's endpoints, hollow the quality; 1 is the base, grey what its seeds do."""
-    figure, ((ax,),) = canvas(1, 1, (7.5, .32 * len(record["ratios"]) + 1.4))
-    for row, found in enumerate(reversed(record["ratios"].values())):
+def ratio_text(found: dict[str, Any] | None, kind: str) -> str:
+    return f"{found[kind]:.3f}{'>' if found['end_of_table'] else ' '}" if found else "- "
+
+
+def plot(record: dict[str, Any], path: str | Path) -> None:
+    """A line for each variant: full marks the distance to the teacher's endpoints, hollow the quality; 1 is
+    the base, grey what its seeds do.
+    """
+    ratios = dict(reversed(record["ratios"].items()))
+    figure, ((ax,),) = canvas(1, 1, (7.5, .32 * len(ratios) + 1.4))
+    for row, found in enumerate(ratios.values()):
         for i, part in enumerate(record["worlds"]):
             for kind in KINDS if part in found else ():
-                ax.plot(found[part][kind], row, "os"[i], color=f"C{i}", mfc=f"C{i}" if kind == "endpoints" else "none", ms=6,
-                        label=f"{part}, {kind}")
+                style = {"color": f"C{i}", "mfc": f"C{i}" if kind == "endpoints" else "none", "ms": 6}
+                ax.plot(found[part][kind], row, "os"[i], label=f"{part}, {kind}", **style)
     least = min(record["chance"].values(), default=1.)
     ax.axvspan(least, 1 / least, color=".92", lw=0)
     ax.axvline(1, color="k", lw=.8)
-    ax.set(yticks=range(len(record["ratios"])), yticklabels=list(reversed(record["ratios"])), xscale="log", xlabel="times the base, 2 to 8 steps (below 1 is better)")
-    ax.set_xticks((.7, .8, .9, 1, 1.2, 1.5, 2), (.7, .8, .9, 1, 1.2, 1.5, 2))
+    ax.set(yticks=range(len(ratios)), yticklabels=list(ratios), xscale="log",
+           xlabel="times the base, 2 to 8 steps (below 1 is better)")
+    ax.set_xticks(MARKS, MARKS)
     ax.minorticks_off()
     ax.grid(axis="y", alpha=.3)
-    named = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    ax.legend(named.values(), named, fontsize=7, loc="best")
+    handles = labelled_handles([ax])
+    ax.legend(handles.values(), handles, fontsize=7, loc="best")
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    save(figure, path, 80)

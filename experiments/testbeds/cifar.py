@@ -1,34 +1,58 @@
-"""The trainings of bench/cifar.py: one cell each, a folder that a killed bench goes on in."""
+"""CIFAR-10: flows trained from scratch, and one of them distilled, at equal network evaluations.
+
+A training is a folder under plan.cells, which a killed one goes on in. An example's forward counts 1
+evaluation, its backward 2 (1 where only a LoRA is trained).
+"""
 import json
 import math
 import shutil
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torchvision.transforms.functional import to_pil_image
 
-from scfm.training.config import DistillConfig
+from experiments.runner import Job
+from experiments.stored import from_stored
+from experiments.testbeds import Field, Walk
+from experiments.testbeds.cifar_judge import Judge, Sampler, Samples
+from scfm.data.labelled_images import LabelledImages, load_labelled_images
 from scfm.method.ema import shorten
-from scfm.models.pixels import save_pipeline
+from scfm.method.flow import sample, time_grid
 from scfm.models.lora import WEIGHT_NAME
-from scfm.training.flow_trainer import SHORTCUT, FlowConfig, pretrain
-from scfm.training.distill_trainer import begin, end
-from scfm.models.unet import header_of, load_flow
+from scfm.models.pixels import save_pipeline
+from scfm.models.unet import UNetFlow, header_of, load_flow
+from scfm.training.config import DistillConfig
+from scfm.training.distill_trainer import finalize, init_trainer
+from scfm.training.flow_config import SHORTCUT, FlowConfig
+from scfm.training.flow_trainer import pretrain
 
 NFE = (1, 2, 4, 8, 16, 32, 64)
-METHODS = {"plain": {"non_shortcut_ratio": 1.}, "scfm 1/8": {"non_shortcut_ratio": .875}, "scfm 1/4": {"non_shortcut_ratio": .75},
-           "scfm 1/2": {"non_shortcut_ratio": .5}, "shortcut": SHORTCUT}
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": {"non_shortcut_ratio": 1.}, "scfm 1/8": {"non_shortcut_ratio": .875},
+    "scfm 1/4": {"non_shortcut_ratio": .75}, "scfm 1/2": {"non_shortcut_ratio": .5}, "shortcut": SHORTCUT}
 DISTILLED, LORA = "plain, distilled", "plain, LoRA"
-KEPT = .8                                                   # of the budget goes to the teacher of these two, the rest to distilling
-SHOWN = 1000                                                # real images that the LoRA's updates see
-RECIPES = {"tiny": {"batch": 8, "lr": 1e-3, "warmup": 2, "ema_decay_slow": .9},
-           "nano": {"batch": 32, "lr": 2e-3, "warmup": 400, "ema_decay_slow": .998, "precision": "bf16", "checkpointing_steps": 250},
-           "small": {"batch": 32, "lr": 1e-3, "warmup": 400, "ema_decay_slow": .998, "precision": "bf16", "checkpointing_steps": 100},
-           "full": {"batch": 256, "lr": 2e-4, "warmup": 1000, "ema_decay_slow": .999, "precision": "bf16", "checkpointing_steps": 500}}
+TEACHERS_SHARE = .8  # of the budget goes to the teacher of these two, the rest to distilling
+LORA_IMAGES = 1000                               # real images that the LoRA is trained on
+SEARCH_NOISES, GOAL_STEPS = 32, 64               # of the search for scales
+SEARCH_SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2.)
+RECIPES: dict[str, dict[str, Any]] = {
+    "tiny": {"global_batch_size": 8, "learning_rate": 1e-3, "lr_warmup_steps": 2, "ema_decay_slow": .9},
+    "nano": {"global_batch_size": 32, "learning_rate": 2e-3, "lr_warmup_steps": 400, "ema_decay_slow": .998,
+             "weight_dtype": "bf16", "checkpointing_steps": 250},
+    "small": {"global_batch_size": 32, "learning_rate": 1e-3, "lr_warmup_steps": 400, "ema_decay_slow": .998,
+              "weight_dtype": "bf16", "checkpointing_steps": 100},
+    "full": {"global_batch_size": 256, "learning_rate": 2e-4, "lr_warmup_steps": 1000, "ema_decay_slow": .999,
+             "weight_dtype": "bf16", "checkpointing_steps": 500}}
 
 
 class Plan(NamedTuple):
-    """What the cells of one bench share. budget: network evaluations of a training; count: images of a measurement; nfe: evaluations of one."""
+    """What all trainings and measurements share. data: the folder of the parquet files; budget: network
+    evaluations of a training; count: images of a measurement; nfe: evaluations of one; searched: step counts
+    of the search for scales.
+    """
     data: str
     cells: Path
     size: str = "nano"
@@ -37,95 +61,185 @@ class Plan(NamedTuple):
     previews: int = 2000
     inception: str = ""
     nfe: tuple = NFE
+    searched: tuple = NFE[:-1]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return RECIPES[self.size]
 
 
-def safe(name):
+def safe(name: str) -> str:
     """A name as part of a file's name."""
     return name.replace(", ", "-").replace(" ", "-").replace("/", "_")
 
 
-def folder_of(plan, name, seed):
-    return plan.cells / f"{safe(name)}-{seed}"
+def job_of(name: str, seed: int) -> Job:
+    """The training of a method with a seed."""
+    return Job("cifar", name, name, "CIFAR-10", seed)
 
 
-def updates_for(budget, recipe, told):
-    """Updates that cost `budget` network evaluations: a row costs 3, one that is asked by jumps 5. ValueError when it buys none."""
-    updates = math.floor(budget / recipe["batch"] / (3 + 2 * (1 - told["non_shortcut_ratio"])))
-    if updates < 1:
-        raise ValueError(f"{budget:g} network evaluations buy no update at batch {recipe['batch']}: give more")
-    return updates
+def steps_for(budget: float, recipe: dict[str, Any], non_shortcut_ratio: float) -> int:
+    """Training steps that cost `budget` network evaluations: an example costs 3, one with jumps 5. ValueError
+    when it buys none.
+    """
+    batch = recipe["global_batch_size"]
+    steps = math.floor(budget / batch / (3 + 2 * (1 - non_shortcut_ratio)))
+    if steps < 1:
+        raise ValueError(f"{budget:g} network evaluations buy no step of {batch} examples: give more")
+    return steps
 
 
-def train(plan, name, seed, images, share=1., keep_going=lambda: True):
-    """Trains up to a share of the budget; returns the file of the result, or None when keep_going said no."""
-    recipe, told = RECIPES[plan.size], METHODS[name]
-    out = folder_of(plan, name, seed)
-    config = FlowConfig(train_data_dir=plan.data, output_dir=str(out), size=plan.size, seed=seed, max_train_steps=updates_for(plan.budget * share, recipe, told),
-                            validation_steps=plan.previews, **{**recipe, **told})
-    if done(out) >= config.max_train_steps:
-        return out / "flow.safetensors"
-    return pretrain(config, keep_going, images=images) and out / "flow.safetensors"
+def shortened(steps: int) -> dict[str, float]:
+    """The paper's EMA decays, as short as the run."""
+    return {"ema_decay_fast": shorten(.99, steps), "ema_decay_slow": shorten(.999, steps)}
 
 
-def done(out):
-    """Updates of the result in a folder; 0 without one."""
-    path = out / "flow.safetensors"
-    return json.loads(header_of(path)["notes"])["updates"] if path.is_file() else 0
+def flow_notes(path: Path) -> dict[str, int]:
+    """{"updates", "evaluations"} of the training of a flow, whatever its header calls them."""
+    notes = json.loads(header_of(path)["notes"])
+    return {"updates": notes.get("train_steps", notes.get("updates")), "evaluations": notes["evaluations"]}
 
 
-def train_all(plan, name, seed, images, keep_going=lambda: True):
-    """One method to the end of its budget; plain flow matching leaves a copy at `KEPT` of it, and that is distilled."""
-    if name == LORA:
-        return train_lora(plan, seed, images, keep_going)
-    if name != DISTILLED:
-        kept = folder_of(plan, "plain", seed) / "kept.safetensors"
-        if name == "plain" and not kept.is_file():
-            flow = train(plan, name, seed, images, KEPT, keep_going)
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a training, by today's names."""
+    return from_stored(json.loads((folder / "config.json").read_text()))
+
+
+class Cifar10:
+    """The `Testbed` of flows on CIFAR-10. A job's family names the method, its seed is that of training.
+
+    should_stop: asked after each training step; then the training stays where it is.
+    """
+
+    shift = 1.
+
+    def __init__(self, plan: Plan, should_stop: Callable[[], bool] = lambda: False):
+        self.plan, self.should_stop = plan, should_stop
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    @cached_property
+    def images(self) -> LabelledImages:
+        return load_labelled_images(self.plan.data)
+
+    @cached_property
+    def samples(self) -> Samples:
+        return Samples(self.plan.cells, self.plan.count, self.device)
+
+    @cached_property
+    def eyes(self) -> Judge:
+        return Judge(self.plan.data, self.plan.cells, self.plan.count, self.device, self.plan.inception)
+
+    def folder(self, job: Job) -> Path:
+        return self.plan.cells / f"{safe(job.family)}-{job.seed}"
+
+    def flow_file(self, job: Job) -> Path:
+        return self.folder(job) / "flow.safetensors"
+
+    def teacher_file(self, job: Job) -> Path:
+        """The plain flow at the share of the budget that a teacher gets."""
+        return self.plan.cells / f"plain-{job.seed}" / "kept.safetensors"
+
+    def teacher(self, job: Job) -> tuple[UNetFlow, str]:
+        path = self.teacher_file(job)
+        return load_flow(path).to(self.device), str(path)
+
+    def batches(self, job: Job) -> LabelledImages:
+        """The training images; the trainer draws from them by the job's seed."""
+        return self.images
+
+    def search(self, job: Job, teacher: Field) -> tuple[Walk, torch.Tensor]:
+        """From noises and labels that no judge sees."""
+        generator = torch.Generator().manual_seed(1000 + job.seed)
+        noise = torch.randn(SEARCH_NOISES, 3, 32, 32, generator=generator).to(self.device)
+        labels = (torch.arange(SEARCH_NOISES) % 10).to(self.device)
+
+        def walk(velocity: Field, steps: int) -> torch.Tensor:
+            return sample(velocity, noise, time_grid(steps), labels)
+        return walk, walk(teacher, GOAL_STEPS)
+
+    def judge(self, job: Job) -> Callable[..., dict[str, Any]]:
+        """measure(sampler, nfe, solver, about) -> the marks of its images, both stored as files; see
+        `Judge.scores`. A sampler stands here for a field: sampler(labels, noise, steps, solver) -> images.
+        about: what the file says beside.
+        """
+        def measure(sampler: Sampler | None, nfe: int, solver: str = "euler", about: dict | None = None) -> dict:
+            path = self.samples.generate(f"{safe(job.label)}-{job.seed}", sampler, nfe, solver)
+            return self.eyes.score_file(path, {"solver": solver, "nfe": nfe}, about or {})
+        return measure
+
+    def train(self, job: Job) -> Path | None:
+        """One method to the end of its budget; the file of the result, or None when it was stopped."""
+        if job.family == LORA:
+            return self._train_lora(job)
+        if job.family == DISTILLED:
+            return self._distil(job)
+        if job.family == "plain" and not self.teacher_file(job).is_file():
+            flow = self._train_flow(job, TEACHERS_SHARE)
             if flow is None:
                 return None
-            shutil.copy(flow, kept)
-        return train(plan, name, seed, images, keep_going=keep_going)
-    kept, out = folder_of(plan, "plain", seed) / "kept.safetensors", folder_of(plan, name, seed)
-    recipe, told = RECIPES[plan.size], {"non_shortcut_ratio": 0., "teacher_ratio": .4, "algorithm": "dual"}
-    updates = updates_for(plan.budget * (1 - KEPT), recipe, told)
-    config = FlowConfig(**{**recipe, **told, "data": plan.data, "out": str(out), "size": plan.size, "seed": seed, "updates": updates,
-                               "teacher": str(kept), "lr": recipe["lr"] / 4, "warmup": min(50, updates // 4), "validation_steps": 0,
-                               "ema_decay_fast": shorten(.99, updates), "ema_decay_slow": shorten(.999, updates)})
-    if done(out) < updates and pretrain(config, keep_going, images=images) is None:
-        return None
-    return out / "flow.safetensors"
+            shutil.copy(flow, self.teacher_file(job))
+        return self._train_flow(job)
 
+    def _train_flow(self, job: Job, share: float = 1.) -> Path | None:
+        """Up to a share of the budget."""
+        plan, change = self.plan, METHODS[job.family]
+        steps = steps_for(plan.budget * share, plan.recipe, change["non_shortcut_ratio"])
+        return self._pretrain(job, {"max_train_steps": steps, "validation_steps": plan.previews, **change})
 
-def train_lora(plan, seed, images, keep_going=lambda: True):
-    """The kept flow distilled by `scfm distill`: a LoRA on frozen weights. Returns the LoRA's file, or None.
+    def _distil(self, job: Job) -> Path | None:
+        """The teacher with all weights, by Algorithm 2."""
+        plan = self.plan
+        steps = steps_for(plan.budget * (1 - TEACHERS_SHARE), plan.recipe, 0.)
+        return self._pretrain(job, {
+            "max_train_steps": steps, "validation_steps": 0, "teacher": str(self.teacher_file(job)),
+            "non_shortcut_ratio": 0., "teacher_ratio": .4, "algorithm": "dual", **shortened(steps),
+            "learning_rate": plan.recipe["learning_rate"] / 4, "lr_warmup_steps": min(50, steps // 4)})
 
-    A row costs 4: the student's forward, a backward through frozen weights, two jumps. Judging what ships is not counted.
-    """
-    out, recipe = folder_of(plan, LORA, seed), RECIPES[plan.size]
-    folder = folder_of(plan, "plain", seed) / "kept_pipeline"            # `pipeline` is that of the whole budget
-    updates = max(1, round(plan.budget * (1 - KEPT)) // (4 * recipe["batch"]))
-    if (out / WEIGHT_NAME).is_file():
-        return out / WEIGHT_NAME
-    if not folder.is_dir():
-        save_pipeline(load_flow(folder_of(plan, "plain", seed) / "kept.safetensors"), images.names, folder)
-    config = DistillConfig(pretrained_model_name_or_path=str(folder), train_data_dir=str(image_folder(plan, images)), output_dir=str(out), cache_dir=str(plan.cells / "cache"), height=32, width=32,
-                       max_sequence_length=1, rank=16, learning_rate=1e-3, lr_scheduler="cosine", global_batch_size=recipe["batch"], max_train_steps=updates, seed=seed, guidance_scale_range=(1., 1.),
-                       teacher_guidance_scale=1., shift=(1., 2.), inference_shift=1., ema_decay_fast=shorten(.99, updates), ema_decay_slow=shorten(.999, updates),
-                       checkpointing_steps=recipe.get("checkpointing_steps", 100), validation_steps=0, num_eval_prompts=min(32, plan.count), select_adapter="ema_slow", report_to="none")
-    run = begin(config)
-    run.train(keep_going=keep_going)
-    return end(run) and out / WEIGHT_NAME if run.update == updates else None
+    def _pretrain(self, job: Job, change: dict[str, Any]) -> Path | None:
+        plan, flow = self.plan, self.flow_file(job)
+        settings = {"train_data_dir": plan.data, "output_dir": str(self.folder(job)), "size": plan.size, "seed": job.seed}
+        config = FlowConfig(**{**plan.recipe, **settings, **change})
+        if flow.is_file() and flow_notes(flow)["updates"] >= config.max_train_steps:
+            return flow
+        return flow if pretrain(config, self.should_stop, images=self.batches(job)) else None
 
+    def _train_lora(self, job: Job) -> Path | None:
+        """The teacher distilled by `scfm distill`: a LoRA on frozen weights.
 
-def image_folder(plan, images):
-    """The first `SHOWN` training images as an image folder with captions; written once."""
-    folder, part = plan.cells / "images", plan.cells / "images.part"
-    if not folder.is_dir():
+        An example costs 4: the student's forward, a backward through frozen weights, two jumps. The selection
+        of what is saved is not counted.
+        """
+        path = self.folder(job) / WEIGHT_NAME
+        if path.is_file():
+            return path
+        pipeline = self.teacher_file(job).with_name("kept_pipeline")  # `pipeline` is that of the whole budget
+        if not pipeline.is_dir():
+            save_pipeline(load_flow(self.teacher_file(job)), self.images.names, pipeline)
+        trainer = init_trainer(self._lora_config(job, pipeline))
+        trainer.train(should_stop=self.should_stop)
+        return path if finalize(trainer) and trainer.global_step == trainer.config.max_train_steps else None
+
+    def _lora_config(self, job: Job, pipeline: Path) -> DistillConfig:
+        plan, batch = self.plan, self.plan.recipe["global_batch_size"]
+        steps = max(1, round(plan.budget * (1 - TEACHERS_SHARE)) // (4 * batch))
+        return DistillConfig(
+            pretrained_model_name_or_path=str(pipeline), train_data_dir=str(self.image_folder()),
+            output_dir=str(self.folder(job)), cache_dir=str(plan.cells / "cache"), height=32, width=32,
+            max_sequence_length=1, rank=16, learning_rate=1e-3, lr_scheduler="cosine", global_batch_size=batch,
+            max_train_steps=steps, seed=job.seed, guidance_scale_range=(1., 1.), teacher_guidance_scale=1.,
+            shift=(1., 2.), inference_shift=1., **shortened(steps), validation_steps=0, select_adapter="ema_slow",
+            checkpointing_steps=plan.recipe.get("checkpointing_steps", 100),
+            num_eval_prompts=min(32, plan.count), report_to="none")
+
+    def image_folder(self) -> Path:
+        """The first `LORA_IMAGES` training images as an image folder with captions; written once."""
+        folder, part = self.plan.cells / "images", self.plan.cells / "images.part"
+        if folder.is_dir():
+            return folder
         part.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for i, (pixels, label) in enumerate(zip(images.pixels[:SHOWN], images.labels)):
+        lines = []
+        for i, (pixels, label) in enumerate(zip(self.images.pixels[:LORA_IMAGES], self.images.labels, strict=False)):
             to_pil_image(pixels).save(part / f"{i:05d}.png")
-            rows.append(json.dumps({"file_name": f"{i:05d}.png", "text": f"a {images.names[label]}"}))
-        (part / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-        part.replace(folder)
-    return folder
+            lines.append(json.dumps({"file_name": f"{i:05d}.png", "text": f"a {self.images.names[label]}"}))
+        (part / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        return part.replace(folder)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from experiments import budgets
 from experiments.runner import CellCache, Job, non_defaults
 from experiments.scales import by_steps, find_scales, finite
 from experiments.streams import Stream
@@ -49,7 +50,19 @@ class PlaneSizes:
     scales: tuple = SCALES
 
 
+# where the search for scales is paid for from a budget
+BUDGETED_SIZES = PlaneSizes(dial_noises=128, scales=SCALES[::2])
 SMOKE_SIZES = PlaneSizes(dict.fromkeys(DATA, 2), 2, 8, 64, 8, 8, 4, (0., 1.))
+
+
+def search_cost(sizes: PlaneSizes) -> int:
+    """Evaluations that finding a scale for each number of steps takes."""
+    return budgets.search_cost(sizes.dial_noises, STEPS, sizes.scales, sizes.goal_steps)
+
+
+def plan(sizes: PlaneSizes, method: str, budget: int) -> tuple[int, int]:
+    """(training steps, pairs) that a budget of evaluations buys."""
+    return budgets.plan(method, budget, sizes.batch, search_cost(sizes))
 
 
 class Recipe(NamedTuple):
@@ -178,14 +191,16 @@ class Plane:
 
     def references(self, job: Job) -> References:
         """The same for all methods of one set and seed."""
-        return References(DATA[job.data](self.sizes.samples, keyed_generator(job.seed, 0, Stream.REFERENCE)),
-                          torch.randn(self.sizes.samples, 2, generator=keyed_generator(job.seed, 0, Stream.NOISE)))
+        data, noise = (keyed_generator(job.seed, 0, stream) for stream in (Stream.REFERENCE, Stream.NOISE))
+        return References(DATA[job.data](self.sizes.samples, data),
+                          torch.randn(self.sizes.samples, 2, generator=noise))
 
     def search(self, job: Job, teacher: Field, count: int | None = None) -> tuple[Walk, torch.Tensor]:
         """walk(field, steps, shift=1.) from noises that no judge sees, and where the teacher's many steps
         take them; of the first `count` alone, if it is given.
         """
-        noise = torch.randn(self.sizes.dial_noises, 2, generator=keyed_generator(job.seed, 0, Stream.SEARCH_NOISE))
+        generator = keyed_generator(job.seed, 0, Stream.SEARCH_NOISE)
+        noise = torch.randn(self.sizes.dial_noises, 2, generator=generator)
         goal = endpoints(teacher, noise, self.sizes.goal_steps)[:count]
 
         def walk(velocity: Field, steps: int, shift: float = 1.) -> torch.Tensor:
@@ -225,6 +240,11 @@ class Plane:
                     solver: str = "euler") -> tuple[float, float]:
             return score(endpoints(velocity, noise, steps, shift, solver))
         return measure
+
+    def distance(self, job: Job) -> Callable[[Field, int], float]:
+        """distance(field, steps): to the teacher's endpoints, of the first of the judge's noises."""
+        noise, goal = self.references(job).noise[:COUPLED], self.goal(job)
+        return lambda velocity, steps: finite(endpoint_distance(endpoints(velocity, noise, steps), goal))
 
     def judge_walks(self, job: Job) -> Callable[..., dict[str, float]]:
         """measure(walk, steps) -> {"sw2", "endpoint"} of any sampler, walk(noise, steps) -> points."""

@@ -17,7 +17,7 @@ from experiments.runner import CellCache, Job, non_defaults
 from experiments.streams import Stream
 from experiments.testbeds import BatchOf, Field, FieldAtScale, Walk
 from experiments.testbeds.plane import make_recipe, ramp_teacher_ratio
-from scfm.data.cache import fingerprint
+from scfm.data.fingerprint import fingerprint
 from scfm.data.prompts import read_prompts
 from scfm.method.consistency import keyed_generator
 from scfm.method.distill import SCFMConfig, distill
@@ -25,13 +25,13 @@ from scfm.method.ema import shorten
 from scfm.method.flow import sample, time_grid
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels, adapter_state, load_adapter_state, set_scale
-from scfm.models.sampling import on_device, start_noise, teacher_endpoints
-from toy.demo import PROMPTS
+from scfm.models.sampling import euler_endpoints, on_device, start_noise
+from scfm.models.source import PipelineSource
 from toy.judge import STOCK, Judge
-from toy.pipelines import FLUX, GUIDANCE, TOKENS, load_flux
+from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS, load_flux
 from toy.shapes import draw_captions, draw_images
 
-NAME = "tiny Flux"
+NAME, PROMPTS = "tiny Flux", WEIGHTS / "prompts.txt"
 Adapter = dict[str, torch.Tensor]                # a LoRA, as `adapter_state` gives it
 
 
@@ -44,7 +44,7 @@ def family() -> Flux:
 @lru_cache(1)
 def pipeline_fingerprint() -> str:
     """What tells the carried pipeline from another."""
-    return fingerprint(FLUX, *(part.name for part in FLUX.iterdir() if part.is_dir()))
+    return fingerprint(PipelineSource(FLUX), *(part.name for part in FLUX.iterdir() if part.is_dir()))
 
 
 def teacher_field() -> Field:
@@ -69,12 +69,15 @@ def load_lora(models: LoraModels, lora: Adapter) -> FieldAtScale:
     return partial(models.field, "ema_slow")
 
 
-def walk_from(captions: Sequence[str], seed: int) -> Walk:
+def seeded_walk(captions: Sequence[str], seed: int) -> Walk:
     """walk(field, steps) -> latents (n, N, C), from a noise for each caption."""
-    noise = start_noise(family(), range(len(captions)), seed)
+    return walk_from(captions, start_noise(family(), range(len(captions)), seed))
 
+
+def walk_from(captions: Sequence[str], noise: torch.Tensor) -> Walk:
+    """walk(field, steps) -> latents, shaped as `noise` (n, N, C), which has one for each caption."""
     def walk(velocity: Field, steps: int) -> torch.Tensor:
-        return teacher_endpoints(family(), velocity, captions, noise, steps, STOCK, GUIDANCE)
+        return euler_endpoints(family(), velocity, captions, noise, steps, STOCK, GUIDANCE)
     return walk
 
 
@@ -187,7 +190,7 @@ class TinyFlux:
 
     def search(self, job: Job, teacher: Field) -> tuple[Walk, torch.Tensor]:
         """From noises with captions of the drawings: no image, none of the judge's captions."""
-        walk = walk_from(load_drawings(self.sizes.drawings).captions[:self.sizes.dial_noises], 1000)
+        walk = seeded_walk(load_drawings(self.sizes.drawings).captions[:self.sizes.dial_noises], 1000)
         return walk, walk(teacher, budgets.PAIR_STEPS)
 
     def judge(self, job: Job) -> Callable[..., dict[str, float]]:
@@ -273,7 +276,7 @@ class TaughtFlux:
                 "guidance": GUIDANCE, "shift": STOCK}
 
         def make() -> torch.Tensor:
-            reached = walk_from(captions, 0)(teacher_field(), steps)
+            reached = seeded_walk(captions, 0)(teacher_field(), steps)
             return torch.cat([family().encode_images(family().decode(part)) for part in reached.split(64)])
         return Images(self.cache("few_pictures", spec, make), captions, spec)
 
@@ -302,7 +305,7 @@ class TaughtFlux:
 
     def search(self, job: Job, teacher: Field) -> tuple[Walk, torch.Tensor]:
         """From noises with captions of the training: no image, none of the judge's captions."""
-        walk = walk_from(read_prompts(PROMPTS)[:self.sizes.dial_noises], 2)
+        walk = seeded_walk(read_prompts(PROMPTS)[:self.sizes.dial_noises], 2)
         return walk, walk(teacher, self.sizes.goal_steps)
 
     def judge(self, job: Job, kind: str = "held-out pairs") -> Callable[..., dict[str, float]]:

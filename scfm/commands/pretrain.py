@@ -1,32 +1,42 @@
-"""`scfm pretrain`: few-step flows on images, from nothing or from a finished flow."""
-import argparse
-import signal
+"""`scfm pretrain`: few-step flows on images, from scratch or from a finished flow."""
 
-from scfm.commands import add_options, from_file
+from collections.abc import Sequence
+
+from scfm.commands.options import make_parser, parse_config
+from scfm.commands.signals import exit_code, signals_noted
 from scfm.training.checkpoint import latest
-from scfm.training.flow_trainer import FlowConfig, pretrain
+from scfm.training.flow_config import FlowConfig
+from scfm.training.flow_trainer import pretrain
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """`scfm pretrain`: a flag for every field of FlowConfig."""
-    parser = argparse.ArgumentParser(
-        prog="scfm pretrain", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train a flow on images that samples in few steps: rows of plain flow matching and self rows through one "
-                    "loss (--non_shortcut_ratio 1: plain flow matching). Or distil a finished flow: --teacher FILE --non_shortcut_ratio 0 "
-                    "--teacher_ratio .4 --algorithm dual. Run the same command again to resume after a kill.")
-    parser.add_argument("--config", metavar="FILE", help="file of the settings below, such as the config.json that every "
-                        "run writes; flags override it")
-    add_options(parser, FlowConfig)
-    settings = vars(from_file(parser, argv).parse_args(argv))
-    config = FlowConfig(**{k: v for k, v in settings.items() if k != "config"})
+    parser = make_parser(
+        "scfm pretrain",
+        "Train a flow on images that samples in few steps: flow-matching "
+        "and self-consistency "
+        "examples through one loss (--non_shortcut_ratio 1: plain flow matching). Or "
+        "distil a finished flow: "
+        "--teacher FILE --non_shortcut_ratio 0 --teacher_ratio .4 --algorithm dual. Run "
+        "the same command again "
+        "to resume after a kill.",
+    )
+    config = parse_config(
+        parser,
+        argv,
+        FlowConfig,
+        "file of the settings below, such as the config.json that every run writes; flags override it",
+    )
     config.check()
-    stopped = []
-    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # finish the update, save, leave
-    run = pretrain(config, keep_going=lambda: not stopped)
-    if run is None:
+    with signals_noted() as stopped:
+        trainer = pretrain(config, should_stop=lambda: bool(stopped))
+    if trainer is None:
         print(f"stopped after saving {latest(config.output_dir)}: the same command goes on from there")
-        return 128 + signal.SIGTERM
-    print(f"{run.update} updates, {run.evaluations} network evaluations: {config.output_dir}/flow.safetensors")
+        return exit_code(stopped)
+    print(
+        f"{trainer.global_step} steps, {trainer.evaluations} network evaluations: "
+        f"{config.output_dir}/flow.safetensors"
+    )
     if config.method == "scfm":
         print(f"as a pipeline for scfm distill, dial, sample, evaluate: {config.output_dir}/pipeline")
     return 0

@@ -1,4 +1,5 @@
 """Labelled images, such as CIFAR-10, from parquet files in the Hugging Face layout."""
+
 import io
 import json
 from pathlib import Path
@@ -10,32 +11,45 @@ from torchvision.transforms import v2
 
 
 class LabelledImages(NamedTuple):
-    """A data set in memory. pixels: (N, 3, H, W) uint8; labels: (N,) int64; names: of the classes, one for each label."""
+    """A data set in memory. pixels: (N, 3, H, W) uint8; labels: (N,) int64; names: of the classes, one for
+    each label."""
+
     pixels: torch.Tensor
     labels: torch.Tensor
     names: tuple
 
 
 def decode(cell, place):
-    """An image of PIL, in RGB, of one cell of the column: {"bytes": ...} or such an image. ValueError that names `place`."""
+    """An image of PIL, in RGB, of one cell of the column: {"bytes": ...} or such an image. ValueError that
+    names `place`."""
     try:
-        return (cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell["bytes"]))).convert("RGB")
+        return (cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell["bytes"]))).convert(
+            "RGB"
+        )
     except (UnidentifiedImageError, OSError, SyntaxError, KeyError, TypeError) as error:
-        raise ValueError(f"{place} is no image that can be read ({type(error).__name__}): mend it, or leave that row out") from None
+        raise ValueError(
+            f"{place} is no image that can be read ({type(error).__name__}): mend it, or leave that row out"
+        ) from None
 
 
 def to_pixels(size):
-    """The transform of one image: (3, size, size) uint8, the shorter side brought to `size`, the middle of the longer one."""
+    """The transform of one image: (3, size, size) uint8, the shorter side brought to `size`, the middle of
+    the longer one."""
     return v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 
 def parquet_files(folder, split):
-    """The files {split}-*.parquet in `folder` or below. FileNotFoundError when there is no folder, or no such file in it."""
+    """The files {split}-*.parquet in `folder` or below. FileNotFoundError when there is no folder, or no such
+    file in it."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: name one with {split}-*.parquet files, or hub:OWNER/NAME")
+        raise FileNotFoundError(
+            f"{folder} is no folder: name one with {split}-*.parquet files, or hub:OWNER/NAME"
+        )
     files = sorted(Path(folder).rglob(f"{split}-*.parquet"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no {split}-*.parquet: the layout of the Hugging Face hub is needed")
+        raise FileNotFoundError(
+            f"{folder} holds no {split}-*.parquet: the layout of the Hugging Face hub is needed"
+        )
     return files
 
 
@@ -43,13 +57,17 @@ def need_columns(found, columns, place):
     """ValueError when a column is missing."""
     missing = [name for name in columns if name not in found]
     if missing:
-        raise ValueError(f"{place} has no column {' and no '.join(missing)}: its columns are {', '.join(found)}")
+        raise ValueError(
+            f"{place} has no column {' and no '.join(missing)}: its columns are {', '.join(found)}"
+        )
 
 
 def read_parquet(path, columns):
-    """(cells, labels, names) of one file; names from the hub's note in it, () without one. ValueError: no parquet, other columns."""
+    """(cells, labels, names) of one file; names from the hub's note in it, () without one. ValueError: no
+    parquet, other columns."""
     import pyarrow
     import pyarrow.parquet
+
     try:
         schema = pyarrow.parquet.read_schema(path)
     except pyarrow.ArrowInvalid:
@@ -64,22 +82,29 @@ def read_parquet(path, columns):
 def read_hub(name, split, columns):
     """The same of a data set on the Hugging Face hub, through the library `datasets`."""
     from datasets import load_dataset
+
     rows = load_dataset(name, split=split)
     need_columns(rows.column_names, columns, name)
     return rows[columns[0]], rows[columns[1]], tuple(getattr(rows.features[columns[1]], "names", ()))
 
 
 def load_labelled_images(data, split="train", size=32, columns=("img", "label")):
-    """`LabelledImages` of a folder of parquet files in the layout of the Hugging Face hub, or of hub:OWNER/NAME. Needs scfm[data].
+    """`LabelledImages` of a folder of parquet files in the layout of the Hugging Face hub, or of
+    hub:OWNER/NAME. Needs scfm[data].
 
-    columns: of the image and of its label. FileNotFoundError: no such folder, no file of the split. ValueError: other
-    columns, a file that is no parquet, an image that cannot be read or a label that is none; file and row are named.
+    columns: of the image and of its label. FileNotFoundError: no such folder, no file of the split.
+    ValueError: other
+    columns, a file that is no parquet, an image that cannot be read or a label that is none; file and row are
+    named.
     """
-    parts = ([(data[4:], *read_hub(data[4:], split, columns))] if str(data).startswith("hub:") else
-             [(path, *read_parquet(path, columns)) for path in parquet_files(data, split)])
+    parts = (
+        [(data[4:], *read_hub(data[4:], split, columns))]
+        if str(data).startswith("hub:")
+        else [(path, *read_parquet(path, columns)) for path in parquet_files(data, split)]
+    )
     transform, pixels, labels = to_pixels(size), [], []
     for place, cells, marks, names in parts:
-        for row, (cell, label) in enumerate(zip(cells, marks)):
+        for row, (cell, label) in enumerate(zip(cells, marks, strict=True)):
             if not isinstance(label, int) or label < 0:
                 raise ValueError(f"{place}, row {row}: the label {label!r} is no whole number of at least 0")
             pixels.append(transform(decode(cell, f"{place}, row {row}")))
@@ -87,4 +112,8 @@ def load_labelled_images(data, split="train", size=32, columns=("img", "label"))
     if not pixels:
         raise ValueError(f"{data} holds no row of the split {split}")
     count = max(labels) + 1
-    return LabelledImages(torch.stack(pixels), torch.tensor(labels), names if len(names) >= count else tuple(map(str, range(count))))
+    return LabelledImages(
+        torch.stack(pixels),
+        torch.tensor(labels),
+        names if len(names) >= count else tuple(map(str, range(count))),
+    )

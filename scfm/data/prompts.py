@@ -1,62 +1,72 @@
 """Captions from a text file, a JSON-lines file, or a data set."""
+
 import codecs
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-COLUMNS = ("text", "prompt", "caption")     # where a caption may stand
+COLUMNS = ("text", "prompt", "caption")  # where a caption may stand
 
 
-def read_prompts(path):
-    """The captions of a text file, one a line, of a .jsonl file, or of `datasets:NAME[:SPLIT[:COLUMN]]`: a list.
+def read_prompts(path: str | Path) -> list[str]:
+    """The captions of a text file, one a line, of a .jsonl file, or of `datasets:NAME[:SPLIT[:COLUMN]]`.
 
-    Raises FileNotFoundError, or ValueError that names the file and the line, also when there is no caption in it.
+    FileNotFoundError, or ValueError that names the file and the line, also when there is no caption in it.
     """
     if str(path).startswith("datasets:"):
-        return column_of(*str(path).split(":")[1:])
+        return dataset_column(*str(path).split(":")[1:])
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no captions at {path}: give a text file with one caption a line, a .jsonl file, or "
-                                "datasets:NAME")
+        raise FileNotFoundError(
+            f"no captions at {path}: give a text file with one caption a line, a "
+            f".jsonl file, or "
+            "datasets:NAME"
+        )
     if path.suffix in (".json", ".jsonl"):
-        captions = [caption_in(row, f"{path}, line {number}") for number, row in rows_of(path)]
+        captions = [caption_in(row, f"{path}, line {number}") for number, row in json_lines(path)]
     else:
-        captions = [line for _, line in lines_of(path) if not line.startswith("#")]
+        captions = [line for _, line in text_lines(path) if not line.startswith("#")]
     if not captions:
         raise ValueError(f"{path} holds no caption: write one a line")
     return captions
 
 
-def lines_of(path):
+def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """(number, text) of the lines of a UTF-8 file that are not blank."""
     for number, line in enumerate(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
         try:
             if line.strip():
                 yield number, line.decode().strip()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
+            where = f"{path}, line {number}"
+            raise ValueError(f"{where}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
 
 
-def rows_of(path):
+def json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, object) of the lines of a JSON-lines file."""
-    for number, line in lines_of(path):
+    for number, line in text_lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): write one object a line") from None
+            where = f"{path}, line {number}"
+            raise ValueError(f"{where}: not JSON ({error.msg}): write one object a line") from None
         if not isinstance(row, dict):
             raise ValueError(f'{path}, line {number}: write an object such as {{"text": "a cat"}}')
         yield number, row
 
 
-def caption_in(row, where):
+def caption_in(row: dict[str, Any], where: str) -> str:
     """What stands in a row's text, prompt or caption; ValueError when that is no caption."""
-    found = [row[name] for name in COLUMNS if name in row]
-    if not found or not isinstance(found[0], str) or not found[0].strip():
-        raise ValueError(f"{where}: no caption: needs words as its {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
-    return found[0].strip()
+    captions = [row[name] for name in COLUMNS if name in row]
+    if not captions or not isinstance(captions[0], str) or not captions[0].strip():
+        raise ValueError(
+            f"{where}: no caption: needs words as its {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}"
+        )
+    return captions[0].strip()
 
 
-def column_of(name, split="train", column=""):
+def dataset_column(name: str, split: str = "train", column: str = "") -> list[str]:
     """The captions in a column of a data set, through the `datasets` library."""
     where = f"datasets:{name}:{split}"
     try:
@@ -64,11 +74,13 @@ def column_of(name, split="train", column=""):
     except ImportError:
         raise ValueError(f"{where} needs the datasets library: pip install 'scfm[data]'") from None
     try:
-        data = load_dataset(name, split=split)
-    except (ValueError, OSError) as error:      # unknown name or split, no network: the library says which
+        data: Any = load_dataset(name, split=split)
+    except (ValueError, OSError) as error:  # unknown name or split, no network: the library says which
         raise ValueError(f"{where} cannot be read ({str(error).splitlines()[0]})") from None
     column = column or next((c for c in COLUMNS if c in data.column_names), "")
     if column not in data.column_names:
-        raise ValueError(f"{where} has no column {column or ' or '.join(COLUMNS)}: say datasets:{name}:{split}:COLUMN, one of "
-                         f"{', '.join(data.column_names)}")
-    return [caption_in({"text": words}, f"{where}, row {number}") for number, words in enumerate(data[column])]
+        raise ValueError(
+            f"{where} has no column {column or ' or '.join(COLUMNS)}: say "
+            f"datasets:{name}:{split}:COLUMN, one of {', '.join(data.column_names)}"
+        )
+    return [caption_in({"text": text}, f"{where}, row {number}") for number, text in enumerate(data[column])]

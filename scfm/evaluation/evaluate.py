@@ -9,15 +9,14 @@ import torch
 from tqdm import tqdm
 
 from scfm.evaluation.image_metrics import find_metrics, frechet
-from scfm.evaluation.image_store import batches, begin, distance_in, known_latency, generate_set, write_json
-from scfm.evaluation.samplers import lora_samplers, reference_samplers, pipeline_samplers, weights_of
-from scfm.inference.step_lora import StepLora, InferenceConfig
+from scfm.evaluation.image_store import batches, begin, distance_in, generate_set, known_latency, write_json
+from scfm.evaluation.samplers import lora_samplers, pipeline_samplers, reference_samplers, weights_of
+from scfm.inference.step_lora import InferenceConfig, StepLora
 from scfm.method.distill import setting
-from scfm.models.family import family_of
 from scfm.models.lora import WEIGHT_NAME
 from scfm.models.sampling import start_noise
-from scfm.models.source import resolve_folder
-from scfm.training.config import environment_info
+from scfm.models.source import PipelineSource
+from scfm.training.environment import environment_info
 
 
 @dataclass
@@ -43,7 +42,7 @@ class EvaluateConfig(InferenceConfig):
                 raise ValueError(f"--{name} is {getattr(self, name)}: give 1 or more")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"--steps is {self.steps}: give step counts of 1 or more, e.g. 3,4,8")
-        family_of(resolve_folder(self.pretrained_model_name_or_path))
+        _ = PipelineSource(self.pretrained_model_name_or_path).family    # names a folder that is no pipeline
         if self.reference_dir:
             images_in(self.reference_dir)
         self.output_dir = self.output_dir or str(Path(self.lora) / "evaluation")

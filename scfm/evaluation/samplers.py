@@ -13,7 +13,7 @@ from scfm.inference.step_lora import fixed_shift, format_scales, load_adapter, l
 from scfm.method.flow import EVALUATIONS, sample, time_grid
 from scfm.models.loading import DTYPES, no_loading_bars
 from scfm.models.sampling import on_device, stock_latents
-from scfm.models.source import model_index, resolve_folder
+from scfm.models.source import PipelineSource
 
 
 def conditioned_field(family, captions, guidance):
@@ -208,7 +208,8 @@ def pipeline_samplers(config, peer, steps, device, latent_noise):
     pipe.set_progress_bar_config(disable=True)
     if peer.shift:
         pipe.scheduler = fixed_shift(pipe.scheduler, peer.shift)
-    same = model_index(peer.path)["_class_name"] == model_index(resolve_folder(config.pretrained_model_name_or_path))["_class_name"]
+    own_class = PipelineSource(peer.path).class_name
+    same = own_class == PipelineSource(config.pretrained_model_name_or_path).class_name
     network = getattr(pipe, "transformer", None) or pipe.unet
 
     def images(n):
@@ -225,7 +226,7 @@ def pipeline_samplers(config, peer, steps, device, latent_noise):
                         **start).images * 2 - 1
         return go
     told = {"guidance": peer.guidance, "shift": peer.shift, "folder": peer.path.name,
-            "pipeline": model_index(peer.path)["_class_name"]}
+            "pipeline": own_class}
     for n in peer.steps or steps:
         yield Sampler(f"{peer.name}-{n}", "peer", f"{peer.name}, a pipeline", n, {"steps": n, **told}, network,
                       images=images(n))

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 
 from scfm.files import atomic_write
-from scfm.inference.step_lora import StepLora, InferenceConfig, load_adapter, lora_file
+from scfm.inference.step_lora import InferenceConfig, StepLora, load_adapter, lora_file
 from scfm.method.distill import setting
 from scfm.models.loading import DTYPES, no_loading_bars
 from scfm.models.lora import WEIGHT_NAME

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from scfm.files import atomic_write
 from scfm.inference.step_lora import InferenceConfig, format_scales
-from scfm.models.lora_file import read_lora_scales, write_lora_scales
 from scfm.models.lora import WEIGHT_NAME
+from scfm.models.lora_file import read_lora_scales, write_lora_scales
 
 CARD = """# A step LoRA for {pipeline}
 

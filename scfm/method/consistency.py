@@ -8,60 +8,72 @@ __all__ = ['TARGET_MODELS', 'LOSSES', 'DistillModels', 'Jumps', 'index_cond', 'v
 # %% ../../nbs/learn/01_consistency.ipynb #c02
 import hashlib
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from .flow import interpolate, per_row, shift_time
+from ..types import Condition, Models, VelocityField
 
 # %% ../../nbs/learn/01_consistency.ipynb #c14
-# algorithm -> kind of row -> who says v1 (A), who says v2 (B). Algorithm 1 has one EMA, which we call slow.
-TARGET_MODELS = {"one_ema": {"teacher": ("teacher", "teacher"), "self": ("ema_slow", "ema_slow")},
-        "dual": {"teacher": ("teacher", "ema_slow"), "self": ("ema_fast", "ema_slow")},
-        "dual_pure": {"teacher": ("teacher", "teacher"), "self": ("ema_fast", "ema_slow")}}
+# algorithm -> kind of example -> (model A, which gives v1; model B, which gives v2)
+TARGET_MODELS = {
+    "one_ema": {"teacher": ("teacher", "teacher"), "self": ("ema_slow", "ema_slow")},
+    "dual": {"teacher": ("teacher", "ema_slow"), "self": ("ema_fast", "ema_slow")},
+    "dual_pure": {"teacher": ("teacher", "teacher"), "self": ("ema_fast", "ema_slow")},
+}
 
 
 class DistillModels(NamedTuple):
-    """Four fields, each called as field(x (B, ...), t (B,), cond) -> velocity (B, ...)."""
-    student: object
-    teacher: object
-    ema_fast: object
-    ema_slow: object
+    """The four fields of a distillation; None for one that the algorithm at hand does not evaluate."""
+    student: VelocityField
+    teacher: VelocityField | None = None
+    ema_fast: VelocityField | None = None
+    ema_slow: VelocityField | None = None
 
 # %% ../../nbs/learn/01_consistency.ipynb #c15
 class Jumps(NamedTuple):
-    """What was drawn for the rows of one update.
+    """What was drawn for the examples of one batch.
 
-    times: (B, t_skip + 1) in [0, 1], decreasing along a row: t1 > t2 > t3 for t_skip = 2. float32.
-    is_teacher: (B,) bool, True where the frozen teacher has a say.
-    steps: (B,) int, the number of steps of the row's grid; 0 marks a row of plain flow matching, whose times are all t1.
+    times: (B, t_skip + 1) float32 in [0, 1], decreasing along a row: t1 > t2 > t3 for t_skip = 2
+    is_teacher: (B,) bool, True for teacher examples
+    steps: (B,) int, number of steps of each example's grid; 0 marks flow matching, whose times are all t1
     """
     times: torch.Tensor
     is_teacher: torch.Tensor
     steps: torch.Tensor
 
     @property
-    def t1(self):
-        """(B,) where the jump starts: the only time that the student is shown."""
+    def t1(self) -> torch.Tensor:
+        """(B,) where the jump starts: the only time that the student has as an input."""
         return self.times[:, 0]
 
     @property
-    def is_flow(self):
-        """(B,) bool, True for rows of plain flow matching: no jump, no speaker, the data say the target."""
+    def is_flow(self) -> torch.Tensor:
+        """(B,) bool, True for flow-matching examples: no jump, the target is noise - data."""
         return self.steps == 0
 
-    def rows(self, index):
-        """The jumps of some rows. `index`: a slice, a bool mask (B,) or row numbers."""
+    def rows(self, index: slice | torch.Tensor) -> "Jumps":
+        """The jumps of some examples. index: a slice, a bool mask (B,), or row numbers (n,)."""
         return Jumps(*(part[index] for part in self))
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Jumps":
         """The same jumps on another device."""
         return Jumps(*(part.to(device) for part in self))
 
 # %% ../../nbs/learn/01_consistency.ipynb #c17
-def index_cond(cond, index):
-    """Some rows of a condition: None, a tensor (B, ...), or a dict, list or tuple of these. TypeError for anything else."""
+def index_cond(cond: Condition, index: slice | torch.Tensor) -> Condition:
+    """Some rows of a condition.
+
+    cond: None, a tensor (B, ...), or a dict, list or tuple of these
+    index: a slice, a bool mask (B,), or row numbers (n,)
+    returns: the same structure, its tensors with the rows `index`
+
+    TypeError for any other condition.
+    """
     if cond is None:
         return None
     if isinstance(cond, torch.Tensor):
@@ -70,44 +82,61 @@ def index_cond(cond, index):
         return {key: index_cond(part, index) for key, part in cond.items()}
     if isinstance(cond, (list, tuple)):
         parts = [index_cond(part, index) for part in cond]
-        return type(cond)(*parts) if hasattr(cond, "_fields") else type(cond)(parts)      # a named tuple stays one
-    raise TypeError(f"cannot take rows of a {type(cond).__name__}: a condition is None, tensors, or dicts and tuples of them")
+        named = hasattr(cond, "_fields")                          # a named tuple takes its parts one by one
+        return type(cond)(*parts) if named else type(cond)(parts)
+    raise TypeError(f"cannot take rows of a {type(cond).__name__}: "
+                    "a condition is None, tensors, or dicts and tuples of them")
 
 # %% ../../nbs/learn/01_consistency.ipynb #c18
-def velocity_by_row(models, names, is_teacher, x, t, cond=None):
-    """Velocities row by row: of speaker names[0] where `is_teacher`, of names[1] elsewhere.
+def velocity_by_row(models: Models, names: Sequence[str], is_teacher: torch.Tensor, x: torch.Tensor,
+                    t: torch.Tensor, cond: Condition = None) -> torch.Tensor:
+    """Velocities from one model where `is_teacher` and from another elsewhere, each on its own rows only.
 
-    Each speaker is called once, on its own rows only. x: (B, ...), t: (B,), is_teacher: (B,) -> (B, ...) in x's dtype.
+    models: has the models as attributes
+    names: the two models' names, first the one for `is_teacher`
+    is_teacher: (B,) bool
+    x: (B, ...)
+    t: (B,)
+    cond: the condition of all rows
+    returns: (B, ...) in x's dtype
     """
     if names[0] == names[1]:
         return getattr(models, names[0])(x, t, cond).to(x.dtype)
     v = torch.empty_like(x)
-    for name, rows in zip(names, (is_teacher, ~is_teacher)):
+    for name, rows in zip(names, (is_teacher, ~is_teacher), strict=True):
         if rows.any():
             v[rows] = getattr(models, name)(x[rows], t[rows], index_cond(cond, rows)).to(x.dtype)
     return v
 
 # %% ../../nbs/learn/01_consistency.ipynb #c21
 @torch.no_grad()
-def consistency_target(x1, jumps, models, cond=None, algorithm="dual"):
-    """The one velocity that lands where the hops of each row land; no gradient. x1: (B, ...) -> (B, ...).
+def consistency_target(x1: torch.Tensor, jumps: Jumps, models: Models, cond: Condition = None,
+                       algorithm: str = "dual") -> torch.Tensor:
+    """The one velocity that lands where the t_skip Euler steps of each jump land; no gradient.
 
-    sum_i (t_i - t_{i+1}) v_i / (t_1 - t_last). A says the first half of the hops and B the second: v1 and v2 for
-    t_skip = 2. ValueError for an unknown algorithm. Source: arXiv 2510.17858, Algorithms 1 and 2.
+    x1: (B, ...), the points at time t1
+    jumps: the times and the kind of each example
+    models: `TARGET_MODELS` names those that are evaluated: A in the first half of the steps, B in the second
+    cond: the condition of the examples
+    algorithm: a key of `TARGET_MODELS`
+    returns: (B, ...), sum_i (t_i - t_{i+1}) v_i / (t_1 - t_last)
+
+    ValueError for an unknown algorithm. Source: arXiv 2510.17858, Algorithms 1 and 2.
     """
     if algorithm not in TARGET_MODELS:
         raise ValueError(f"algorithm={algorithm!r}: one of {', '.join(TARGET_MODELS)}")
-    times, hops = jumps.times, jumps.times.shape[1] - 1
-    moved = torch.zeros_like(x1)                                          # summed apart from x1, which would round it
-    for i in range(hops):
-        names = [TARGET_MODELS[algorithm][kind][0 if 2 * i < hops else 1] for kind in ("teacher", "self")]
+    times, t_skip = jumps.times, jumps.times.shape[1] - 1
+    moved = torch.zeros_like(x1)                               # summed apart from x1, which would round it
+    for i in range(t_skip):
+        half = 0 if 2 * i < t_skip else 1
+        names = [TARGET_MODELS[algorithm][kind][half] for kind in ("teacher", "self")]
         v = velocity_by_row(models, names, jumps.is_teacher, x1 - moved, times[:, i], cond)
         moved = moved + per_row(times[:, i] - times[:, i + 1], x1) * v
     return moved / per_row(times[:, 0] - times[:, -1], x1)
 
 # %% ../../nbs/learn/01_consistency.ipynb #c24
 class Stream(IntEnum):
-    """Which use of chance a generator is for. One registry: two uses never share their draws."""
+    """What a generator's random numbers are for. One registry: two purposes never share their draws."""
     JUMPS = 0               # times, kinds and noise of a training step
     DATA = 1                # which examples, in which order
     GUIDANCE = 2            # guidance scale of each example
@@ -117,116 +146,170 @@ class Stream(IntEnum):
     RESOLUTION = 8          # the size of each of the teacher's images
 
 
-def keyed_generator(seed, update, stream=Stream.JUMPS):
-    """A CPU generator that depends on the three whole numbers alone: random draws without a state to save.
+def keyed_generator(seed: int, index: int, stream: int = Stream.JUMPS) -> torch.Generator:
+    """A CPU generator that depends on three whole numbers alone: random draws without a state to save.
 
-    `stream` keeps uses apart (see `Stream`). torch's CPU generator keeps 32 bits of its seed, so
-    the updates are numbered on from a place that seed and stream pick: within one seed and stream no two of
-    2**32 updates share a generator; across them a clash is improbable, not impossible.
+    seed: of the run
+    index: number within the stream: a step of training, an image
+    stream: what the draws are for, a `Stream`
+
+    torch's CPU generator keeps 32 bits of its seed, so indices count on from a number that seed and stream
+    determine: within one seed and stream no two of 2**32 indices share a generator; across them a clash is
+    improbable, not impossible.
     """
-    place = int.from_bytes(hashlib.sha256(f"{seed},{int(stream)}".encode()).digest()[:4], "big")
-    return torch.Generator().manual_seed((place + update) % 2 ** 32)
+    first = int.from_bytes(hashlib.sha256(f"{seed},{int(stream)}".encode()).digest()[:4], "big")
+    return torch.Generator().manual_seed((first + index) % 2 ** 32)
 
 # %% ../../nbs/learn/01_consistency.ipynb #c27
-def draw_teacher_mask(rows, teacher_ratio, generator=None):
-    """Which of `rows` rows are teacher rows: (rows,) bool.
+def draw_teacher_mask(n: int, teacher_ratio: float,
+                      generator: torch.Generator | None = None) -> torch.Tensor:
+    """Which of n examples are teacher examples.
 
-    With k = rows * teacher_ratio there are floor(k) or floor(k) + 1 of them, so that the mean is exactly k; a random
-    permutation says which. ValueError when the share is outside [0, 1]. Source: k/N of arXiv 2510.17858.
+    n: number of examples
+    teacher_ratio: expected share of teacher examples, in [0, 1]
+    generator: of the CPU
+    returns: (n,) bool, with floor(k) or floor(k) + 1 True for k = n * teacher_ratio; the mean is exactly k
+
+    ValueError when the ratio is outside [0, 1]. Source: k/N of arXiv 2510.17858.
     """
     if not 0 <= teacher_ratio <= 1:
-        raise ValueError(f"teacher_ratio={teacher_ratio!r}: a share of the rows lies in [0, 1]")
-    k = rows * teacher_ratio
-    # Plain rounding would give a batch of one row at .4 no teacher row, ever: the collapse.
+        raise ValueError(f"teacher_ratio={teacher_ratio!r}: a share of the examples lies in [0, 1]")
+    k = n * teacher_ratio
+    # Plain rounding would give a batch of one at .4 no teacher example, ever: the collapse.
     count = math.floor(k) + int(torch.rand((), generator=generator).item() < k - math.floor(k))
-    return torch.randperm(rows, generator=generator) < count
+    return torch.randperm(n, generator=generator) < count
 
 # %% ../../nbs/learn/01_consistency.ipynb #c32
-def snap_times(times, dtype):
-    """`times` (B, n) rounded to values that `dtype` can hold, returned as float32.
+def snap_times(times: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Times rounded to what a dtype can hold: jumps are then computed with the times that the network gets.
 
-    A network that computes in `dtype` then sees exactly the times that the jumps are computed with. bfloat16 holds
-    steps of 1/256 in [.5, 1]. ValueError when two times of one row become equal: the jump would have no length.
+    times: (B, n), decreasing along a row
+    dtype: what the network's time embedding computes in; bfloat16 holds steps of 1/256 in [.5, 1]
+    returns: (B, n) float32
+
+    ValueError when two times of a row become equal: the jump would have no length.
     """
     snapped = times.to(dtype).float()
     if not (snapped[:, :-1] > snapped[:, 1:]).all():
-        raise ValueError(f"two times of one row are the same in {dtype}: use a coarser teacher_grid, a shift closer to 1, "
-                         f"or feed the time embedding in float32 and pass dtype=torch.float32")
+        raise ValueError(f"two times of one example are the same in {dtype}: use a coarser teacher_grid, "
+                         "a shift closer to 1, or a time embedding in float32 with dtype=torch.float32")
     return snapped
 
 # %% ../../nbs/learn/01_consistency.ipynb #c35
-def usable_grids(self_grids, t_skip):
-    """The grids of at least `t_skip` steps, as a list; ValueError when t_skip is odd or does not divide one of them."""
+def usable_grids(self_grids: Sequence[int], t_skip: int) -> list[int]:
+    """The grids that have room for a jump.
+
+    self_grids: numbers of steps
+    t_skip: steps of a jump, even and at least 2
+    returns: those of at least `t_skip` steps
+
+    ValueError when t_skip is odd or below 2, or when it does not divide a grid.
+    """
     if t_skip < 2 or t_skip % 2:
-        raise ValueError(f"t_skip={t_skip!r}: an even number of steps is needed, half are A's and half are B's")
+        raise ValueError(f"t_skip={t_skip!r}: an even number of steps is needed, half for A and half for B")
     grids = [n for n in self_grids if n >= t_skip]
     for n in grids:
         if n % t_skip:
-            raise ValueError(f"a grid of {n} steps cannot be cut into jumps of t_skip={t_skip}: use multiples of t_skip")
+            raise ValueError(f"a grid of {n} steps cannot be cut into jumps of t_skip={t_skip}: "
+                             "use multiples of t_skip")
     return grids
 
 # %% ../../nbs/learn/01_consistency.ipynb #c35b
-def with_flow_examples(jumps, share, warp, dtype=torch.float32, generator=None):
-    """The same `Jumps`, a share of them turned into rows of plain flow matching: one time, uniform in (0, 1), warped.
+def with_flow_examples(jumps: Jumps, non_shortcut_ratio: float, shift: torch.Tensor,
+                       dtype: torch.dtype = torch.float32,
+                       generator: torch.Generator | None = None) -> Jumps:
+    """The same jumps, a share of them turned into flow-matching examples at one time each.
 
-    As many as `draw_teacher_mask` would draw. warp: (B,) shifts. ValueError when the share is outside [0, 1].
+    jumps: of B examples
+    non_shortcut_ratio: expected share of flow-matching examples, in [0, 1], drawn as in `draw_teacher_mask`
+    shift: (B,), the time shift of each example; its time is uniform in (0, 1) before the shift
+    dtype: as in `snap_times`
+    generator: of the CPU
+
+    ValueError when the ratio is outside [0, 1].
     """
-    flow = draw_teacher_mask(len(jumps.steps), share, generator)                                  # (B,)
-    t = shift_time(torch.rand(len(flow), generator=generator), warp).clamp(max=1 - 1e-5).to(dtype).float()
+    flow = draw_teacher_mask(len(jumps.steps), non_shortcut_ratio, generator)                     # (B,)
+    t = shift_time(torch.rand(len(flow), generator=generator), shift)
+    t = t.clamp(max=1 - 1e-5).to(dtype).float()
     return Jumps(torch.where(flow[:, None], t[:, None], jumps.times), jumps.is_teacher & ~flow,
                  torch.where(flow, 0, jumps.steps))
 
 # %% ../../nbs/learn/01_consistency.ipynb #c36
-def draw_jumps(rows, teacher_ratio=0.4, teacher_grid=32, self_grids=(2, 4, 8, 16), t_skip=2, shift=(1.0, 2.0),
-               dtype=torch.float32, generator=None, non_shortcut_ratio=0., dynamic_shift=None, dynamic_shift_prob=.1):
-    """Draws `Jumps` for `rows` rows, on the CPU. Source: arXiv 2510.17858.
+def draw_jumps(batch_size: int, teacher_ratio: float = 0.4, teacher_grid: int = 32,
+               self_grids: Sequence[int] = (2, 4, 8, 16), t_skip: int = 2,
+               shift: tuple[float, float] = (1.0, 2.0), dtype: torch.dtype = torch.float32,
+               generator: torch.Generator | None = None, non_shortcut_ratio: float = 0.,
+               dynamic_shift: float | torch.Tensor | None = None, dynamic_shift_prob: float = .1) -> Jumps:
+    """Draws the jumps of a batch, on the CPU: t_skip steps of a grid each, from a multiple of t_skip on.
 
-    A teacher row takes a grid of `teacher_grid` steps, a self row one of `self_grids` (those below t_skip are dropped).
-    A row is t_skip neighbouring steps of its grid and starts at a multiple of t_skip; its grid is warped by
-    `shift_time` with a shift drawn uniformly from the range `shift`. t = 1 becomes 1 - 1e-5.
-    dtype: what the network's time embedding computes in (see `snap_times`).
-    non_shortcut_ratio: share of rows of plain flow matching, at one time each; teacher_ratio is then of the other rows.
-    dynamic_shift: the shift that the model's own sampler uses, a number or (rows,), taken by a share `dynamic_shift_prob` of the rows.
+    batch_size: number of examples, B
+    teacher_ratio: k/N, the expected share of teacher examples, in [0, 1]
+    teacher_grid: steps of the grid of teacher examples
+    self_grids: steps of the grids of self-consistency examples, of which one is drawn; below t_skip: left out
+    t_skip: steps of a jump, even
+    shift: range (low, high) of the time shift, drawn uniformly for each example; t = 1 becomes 1 - 1e-5
+    dtype: what the network's time embedding computes in (see `snap_times`)
+    generator: of the CPU
+    non_shortcut_ratio: share of flow-matching examples, at one time each; teacher_ratio is then of the others
+    dynamic_shift: the shift of the model's own sampler, a number or (B,), for a share of the examples
+    dynamic_shift_prob: that share
+
     ValueError: a grid that is no multiple of t_skip, no grid left, an empty or non-positive shift range.
+    Source: arXiv 2510.17858, Algorithms 1 and 2.
     """
     grids = usable_grids(self_grids, t_skip)
     if not usable_grids((teacher_grid,), t_skip) or not (grids or teacher_ratio == 1):
-        raise ValueError(f"teacher_grid={teacher_grid!r}, self_grids={self_grids!r}: no grid has t_skip={t_skip} steps")
+        raise ValueError(f"teacher_grid={teacher_grid!r}, self_grids={self_grids!r}: "
+                         f"no grid has t_skip={t_skip} steps")
     if not 0 < shift[0] <= shift[1] < math.inf:
         raise ValueError(f"shift={shift!r}: a range (low, high) with 0 < low <= high")
-    is_teacher = draw_teacher_mask(rows, teacher_ratio, generator)
-    drawn = torch.tensor(grids or [teacher_grid])[torch.randint(len(grids) or 1, (rows,), generator=generator)]
-    steps = torch.where(is_teacher, teacher_grid, drawn)                                          # (B,)
-    start = t_skip * (torch.rand(rows, generator=generator) * (steps // t_skip)).long()           # (B,)
-    warp = shift[0] + (shift[1] - shift[0]) * torch.rand(rows, generator=generator)               # (B,)
+    is_teacher = draw_teacher_mask(batch_size, teacher_ratio, generator)
+    drawn = torch.randint(len(grids) or 1, (batch_size,), generator=generator)
+    steps = torch.where(is_teacher, teacher_grid, torch.tensor(grids or [teacher_grid])[drawn])   # (B,)
+    start = t_skip * (torch.rand(batch_size, generator=generator) * (steps // t_skip)).long()     # (B,)
+    shifts = shift[0] + (shift[1] - shift[0]) * torch.rand(batch_size, generator=generator)       # (B,)
     if dynamic_shift is not None:
-        own = torch.rand(rows, generator=generator) < dynamic_shift_prob
-        warp = torch.where(own, torch.as_tensor(dynamic_shift, dtype=warp.dtype), warp)
-    index = start[:, None] + torch.arange(t_skip + 1)                                             # (B, t_skip + 1)
-    times = shift_time((steps[:, None] - index) / steps[:, None], warp[:, None])
+        dynamic = torch.rand(batch_size, generator=generator) < dynamic_shift_prob
+        shifts = torch.where(dynamic, torch.as_tensor(dynamic_shift, dtype=shifts.dtype), shifts)
+    index = start[:, None] + torch.arange(t_skip + 1)                                             # (B, times)
+    times = shift_time((steps[:, None] - index) / steps[:, None], shifts[:, None])
     jumps = Jumps(snap_times(times.clamp(max=1 - 1e-5), dtype), is_teacher, steps)
-    return with_flow_examples(jumps, non_shortcut_ratio, warp, dtype, generator) if non_shortcut_ratio else jumps
+    if not non_shortcut_ratio:
+        return jumps
+    return with_flow_examples(jumps, non_shortcut_ratio, shifts, dtype, generator)
 
 # %% ../../nbs/learn/01_consistency.ipynb #c44
-# (said, target), both (B, D) -> (B,). Twice the Huber loss: its parabola is then mse's.
-LOSSES = {"mse": lambda said, target: (said - target).square().mean(1),
-          "huber": lambda said, target: 2 * torch.nn.functional.huber_loss(said, target, reduction="none").mean(1),
-          "cosine": lambda said, target: 1 - torch.nn.functional.cosine_similarity(said, target)}
+# (pred, target), both (B, D) -> (B,). Twice the Huber loss: its parabola is then mse's.
+LOSSES = {
+    "mse": lambda pred, target: (pred - target).square().mean(1),
+    "huber": lambda pred, target: 2 * F.huber_loss(pred, target, reduction="none").mean(1),
+    "cosine": lambda pred, target: 1 - F.cosine_similarity(pred, target),
+}
 
 
-def scfm_loss(data, noise, jumps, models, cond=None, algorithm="dual", loss="mse"):
-    """The loss, one number a row: (B, ...) -> (B,). With "mse" the mean over the other dims of |V_student(x_t1, t1) - target|^2.
+def scfm_loss(data: torch.Tensor, noise: torch.Tensor, jumps: Jumps, models: Models, cond: Condition = None,
+              algorithm: str = "dual", loss: str = "mse") -> torch.Tensor:
+    """The loss of SCFM for each example: the error of V_student(x_t1, t1) against `consistency_target`.
 
-    loss: a name in `LOSSES`, else KeyError. Rows of plain flow matching have the target noise - data. The targets come first
-    and the student last, because models may share one network that is switched between them: nothing may be switched
-    between the student's forward and its backward.
+    data, noise: (B, ...)
+    jumps: the times and kinds of the B examples; those of flow matching have the target noise - data
+    models: student, teacher and EMAs; only the student gets a gradient
+    cond: the condition of the examples
+    algorithm: a key of `TARGET_MODELS`
+    loss: a key of `LOSSES`; "mse" is the mean of the squared error over all dims but the first
+    returns: (B,)
+
+    The targets come first and the student last, because the models may share one network that is switched
+    between them: nothing may be switched between the student's forward and its backward. ValueError for an
+    unknown algorithm, KeyError for an unknown loss. Source: arXiv 2510.17858, Algorithms 1 and 2.
     """
-    x1, asked = interpolate(data, noise, jumps.t1), ~jumps.is_flow
-    if asked.all():
+    x1, shortcut = interpolate(data, noise, jumps.t1), ~jumps.is_flow
+    if shortcut.all():
         target = consistency_target(x1, jumps, models, cond, algorithm)
     else:
         target = noise - data
-        if asked.any():
-            target[asked] = consistency_target(x1[asked], jumps.rows(asked), models, index_cond(cond, asked), algorithm)
-    said = models.student(x1, jumps.t1, cond)
-    return LOSSES[loss](said.flatten(1), target.flatten(1))
+        if shortcut.any():
+            target[shortcut] = consistency_target(x1[shortcut], jumps.rows(shortcut), models,
+                                                  index_cond(cond, shortcut), algorithm)
+    pred = models.student(x1, jumps.t1, cond)
+    return LOSSES[loss](pred.flatten(1), target.flatten(1))

@@ -5,28 +5,33 @@ __all__ = ['memory', 'half_life', 'EMA', 'FastSlow', 'shorten']
 
 # %% ../../nbs/learn/02_ema.ipynb #c02
 import math
+from collections.abc import Iterable
 
 import torch
 
 # %% ../../nbs/learn/02_ema.ipynb #c11
-def memory(decay):
-    """How many updates an average with this decay looks back: 1 / (1 - decay). decay in [0, 1)."""
+def memory(decay: float) -> float:
+    """How many steps an average with this decay looks back, 1 / (1 - decay). decay: in [0, 1)."""
     return 1 / (1 - decay)
 
 
-def half_life(decay):
-    """Updates after which half of the weight lies on newer values: log .5 / log decay. decay in (0, 1)."""
+def half_life(decay: float) -> float:
+    """Steps after which half of the weight lies on newer values, log .5 / log decay. decay: in (0, 1)."""
     return math.log(.5) / math.log(decay)
 
 # %% ../../nbs/learn/02_ema.ipynb #c22
 class EMA:
-    """average <- average + (1 - decay) (source - average); it starts as a copy of the source.
+    """The moving average of a list of tensors: average <- average + (1 - decay) (source - average).
 
-    average: list of float32 (or float64) tensors, changed in place; source: list of tensors of the same shapes, any dtype.
-    ValueError: lists that do not match, a decay outside [0, 1), an average of lower precision (a .999 EMA in bf16 never moves).
+    average: float32 or float64 tensors, changed in place; they start as a copy of the source
+    source: tensors of the same shapes in the same order, of any dtype
+    decay: in [0, 1)
+
+    ValueError: lists that do not match, a decay outside [0, 1), an average of lower precision, where a .999
+    EMA would never move.
     """
 
-    def __init__(self, average, source, decay):
+    def __init__(self, average: Iterable[torch.Tensor], source: Iterable[torch.Tensor], decay: float) -> None:
         self.average, self.source, self.decay = list(average), list(source), decay
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay!r}: a decay lies in [0, 1)")
@@ -34,45 +39,61 @@ class EMA:
             raise ValueError("average and source must be tensors of the same shapes in the same order")
         low = {str(a.dtype) for a in self.average} - {"torch.float32", "torch.float64"}
         if low:
-            raise ValueError(f"the average is in {', '.join(low)}, where its small steps are rounded away: cast it to float32")
+            raise ValueError(f"the average is in {', '.join(low)}, where its small steps are rounded away: "
+                             "cast it to float32")
         self.restart()
 
     @torch.no_grad()
-    def update(self):
+    def update(self) -> None:
         """One step of every tensor toward its source, in one call for all of them."""
         if self.average:
-            torch._foreach_lerp_(self.average, [s.to(a) for a, s in zip(self.average, self.source)], 1 - self.decay)
+            source = [s.to(a) for a, s in zip(self.average, self.source, strict=True)]
+            torch._foreach_lerp_(self.average, source, 1 - self.decay)
 
     @torch.no_grad()
-    def restart(self):
+    def restart(self) -> None:
         """average <- source."""
-        for a, s in zip(self.average, self.source):
+        for a, s in zip(self.average, self.source, strict=True):
             a.copy_(s)
 
 # %% ../../nbs/learn/02_ema.ipynb #c34
 class FastSlow:
     """The fast and the slow EMA of one source, and their restart. Source: arXiv 2510.17858, Algorithm 2.
 
-    fast, slow, source: lists of tensors as in `EMA`. `updates` counts the calls of update(); when restart_every > 0, both
-    averages are set to the source whenever it is a multiple of restart_every. Store `updates` with a checkpoint.
+    fast, slow: float32 or float64 tensors, the averages, changed in place
+    source: tensors of the same shapes in the same order
+    ema_decay_fast, ema_decay_slow: in [0, 1)
+    restart_every: both averages are set to the source at each multiple of that many updates; 0 for never
+
+    `updates` counts the calls of update(); store it with a checkpoint. ValueError as in `EMA`.
     """
 
-    def __init__(self, fast, slow, source, ema_decay_fast=.99, ema_decay_slow=.999, restart_every=0):
+    def __init__(self, fast: Iterable[torch.Tensor], slow: Iterable[torch.Tensor],
+                 source: Iterable[torch.Tensor], ema_decay_fast: float = .99, ema_decay_slow: float = .999,
+                 restart_every: int = 0) -> None:
         source = list(source)
         self.ema_fast, self.ema_slow = EMA(fast, source, ema_decay_fast), EMA(slow, source, ema_decay_slow)
         self.restart_every, self.updates = restart_every, 0
 
-    def update(self):
-        """Call once after each step of the optimizer."""
+    def update(self) -> None:
+        """Moves or restarts both averages; to be called once after each step of the optimizer."""
         self.updates += 1
-        due = self.restart_every > 0 and self.updates % self.restart_every == 0
+        restart = self.restart_every > 0 and self.updates % self.restart_every == 0
         for ema in (self.ema_fast, self.ema_slow):
-            ema.restart() if due else ema.update()
+            if restart:
+                ema.restart()
+            else:
+                ema.update()
 
 # %% ../../nbs/learn/02_ema.ipynb #c40
-def shorten(decay, updates, reference=5000):
-    """The decay whose memory is the same share of `updates` as that of `decay` is of `reference` updates.
+def shorten(decay: float, steps: int, reference: int = 5000) -> float:
+    """The decay whose memory is the same share of a short run as `decay`'s is of a run of `reference` steps.
 
-    Unchanged for updates >= reference, never below 0. (.99 and .999 look back over 2 % and 20 % of 5000 updates.)
+    decay: in [0, 1)
+    steps: of the run, at least 1
+    reference: from how many steps on the decay stays as it is
+    returns: a decay in [0, 1)
+
+    (.99 and .999 look back over 2 % and 20 % of 5000 steps.)
     """
-    return decay if updates >= reference else max(0., 1 - (1 - decay) * reference / updates)
+    return decay if steps >= reference else max(0., 1 - (1 - decay) * reference / steps)

@@ -7,41 +7,68 @@ __all__ = ['SOLVERS', 'EVALUATIONS', 'per_row', 'interpolate', 'velocity', 'eule
            'shift_time', 'time_grid']
 
 # %% ../../nbs/learn/00_flow.ipynb #c03
+from collections.abc import Sequence
+from typing import overload
+
 import torch
 
+from ..types import Condition, VelocityField
+
 # %% ../../nbs/learn/00_flow.ipynb #c08
-def per_row(t, x):
-    """`t` of shape (B,) reshaped to (B, 1, ...), so that it multiplies `x` (B, ...) row by row."""
+def per_row(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One number for each example, reshaped so that it multiplies a batch.
+
+    t: (B,)
+    x: (B, ...), whose number of dims counts
+    returns: `t` as (B, 1, ...)
+    """
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
-def interpolate(data, noise, t):
-    """The point of the road at time t: (1 - t) data + t noise.
+def interpolate(data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The point at time t on the straight path between data and noise, (1 - t) data + t noise.
 
-    `data`, `noise`: (B, ...); `t`: (B,) in [0, 1], 1 is pure noise; returns (B, ...).
-    Flow matching, arXiv 2210.02747; the direction of time is that of diffusers (its sigma is this t)."""
+    data, noise: (B, ...)
+    t: (B,) in [0, 1], 1 is pure noise
+    returns: (B, ...)
+
+    Flow matching, arXiv 2210.02747; the direction of time is that of diffusers, whose sigma is this t.
+    """
     t = per_row(t, data)
     return (1 - t) * data + t * noise
 
 # %% ../../nbs/learn/00_flow.ipynb #c14
-def velocity(data, noise):
-    """The speed dx_t / dt of the straight road, noise - data: (B, ...). What a flow-matching network is trained to say."""
+def velocity(data: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The velocity dx_t / dt of the straight path, noise - data: the regression target of flow matching.
+
+    data, noise: (B, ...)
+    returns: (B, ...)
+    """
     return noise - data
 
 # %% ../../nbs/learn/00_flow.ipynb #c29
-def euler_step(field, x, t, dt, cond=None):
-    """One Euler step from time t to t - dt: x - dt V(x, t). 1 evaluation, error of order 1.
+def euler_step(field: VelocityField, x: torch.Tensor, t: torch.Tensor, dt: float,
+               cond: Condition = None) -> torch.Tensor:
+    """One Euler step from time t to t - dt, x - dt V(x, t): 1 evaluation, error of order 1.
 
-    `field`: callable (x (B, ...), t (B,), cond) -> velocity (B, ...); `x`: (B, ...); `t`: (B,); `dt`: a number."""
+    field: the velocity field V
+    x: (B, ...) at time t
+    t: (B,) in [0, 1]
+    dt: length of the step, above 0
+    cond: the field's condition
+    returns: (B, ...) at time t - dt
+    """
     return x - dt * field(x, t, cond)
 
 # %% ../../nbs/learn/00_flow.ipynb #c31
-def midpoint_step(field, x, t, dt, cond=None):
-    """Half an Euler step to look, then a whole step with what was seen there. 2 evaluations, order 2. See `euler_step`."""
+def midpoint_step(field: VelocityField, x: torch.Tensor, t: torch.Tensor, dt: float,
+                  cond: Condition = None) -> torch.Tensor:
+    """A step with the velocity at its middle: 2 evaluations, order 2. See `euler_step`."""
     middle = euler_step(field, x, t, dt / 2, cond)
     return x - dt * field(middle, t - dt / 2, cond)
 
-def heun_step(field, x, t, dt, cond=None):
-    """A whole Euler step to look, then a step with the mean of both velocities. 2 evaluations, order 2. See `euler_step`."""
+def heun_step(field: VelocityField, x: torch.Tensor, t: torch.Tensor, dt: float,
+              cond: Condition = None) -> torch.Tensor:
+    """A step with the mean of the velocities at both its ends: 2 evaluations, order 2. See `euler_step`."""
     first = field(x, t, cond)
     return x - dt * (first + field(x - dt * first, t - dt, cond)) / 2
 
@@ -51,38 +78,58 @@ EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2}      # network evaluations 
 
 # %% ../../nbs/learn/00_flow.ipynb #c35
 @torch.no_grad()
-def sample(field, noise, times, cond=None, solver="euler", trajectory=False):
-    """Walks `noise` along the field from times[0] to times[-1]: the one sampling loop of the library.
+def sample(field: VelocityField, noise: torch.Tensor, times: torch.Tensor | Sequence[float],
+           cond: Condition = None, solver: str = "euler", trajectory: bool = False) -> torch.Tensor:
+    """Solves dx/dt = V(x, t) from times[0] down to times[-1]: the one sampling loop of the library.
 
-    `field`: callable (x (B, ...), t (B,), cond) -> velocity (B, ...); `noise`: (B, ...); `times`: decreasing, a tensor (N + 1,)
-    or a list, usually `time_grid(N)`; `solver`: a key of `SOLVERS`. Costs N * EVALUATIONS[solver] calls of the field.
-    Returns (B, ...) or, with `trajectory`, all points (N + 1, B, ...), the first being `noise`.
-    ValueError for an unknown solver, or for times that do not decrease."""
+    field: the velocity field V, called N times `EVALUATIONS[solver]`
+    noise: (B, ...), the point at times[0]
+    times: N + 1 decreasing times, usually `time_grid(N)`; their dtype stays, also beside a bf16 `noise`
+    cond: the field's condition
+    solver: a key of `SOLVERS`
+    trajectory: return all points and not the last alone
+    returns: (B, ...), or with `trajectory` (N + 1, B, ...), the first being `noise`
+
+    ValueError for an unknown solver, or for times that do not decrease.
+    """
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r}: known are {', '.join(SOLVERS)}")
-    times = torch.as_tensor(times, device=noise.device)      # its precision is kept: t stays float32 for a bf16 x
-    jumps = (times[:-1] - times[1:]).tolist()                # numbers, read once: no wait for the device in the loop
-    if not jumps or not all(dt > 0 for dt in jumps):         # `not all` also refuses nan
+    times = torch.as_tensor(times, device=noise.device)
+    lengths = (times[:-1] - times[1:]).tolist()             # read once: no wait for the device in the loop
+    if not lengths or not all(dt > 0 for dt in lengths):    # `not all` also refuses nan
         raise ValueError("times: at least two, each smaller than the one before")
-    points = [noise]
-    for t, dt in zip(times, jumps):
-        x = SOLVERS[solver](field, points[-1], t.expand(len(noise)), dt, cond)
-        points = points + [x] if trajectory else [x]
+    x, points = noise, [noise]
+    for t, dt in zip(times[:-1], lengths, strict=True):
+        x = SOLVERS[solver](field, x, t.expand(len(noise)), dt, cond)
+        if trajectory:
+            points.append(x)
     return torch.stack(points) if trajectory else x
 
 # %% ../../nbs/learn/00_flow.ipynb #c58
+@overload
+def shift_time(t: float, shift: float) -> float: ...
+@overload
+def shift_time(t: torch.Tensor, shift: float | torch.Tensor) -> torch.Tensor: ...
 def shift_time(t, shift):
-    """s t / (1 + (s - 1) t): multiplies the odds t / (1 - t) by `shift`. Keeps 0 and 1; s > 1 moves times toward 1 (noise).
+    """The time shift s t / (1 + (s - 1) t), which multiplies the odds t / (1 - t) by s.
 
-    `t`, `shift`: numbers or tensors that broadcast; the caller sees to it that shift > 0. `shift_time(., 1 / s)` undoes it."""
+    t: number or tensor in [0, 1]; 0 and 1 stay
+    shift: s, number or tensor above 0 (not checked); s > 1 moves times toward 1, the noise
+    returns: what t and shift broadcast to; `shift_time(., 1 / s)` undoes it
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 # %% ../../nbs/learn/00_flow.ipynb #c61
-def time_grid(steps, shift=1.0):
-    """The times of `steps` equal steps from 1 to 0, then shifted: (steps + 1,) float32, decreasing.
+def time_grid(steps: int, shift: float = 1.0) -> torch.Tensor:
+    """The times of `steps` equal steps from 1 to 0, shifted.
 
-    It is what diffusers' `FlowMatchEulerDiscreteScheduler(shift=shift)` walks when it is given
-    sigmas=linspace(1, 1 / steps, steps). ValueError for steps < 1 or shift <= 0."""
+    steps: number of steps, at least 1
+    shift: the time shift, above 0; 1 leaves the grid as it is
+    returns: (steps + 1,) float32, decreasing, from 1 to 0
+
+    The grid of diffusers' `FlowMatchEulerDiscreteScheduler(shift=shift)` when it is given
+    sigmas=linspace(1, 1 / steps, steps). ValueError for steps < 1 or shift <= 0.
+    """
     if steps < 1:
         raise ValueError(f"steps={steps}: a grid has at least one step")
     if not shift > 0:

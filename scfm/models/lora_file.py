@@ -1,4 +1,5 @@
 """What the header of a LoRA file says of its scales. Other loaders skip it."""
+
 import json
 import os
 from pathlib import Path
@@ -8,11 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from scfm.method.lora_scale import LoraScales
 
-KEY = "scfm_lora_scales"                    # one entry of a safetensors header
+KEY = "scfm_lora_scales"  # one entry of a safetensors header
 
 
 def write_lora_scales(path: str | Path, scales: LoraScales) -> None:
-    """Stores the scales in the header of the LoRA file `path` (safetensors); tensors and the rest of the header stay."""
+    """Stores the scales in the header of the LoRA file `path` (safetensors); tensors and the rest of the
+    header stay."""
     path = Path(path)
     with safe_open(str(path), framework="pt") as opened:
         header = dict(opened.metadata() or {})

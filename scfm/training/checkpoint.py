@@ -1,20 +1,26 @@
 """Checkpoints that are whole or not there."""
+
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-def save_checkpoint(out, update, state, keep=2):
-    """Writes `state` (tensors, numbers, strings in dicts and lists) as out/checkpoints/UPDATE; removes all but the newest `keep`.
+def save_checkpoint(output_dir: str | Path, step: int, state: dict[str, Any], limit: int = 2) -> Path:
+    """Writes `state` (tensors, numbers, strings in dicts and lists) as output_dir/checkpoints/STEP; keeps the
+    newest `limit`.
 
-    Whole or not at all: it is written and flushed under another name, then renamed, and only then are older ones removed, so
-    a kill or a full disk costs the new checkpoint at most. OSError that names the last good one when it cannot be written.
+    Whole or not at all: it is written and flushed under another name, then renamed, and only then are older
+    ones removed,
+    so a kill or a full disk costs the new checkpoint at most. OSError that names the last good one when it
+    cannot be
+    written.
     """
-    folder = Path(out) / "checkpoints"
-    new, final = folder / "new", folder / f"{update:06d}"
-    if final.exists():                                # the same update of the same run: the same state
+    folder = Path(output_dir) / "checkpoints"
+    new, final = folder / "new", folder / f"{step:06d}"
+    if final.exists():  # the same step of the same run: the same state
         return final
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -24,27 +30,29 @@ def save_checkpoint(out, update, state, keep=2):
             file.flush()
             os.fsync(file.fileno())
         new.rename(final)
-    except (OSError, RuntimeError) as error:          # torch's writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         shutil.rmtree(new, ignore_errors=True)
-        raise OSError(f"the checkpoint of update {update} could not be written ({error}); the last good one is "
-                      f"{latest(out) or 'none'}") from error
-    for old in all_checkpoints(out)[:-keep]:
+        raise OSError(
+            f"the checkpoint of step {step} could not be written ({error}); the last good one is "
+            f"{latest(output_dir) or 'none'}"
+        ) from error
+    for old in all_checkpoints(output_dir)[:-limit]:
         shutil.rmtree(old)
     return final
 
 
-def all_checkpoints(out):
+def all_checkpoints(output_dir: str | Path) -> list[Path]:
     """The complete checkpoint folders of a run, oldest first."""
-    return sorted((Path(out) / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    return sorted((Path(output_dir) / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
 
 
-def latest(out):
+def latest(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint folder, or None."""
-    found = all_checkpoints(out)
-    return found[-1] if found else None
+    checkpoints = all_checkpoints(output_dir)
+    return checkpoints[-1] if checkpoints else None
 
 
-def load_checkpoint(folder):
+def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     """What `save_checkpoint` was given, on the CPU. Reads tensors and numbers, never code.
 
     FileNotFoundError when there is no checkpoint, ValueError when the file is not whole.
@@ -54,21 +62,32 @@ def load_checkpoint(folder):
         raise FileNotFoundError(f"no checkpoint in {folder}: it has no {path.name}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                        # torch raises half a dozen kinds for a damaged file
-        raise ValueError(f"{path} is damaged ({str(error).split('.')[0]}): delete its folder to go on from the one before") from None
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        reason = f"is damaged ({str(error).split('.')[0]})"
+        raise ValueError(f"{path} {reason}: delete its folder to go on from the one before") from None
 
 
-def find_checkpoint(out, resume="auto"):
-    """The checkpoint folder from which a run in `out` goes on, or None for a fresh start.
+def find_checkpoint(output_dir: str | Path, resume: str = "auto") -> Path | None:
+    """The checkpoint folder from which a run in `output_dir` goes on, or None for a fresh start.
 
-    resume: "auto" (the newest, if there is one), "never" (ValueError when there is one), or a checkpoint's folder.
+    resume: "auto" (the newest, if there is one), "never" (ValueError when there is one), or a checkpoint's
+    folder.
     """
+    newest = latest(output_dir)
     if resume == "auto":
-        return latest(out)
+        return newest
     if resume == "never":
-        if latest(out):
-            raise ValueError(f"{out} has checkpoints, up to {latest(out).name}: take another --output_dir, or --resume_from_checkpoint auto")
+        if newest:
+            raise ValueError(
+                f"{output_dir} has checkpoints, up to {newest.name}: take another "
+                f"--output_dir, or "
+                "--resume_from_checkpoint auto"
+            )
         return None
     if not (Path(resume) / "state.pt").is_file():
-        raise FileNotFoundError(f"no checkpoint at {resume}: say --resume_from_checkpoint auto, never, or a folder such as {out}/checkpoints/000200")
+        raise FileNotFoundError(
+            f"no checkpoint at {resume}: say --resume_from_checkpoint auto, never, or "
+            f"a folder such as "
+            f"{output_dir}/checkpoints/000200"
+        )
     return Path(resume)

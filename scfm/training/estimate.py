@@ -1,136 +1,226 @@
 """Memory and hours of a run, counted on a transformer without weights."""
+
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scfm.models.family import family_of
 from scfm.models.flux import Flux
 from scfm.models.loading import DTYPES
 from scfm.models.lora import adapter_parameters, add_adapters
 from scfm.models.sd3 import SD3
-from scfm.models.source import empty_transformer, resolve_folder, without_weights
+from scfm.models.source import PipelineSource
+from scfm.training.config import DistillConfig
 
-GIB = 2 ** 30
-FACTOR = 8                                            # pixels to a latent, of the VAEs of both
-# The published configurations of the transformers: (family, class, settings), so that nothing need be downloaded.
+GIB = 2**30
+FACTOR = 8  # pixels to a latent, of the VAEs of both
+# The published configurations of the transformers: (family, class, settings), so that nothing need be
+# downloaded.
 SHAPES = {
-    "flux-dev": (Flux, FluxTransformer2DModel, dict(
-        patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
-        joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56))),
-    "sd35-large": (SD3, SD3Transformer2DModel, dict(
-        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=38, attention_head_dim=64,
-        num_attention_heads=38, joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048,
-        pos_embed_max_size=192, qk_norm="rms_norm")),
+    "flux-dev": (
+        Flux,
+        FluxTransformer2DModel,
+        dict(
+            patch_size=1,
+            in_channels=64,
+            num_layers=19,
+            num_single_layers=38,
+            attention_head_dim=128,
+            num_attention_heads=24,
+            joint_attention_dim=4096,
+            pooled_projection_dim=768,
+            guidance_embeds=True,
+            axes_dims_rope=(16, 56, 56),
+        ),
+    ),
+    "sd35-large": (
+        SD3,
+        SD3Transformer2DModel,
+        dict(
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=38,
+            attention_head_dim=64,
+            num_attention_heads=38,
+            joint_attention_dim=4096,
+            caption_projection_dim=2432,
+            pooled_projection_dim=2048,
+            pos_embed_max_size=192,
+            qk_norm="rms_norm",
+        ),
+    ),
 }
 # Dense bf16 operations a second as their makers state them, and GiB of memory.
-GPUS = {"a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141), "l40s": (362e12, 48), "rtx4090": (165e12, 24),
-        "rtx3090": (71e12, 24)}
+GPUS = {
+    "a100": (312e12, 80),
+    "h100": (989e12, 80),
+    "h200": (989e12, 141),
+    "l40s": (362e12, 48),
+    "rtx4090": (165e12, 24),
+    "rtx3090": (71e12, 24),
+}
 
 
-def shape_of(config, shape="", change=None):
-    """(family bound to the config's size, transformer on the meta device) of a published shape's name, or of config.pipeline.
+def shape_of(
+    config: DistillConfig, shape: str = "", change: dict[str, int] | None = None
+) -> tuple[Any, torch.nn.Module]:
+    """(family bound to the config's size, transformer on the meta device) of a published shape's name, or of
+    the pipeline.
 
-    change: settings of the shape to replace, as {"num_layers": 48}. ValueError for an unknown shape or setting.
+    change: settings of the shape to replace, as {"num_layers": 48}. ValueError for an unknown shape or
+    setting.
     """
     if shape:
         if shape not in SHAPES:
-            raise ValueError(f"shape {shape!r} is not known: take one of {', '.join(SHAPES)}, or say --pretrained_model_name_or_path FOLDER")
-        family_class, kind, settings = SHAPES[shape]
+            raise ValueError(
+                f"shape {shape!r} is not known: take one of {', '.join(SHAPES)}, or say "
+                "--pretrained_model_name_or_path FOLDER"
+            )
+        family_class, model_class, settings = SHAPES[shape]
         unknown = sorted(set(change or {}) - set(settings))
         if unknown:
             raise ValueError(f"{shape} has no setting {', '.join(unknown)}: it has {', '.join(settings)}")
         with torch.device("meta"):
-            transformer = kind(**{**settings, **(change or {})})
+            transformer = model_class(**{**settings, **(change or {})})
         pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=FACTOR)
     else:
         if change:
             raise ValueError("a change needs a shape to be made to: say --shape NAME too")
-        folder = resolve_folder(config.pretrained_model_name_or_path)
-        family_class = family_of(folder)
-        transformer = empty_transformer(folder)
-        pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=without_weights(folder).vae_scale_factor)
-    torch.nn.Module.to(transformer, DTYPES[config.weight_dtype])         # diffusers' own `to` remarks on layers it knows better
+        source = PipelineSource(config.pretrained_model_name_or_path)
+        family_class: Any = source.family
+        transformer = source.empty_transformer()
+        pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=source.skeleton.vae_scale_factor)
+    # diffusers' own `to` warns of layers it knows better
+    torch.nn.Module.to(transformer, DTYPES[config.weight_dtype])
     return family_class(pipe, config.height, config.width, config.max_sequence_length), transformer
 
 
 class Count(NamedTuple):
-    """Of one row: operations of a forward, of the student's forward and backward; bytes that the backward has to keep."""
+    """Of one example. forward: operations; student: of its forward and backward; saved: bytes that the
+    backward has to keep."""
+
     forward: float
     student: float
-    kept: float
+    saved: float
 
 
-def count_row(family, transformer, guidance, dtype):
-    """`Count` for one row of a transformer with an active LoRA, without gradient checkpointing. Nothing is computed.
+def count_example(family: Any, transformer: Any, guidance: float, dtype: torch.dtype) -> Count:
+    """`Count` for one example of a transformer with an active LoRA, without gradient checkpointing. Nothing
+    is computed.
 
     ValueError for a family whose text enters in another way than that of Flux and SD3.
     """
-    told = transformer.config
-    if not {"joint_attention_dim", "pooled_projection_dim"} <= set(told):
-        raise ValueError(f"the plan knows how text enters Flux and SD3 alone, not {type(transformer).__name__}")
-    zeros = lambda *shape: torch.zeros(1, *shape, device="meta", dtype=dtype)
-    text = {"tokens": zeros(family.max_sequence_length + family.extra_text_tokens, told.joint_attention_dim), "pooled": zeros(told.pooled_projection_dim)}
-    if family.uses_cfg:
-        text |= {"empty_" + name: part for name, part in text.items()}
-    cond = {**text, "guidance": torch.full((1,), float(guidance))}    # on the CPU: SD3 asks which rows are guided
-    if not family.uses_cfg:
-        cond["guidance"] = cond["guidance"].to("meta")
-    x, t = torch.zeros(1, *family.latent_shape, device="meta"), torch.zeros(1, device="meta")
-    kept, seen = [], {id(p) for p in transformer.parameters()}
+    x, t, cond = meta_inputs(family, transformer, guidance, dtype)
+    saved: list[torch.Tensor] = []
+    seen = {id(p) for p in transformer.parameters()}
 
-    def keep(tensor):
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in seen and not isinstance(tensor, torch.nn.Parameter):
             seen.add(id(tensor))
-            kept.append(tensor)                       # held, so that no other gets its id
+            saved.append(tensor)  # held, so that no other gets its id
         return tensor
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         family.velocity(transformer, x, t, cond)
     forward = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            said = family.velocity(transformer, x, t, cond)
-        said.square().mean().backward()
-    return Count(forward, counter.get_total_flops(), sum(v.numel() * v.element_size() for v in kept))
+            prediction = family.velocity(transformer, x, t, cond)
+        prediction.square().mean().backward()
+    return Count(forward, counter.get_total_flops(), sum(v.numel() * v.element_size() for v in saved))
 
 
-def make_plan(config, shape="", change=None, gpu="a100", efficiency=.4, images=0):
-    """What a run would cost: a dict of parameters, GiB by part, operations an update and hours on a GPU.
+def meta_inputs(
+    family: Any, transformer: Any, guidance: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """(x, t, cond) of one example without content."""
+    shape = transformer.config
+    if not {"joint_attention_dim", "pooled_projection_dim"} <= set(shape):
+        raise ValueError(
+            f"the plan knows how text enters Flux and SD3 alone, not {type(transformer).__name__}"
+        )
+    length = family.max_sequence_length + family.extra_text_tokens
+    text = {
+        "tokens": torch.zeros(1, length, shape.joint_attention_dim, device="meta", dtype=dtype),
+        "pooled": torch.zeros(1, shape.pooled_projection_dim, device="meta", dtype=dtype),
+    }
+    if family.uses_cfg:
+        text |= {"empty_" + name: part for name, part in text.items()}
+    scale = torch.full((1,), float(guidance))  # on the CPU where it decides which examples are guided
+    cond = {**text, "guidance": scale if family.uses_cfg else scale.to("meta")}
+    return torch.zeros(1, *family.latent_shape, device="meta"), torch.zeros(1, device="meta"), cond
 
-    config: a DistillConfig (its pipeline may be empty when a shape is named). efficiency: share of the stated operations a second that
-    is assumed to be reached. images: how many the teacher is to generate first. The hours and the activations are guesses, the rest
-    is counted from tensors without content. ValueError for an unknown shape or GPU.
+
+def make_plan(
+    config: DistillConfig,
+    shape: str = "",
+    change: dict[str, int] | None = None,
+    gpu: str = "a100",
+    efficiency: float = 0.4,
+    images: int = 0,
+) -> dict[str, Any]:
+    """What a run would cost: a dict of parameters, GiB by part, operations a training step and hours on a
+    GPU.
+
+    config: its pipeline may be empty when a shape is named. efficiency: share of the stated operations a
+    second that is
+    assumed to be reached. images: how many the teacher is to generate first. The hours and the activations
+    are guesses, the
+    rest is counted from tensors without content. ValueError for an unknown shape or GPU.
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu {gpu!r} is not known: take one of {', '.join(GPUS)}")
     family, transformer = shape_of(config, shape, change)
     base = sum(p.numel() for p in transformer.parameters())
-    width = DTYPES[config.weight_dtype].itemsize
-    blocks = sum(len(m) for n, m in transformer.named_children() if isinstance(m, torch.nn.ModuleList))
+    bytes_each, batch = DTYPES[config.weight_dtype].itemsize, config.global_batch_size
+    blocks = sum(len(m) for _, m in transformer.named_children() if isinstance(m, torch.nn.ModuleList))
     with torch.device("meta"):
-        add_adapters(transformer, config.lora_layers or family.lora_targets, config.rank, config.lora_alpha or None)
+        add_adapters(
+            transformer, config.lora_layers or family.lora_targets, config.rank, config.lora_alpha or None
+        )
     lora = sum(p.numel() for p in adapter_parameters(transformer, "student"))
-    row = count_row(family, transformer, max(config.guidance_scale_range), DTYPES[config.weight_dtype])
-    update = config.global_batch_size * (2 * row.forward + row.student)
-    activations = row.kept
-    if config.gradient_checkpointing:                 # kept: the input of each block, and one block at a time
-        update += config.global_batch_size * row.forward
+    one = count_example(family, transformer, max(config.guidance_scale_range), DTYPES[config.weight_dtype])
+    operations, activations = batch * (2 * one.forward + one.student), one.saved
+    # saved: the input of each block, and one block at a time
+    if config.gradient_checkpointing:
+        operations += batch * one.forward
         tokens = family.tokens + family.max_sequence_length + family.extra_text_tokens
-        activations = blocks * tokens * inner_width(transformer) * width + row.kept / blocks
-    memory = {"base": base * (.5625 if config.quantize else width), "adapters": 3 * 4 * lora, "Adam": 2 * 4 * lora, "gradients": 4 * lora,
-              "activations, guessed": activations * (config.micro_batch_size or config.global_batch_size)}
+        activations = blocks * tokens * inner_width(transformer) * bytes_each + one.saved / blocks
+    memory = {
+        "base": base * (0.5625 if config.quantize else bytes_each),
+        "adapters": 3 * 4 * lora,
+        "Adam": 2 * 4 * lora,
+        "gradients": 4 * lora,
+        "activations, guessed": activations * (config.micro_batch_size or batch),
+    }
     speed, room = GPUS[gpu]
-    hours = lambda operations: operations / (speed * efficiency) / 3600
-    generating = images * config.teacher_steps * row.forward
-    return {"transformer, parameters": base, "LoRA, parameters": lora, "GiB": {k: v / GIB for k, v in memory.items()},
-            "GiB in all": sum(memory.values()) / GIB, "GiB of the GPU": room, "operations of a row's forward": row.forward,
-            "operations of an update": update, "forward passes an update": config.global_batch_size * 2 + config.global_batch_size,
-            "seconds an update": 3600 * hours(update), "hours of training": hours(config.max_train_steps * update),
-            "hours of generating": hours(generating), "gpu": gpu, "efficiency": efficiency, "updates": config.max_train_steps, "images": images}
+    seconds, generating = (
+        operations / (speed * efficiency),
+        images * config.teacher_steps * one.forward / (speed * efficiency),
+    )
+    return {
+        "transformer, parameters": base,
+        "LoRA, parameters": lora,
+        "GiB": {k: v / GIB for k, v in memory.items()},
+        "GiB in all": sum(memory.values()) / GIB,
+        "GiB of the GPU": room,
+        "operations of an example's forward": one.forward,
+        "operations of a step": operations,
+        "forward passes a step": 3 * batch,
+        "seconds a step": seconds,
+        "hours of training": config.max_train_steps * seconds / 3600,
+        "hours of generating": generating / 3600,
+        "gpu": gpu,
+        "efficiency": efficiency,
+        "steps": config.max_train_steps,
+        "images": images,
+    }
 
 
-def inner_width(transformer):
+def inner_width(transformer: Any) -> int:
     """Numbers in the hidden state of a token."""
     return transformer.config.num_attention_heads * transformer.config.attention_head_dim

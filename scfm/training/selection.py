@@ -1,81 +1,133 @@
 """Validation images during a run, and which of the three adapters is saved on top at its end."""
+
 import json
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from scfm.method.consistency import keyed_generator
-from scfm.method.lora_scale import choose_lora_scales, endpoint_curve
-from scfm.models.lora_file import write_lora_scales
+from scfm.files import atomic_write
+from scfm.method.consistency import Stream, keyed_generator
+from scfm.method.lora_scale import LoraScales, choose_lora_scales, endpoint_curve
 from scfm.models.loading import with_vae
 from scfm.models.lora import ADAPTERS, save_lora
-from scfm.models.sampling import start_noise, teacher_endpoints
+from scfm.models.lora_file import write_lora_scales
+from scfm.models.sampling import euler_endpoints, start_noise
+
+if TYPE_CHECKING:
+    from scfm.training.distill_trainer import DistillTrainer
+
+VALIDATION_IMAGES = 8
 
 
-def eval_captions(run, count):
+def eval_captions(trainer: "DistillTrainer", count: int) -> tuple[list[str], torch.Tensor]:
     """`count` of the run's own captions and noises for them, the same at every call."""
-    pick = torch.randint(len(run.rows.captions), (count,), generator=keyed_generator(run.config.seed, 0, stream=3))
-    return [run.rows.captions[i] for i in pick], start_noise(run.family, range(count), run.config.seed + 1)
+    captions, seed = trainer.dataset.captions, trainer.config.seed
+    pick = torch.randint(len(captions), (count,), generator=keyed_generator(seed, 0, Stream.EVAL))
+    return [captions[i] for i in pick], start_noise(trainer.family, range(count), seed + 1)
 
 
-def endpoints(run, name, captions, noise, steps, scale=1.):
-    """Latents that the speaker `name`, its LoRA at `scale`, reaches in `steps` Euler steps at config.inference_shift.
+def endpoints(
+    trainer: "DistillTrainer",
+    name: str,
+    captions: Sequence[str],
+    noise: torch.Tensor,
+    steps: int,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Latents that the model `name`, its LoRA at `scale`, reaches in `steps` Euler steps at
+    config.inference_shift.
 
-    captions: of the run, whose embeddings are read from its cache. noise: (n, *latent_shape) -> the same shape.
+    captions: of the run, whose embeddings are read from its cache. noise: (n, *latent_shape) -> the same
+    shape.
     """
-    config = run.config
-    return teacher_endpoints(run.family, run.models.field(name, scale), captions, noise, steps, config.inference_shift,
-                             config.teacher_guidance_scale, batch=2 * config.global_batch_size)
+    config = trainer.config
+    return euler_endpoints(
+        trainer.family,
+        trainer.models.field(name, scale),
+        captions,
+        noise,
+        steps,
+        config.inference_shift,
+        config.teacher_guidance_scale,
+        batch_size=2 * config.global_batch_size,
+    )
 
 
 @torch.no_grad()
-def preview(run, count=8):
-    """(3, H, W) image, also written to previews/UPDATE.png: a row of the teacher's, then one of the student's per step count."""
-    captions, noise = eval_captions(run, count)
-    config = run.config
-    if run.teacher_row is None:                       # the teacher does not change: generated once a run
-        run.teacher_row = endpoints(run, "teacher", captions, noise, config.teacher_steps)
-    rows = [run.teacher_row] + [endpoints(run, "student", captions, noise, n) for n in config.eval_num_steps]
-    with with_vae(run.pipe, config.pretrained_model_name_or_path):
-        images = torch.cat([run.family.decode(row.to(run.pipe.device)).cpu().float() for row in rows])
-    folder = run.out / "previews"
-    folder.mkdir(exist_ok=True)
-    grid = make_grid(images / 2 + .5, nrow=count, padding=1)
-    to_pil_image(grid).save(folder / "new.png")
-    (folder / "new.png").replace(folder / f"{run.update:06d}.png")
+def validation_image(trainer: "DistillTrainer", count: int = VALIDATION_IMAGES) -> torch.Tensor:
+    """(3, H, W), also written to validation/STEP.png: a row of the teacher's, then one of the student's per
+    step count."""
+    captions, noise = eval_captions(trainer, count)
+    config = trainer.config
+    if trainer.teacher_images is None:
+        trainer.teacher_images = endpoints(trainer, "teacher", captions, noise, config.teacher_steps)
+    rows = [
+        trainer.teacher_images,
+        *(endpoints(trainer, "student", captions, noise, n) for n in config.eval_num_steps),
+    ]
+    with with_vae(trainer.pipe, trainer.source):
+        images = torch.cat([trainer.family.decode(row.to(trainer.pipe.device)).cpu().float() for row in rows])
+    grid = make_grid(images / 2 + 0.5, nrow=count, padding=1)
+    path = trainer.output_dir / "validation" / f"{trainer.global_step:06d}.png"
+    atomic_write(path, lambda new: to_pil_image(grid).save(new, format="png"))
     return grid
 
 
 @torch.no_grad()
-def finish(run):
-    """Saves all three adapters with their dials, puts the one that lands nearest on top; returns the record.
+def select_and_save(trainer: "DistillTrainer") -> dict[str, Any]:
+    """Saves all three adapters with their scales, puts the one that lands nearest on top; returns the record.
 
-    Each is given, for each of config.eval_num_steps, the strength among config.eval_lora_scales at which its endpoints lie
-    nearest to the teacher's own in config.teacher_steps; the smallest sum of log distances is saved on top, or the one that config.select_adapter names.
+    Each is given, for each of config.eval_num_steps, the scale among config.eval_lora_scales at which its
+    endpoints lie
+    nearest to the teacher's own in config.teacher_steps; the smallest sum of log distances is saved on top,
+    or the one that
+    config.select_adapter names.
     """
-    config = run.config
-    captions, noise = eval_captions(run, config.num_eval_prompts)
-    goal = endpoints(run, "teacher", captions, noise, config.teacher_steps)
-    curve = lambda name, scales: endpoint_curve(
-        lambda steps, scale: endpoints(run, name, captions, noise, steps, scale), goal, config.eval_num_steps, scales)
-    distance = {"teacher": {str(n): round(d, 5) for (n, _), d in curve("teacher", (0.,)).items()}}
-    dials, sums = {}, {}
+    config = trainer.config
+    captions, noise = eval_captions(trainer, config.num_eval_prompts)
+    target = endpoints(trainer, "teacher", captions, noise, config.teacher_steps)
+
+    def curve(name: str, scales: Sequence[float]) -> dict[tuple[int, float], float]:
+        return endpoint_curve(
+            lambda steps, scale: endpoints(trainer, name, captions, noise, steps, scale),
+            target,
+            config.eval_num_steps,
+            scales,
+        )
+
+    distance = {"teacher": {str(n): round(d, 5) for (n, _), d in curve("teacher", (0.0,)).items()}}
+    chosen: dict[str, LoraScales] = {}
+    sums: dict[str, float] = {}
     for name in ADAPTERS:
-        found = curve(name, config.eval_lora_scales)
-        dials[name] = choose_lora_scales(found, config.inference_shift)
-        at_dial = {n: found[n, dials[name].scale(n)] for n in dials[name].steps}
-        distance[name] = {str(n): round(d, 5) for n, d in at_dial.items()}
-        sums[name] = sum(math.log(max(d, 1e-12)) for d in at_dial.values())
-    best = min(ADAPTERS, key=sums.get) if config.select_adapter == "best" else config.select_adapter
-    for name, folder in [*((name, run.out / name) for name in ADAPTERS), (best, run.out)]:
-        write_lora_scales(save_lora(run.family.pipeline_class, run.models.transformer, folder, name), dials[name])
-    (run.out / "lora_scales.json").unlink(missing_ok=True)   # what `scfm dial` found was of the file that has just been replaced
-    record = {"train_steps": run.update, "selected": best, "captions": config.num_eval_prompts, "teacher_steps": config.teacher_steps,
-              "shift": config.inference_shift, "guidance": config.teacher_guidance_scale, "guidance_mode": config.guidance_mode,
-              "endpoint_distance": distance,
-              "lora_scales": {name: {str(n): s for n, s in zip(d.steps, d.scales)} for name, d in dials.items()}}
-    (run.out / "choice.new").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    (run.out / "choice.new").replace(run.out / "selection.json")
+        distances = curve(name, config.eval_lora_scales)
+        chosen[name] = choose_lora_scales(distances, config.inference_shift)
+        at_chosen = {n: distances[n, chosen[name].scale(n)] for n in chosen[name].steps}
+        distance[name] = {str(n): round(d, 5) for n, d in at_chosen.items()}
+        sums[name] = sum(math.log(max(d, 1e-12)) for d in at_chosen.values())
+    best = min(sums, key=sums.__getitem__) if config.select_adapter == "best" else config.select_adapter
+    out = trainer.output_dir
+    for name, folder in [*((name, out / name) for name in ADAPTERS), (best, out)]:
+        path = save_lora(trainer.family.pipeline_class, trainer.models.transformer, folder, name)
+        write_lora_scales(path, chosen[name])
+    # what `scfm dial` wrote was of the file that has just been replaced
+    (out / "lora_scales.json").unlink(missing_ok=True)
+    record = {
+        "train_steps": trainer.global_step,
+        "selected": best,
+        "captions": config.num_eval_prompts,
+        "teacher_steps": config.teacher_steps,
+        "shift": config.inference_shift,
+        "guidance": config.teacher_guidance_scale,
+        "guidance_mode": config.guidance_mode,
+        "endpoint_distance": distance,
+        "lora_scales": {
+            name: {str(n): s for n, s in zip(c.steps, c.scales, strict=True)} for name, c in chosen.items()
+        },
+    }
+    text = json.dumps(record, indent=1)
+    atomic_write(out / "selection.json", lambda new: new.write_text(text, encoding="utf-8"))
     return record

@@ -13,11 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
+import scfm.method.distill
 import scfm.training.distill_trainer
 from scfm.training.checkpoint import all_checkpoints, latest
 from scfm.cli import main
-from scfm.commands.distill import signals_noted
-from scfm.training.config import DistillConfig, read_settings
+from scfm.commands.signals import signals_noted
+from scfm.training.config import DistillConfig, load_settings
 from scfm.method.distill import Batch, SCFMConfig, sample_batch, make_emas, make_optimizer, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels, adapter_state
@@ -90,13 +91,12 @@ def test_recomputing_activations_is_the_same_run(whole, images, tmp_path):
 
 def test_updates_of_two_sizes_occur_and_every_row_is_used_once(whole):
     mixed = 0
-    for whole.update in range(10):
-        index = scfm.training.distill_trainer.batch_indices(whole.update, 4, whole.rows.size_of, 0)
-        parts = whole.parts(index)
+    for step in range(10):
+        index = scfm.training.distill_trainer.batch_indices(step, 4, whole.dataset.size_of, 0)
+        parts = whole.micro_batches(index)
         assert sorted(torch.cat(parts).tolist()) == [0, 1, 2, 3]
-        assert all(len(whole.rows.size_of[index[part]].unique()) == 1 for part in parts)
+        assert all(len(whole.dataset.size_of[index[part]].unique()) == 1 for part in parts)
         mixed += len(parts) > 1
-    whole.update = 6
     assert mixed
 
 
@@ -136,7 +136,7 @@ def test_two_processes_resume_bit_for_bit(of_two, images, tmp_path):
 def test_a_batch_that_cannot_be_dealt_is_refused(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scfm.training.distill_trainer.Accelerator, "num_processes", 3)
     assert main(["distill", *flags(settings(images, tmp_path / "run"))]) == 2
-    assert "batch 4 cannot be dealt evenly to 3 processes" in capsys.readouterr().err
+    assert "global_batch_size 4 cannot be dealt evenly to 3 processes" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -178,13 +178,13 @@ def test_speakers_speak_for_themselves_behind_a_wrapper(group):
 
 
 def test_a_loss_that_is_not_finite_stops_before_any_weight_is_changed(images, tmp_path, capsys, monkeypatch):
-    told, real = settings(images, tmp_path / "run"), scfm.training.distill_trainer.scfm_loss
+    told, real = settings(images, tmp_path / "run"), scfm.method.distill.scfm_loss
     calls = []
 
     def spoiled(*args, **more):
         calls.append(1)
         return real(*args, **more) * (float("nan") if len(calls) > 4 else 1)
-    monkeypatch.setattr(scfm.training.distill_trainer, "scfm_loss", spoiled)
+    monkeypatch.setattr(scfm.method.distill, "scfm_loss", spoiled)
     assert main(["distill", *flags(told)]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     last = latest(tmp_path / "run")
@@ -197,13 +197,13 @@ def test_a_full_disk_costs_no_good_checkpoint(images, tmp_path, capsys, monkeypa
     told, real = settings(images, tmp_path / "run", checkpoints_total_limit=1), torch.save
 
     def full(state, file):
-        if state["update"] == 4:
+        if state["step"] == 4:
             file.write(b"half")
             raise OSError(28, "No space left on device")
         real(state, file)
     monkeypatch.setattr(torch, "save", full)
     assert main(["distill", *flags(told)]) == 1
-    assert "update 4 could not be written" in capsys.readouterr().err
+    assert "step 4 could not be written" in capsys.readouterr().err
     assert [p.name for p in all_checkpoints(tmp_path / "run")] == ["000002"]
     monkeypatch.setattr(torch, "save", real)
     assert main(["distill", *flags(told)]) == 0                        # room again: it goes on
@@ -211,7 +211,7 @@ def test_a_full_disk_costs_no_good_checkpoint(images, tmp_path, capsys, monkeypa
 
 
 def test_resume_can_be_refused_or_pointed_at_a_checkpoint(whole, images, tmp_path, capsys):
-    out = whole.out
+    out = whole.output_dir
     assert main(["distill", *flags(settings(images, out, resume_from_checkpoint="never"))]) == 2
     assert "has checkpoints, up to 000006" in capsys.readouterr().err
     assert main(["distill", *flags(settings(images, out, resume_from_checkpoint=str(tmp_path)))]) == 2
@@ -239,16 +239,16 @@ def test_a_schedule_that_falls_cannot_go_on(images, tmp_path, capsys):
     told = settings(images, tmp_path / "run", max_train_steps=2, lr_scheduler="cosine")
     assert main(["distill", *flags(told)]) == 0
     assert main(["distill", *flags({**told, "max_train_steps": 3})]) == 2
-    assert "of a run of 2 updates, over which its learning rate falls" in capsys.readouterr().err
+    assert "of a run of 2 steps, over which its learning rate falls" in capsys.readouterr().err
 
 
 def test_keep_says_how_many(images, tmp_path):
     run = trained(images, tmp_path, checkpoints_total_limit=2, checkpointing_steps=1)
-    assert [p.name for p in all_checkpoints(run.out)] == ["000005", "000006"]
+    assert [p.name for p in all_checkpoints(run.output_dir)] == ["000005", "000006"]
 
 
 def test_what_a_run_depends_on_is_written_beside_it(whole):
-    told = json.loads((whole.out / "run.json").read_text())
+    told = json.loads((whole.output_dir / "run.json").read_text())
     assert told["torch"] == version("torch") and {"diffusers", "peft", "python"} <= set(told)
 
 
@@ -284,7 +284,7 @@ PRESETS = ["flux-dev-a100", "flux-dev-24gb", "sd35-large-a100", "flux-authors", 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_whole(name):
-    config = DistillConfig(pretrained_model_name_or_path="somewhere", prompts="some.txt", **read_settings(name))
+    config = DistillConfig(pretrained_model_name_or_path="somewhere", prompts="some.txt", **load_settings(name))
     config.check()
     text = (scfm.training.config.PRESETS / f"{name}.yaml").read_text()
     assert "TRIED" in text                                             # each says whether anybody has run it
@@ -295,13 +295,13 @@ def test_the_presets_are_these():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"lora_layers": ("to_z",)}, "target to_z is no linear layer"),
+    ({"lora_layers": ("to_z",)}, "lora_layers: to_z is no linear layer"),
     ({"more_sizes": ("24by48",)}, "HEIGHTxWIDTH"),
     ({"more_sizes": ("30x48",)}, "multiples of 4"),
     ({"quantize": "nf4"}, "nf4 needs"),
     ({"quantize": "int3"}, "nf4, or leave it out"),
     ({"report_to": "mlflow"}, "tensorboard, wandb or none"),
-    ({"select_adapter": "teacher"}, "best, student, fast or slow"),
+    ({"select_adapter": "teacher"}, "best, student, ema_fast or ema_slow"),
     ({"dynamic_shift_prob": 2.0}, "dynamic_shift_prob"), ({"micro_batch_size": -1}, "micro_batch_size"), ({"checkpoints_total_limit": 0}, "checkpoints_total_limit"),
     ({"non_shortcut_ratio": 1.5}, "non_shortcut_ratio"), ({"loss": "l1"}, "mse or huber or cosine"),
     ({"pretrained_model_name_or_path": "nobody/nothing-of-the-kind"}, "no pipeline"),
@@ -331,7 +331,7 @@ def test_tensorboard_gets_losses_and_previews(images, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     folder = next(path.parent for path in (tmp_path / "run/logs").rglob("events*") if path.stat().st_size > 1000)
     read = EventAccumulator(str(folder)).Reload()
-    assert [e.step for e in read.Scalars("loss")] == [1, 2] and read.Images("preview")
+    assert [e.step for e in read.Scalars("loss")] == [1, 2] and read.Images("validation")
 
 
 def test_a_second_interrupt_interrupts():

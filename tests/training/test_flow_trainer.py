@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -23,8 +24,9 @@ from scfm.method.consistency import Jumps
 from scfm.method.distill import sample_batch
 from scfm.method.flow import interpolate
 from scfm.data.labelled_images import LabelledImages
+from scfm.training.flow_config import SHORTCUT, FlowConfig
 from scfm.training.flow_trainer import (
-    SHORTCUT, FlowModels, FlowConfig, FlowTrainer, batch_of, evaluations, pretrain, with_level)
+    FlowModels, FlowTrainer, evaluations, load_pixels, pretrain, sample_images, with_level)
 from scfm.models.unet import (
     SIZES, UNetFlow, drop_labels, field_of, generate, guided, header_of, load_flow, save_flow)
 
@@ -123,24 +125,37 @@ def test_a_file_comes_back_and_others_are_refused(tmp_path):
 # The rows
 
 
-def test_two_parts_are_the_rows_of_one(images):
-    config = FlowConfig(**QUICK)
-    data, labels = batch_of(config, 3, images)
-    halves = [batch_of(config, 3, images, (i, 2)) for i in range(2)]
-    assert torch.equal(data, torch.cat([d for d, _ in halves])) and torch.equal(labels, torch.cat([y for _, y in halves]))
-    assert not torch.equal(data, batch_of(config, 4, images)[0])
+def drawn(config, step, images):
+    """(data, labels) of a step."""
+    numbers, mirrored, labels = sample_images(config, step, images)
+    return load_pixels(images, numbers, mirrored), labels
+
+
+def test_two_processes_have_the_examples_of_one(run):
+    trainer = run()
+
+    def parts(count, step=3):
+        for i in range(count):
+            trainer.accelerator = SimpleNamespace(num_processes=count, process_index=i, device=torch.device("cpu"))
+            yield trainer.plan_step(step)
+    (one,), two = parts(1), list(parts(2))
+    assert torch.equal(one.places, torch.cat([plan.places for plan in two])) and one.places.tolist() == list(range(8))
+    for name in ("data", "noise", "cond"):
+        whole = getattr(one.batches[0], name)
+        assert torch.equal(whole, torch.cat([getattr(plan.batches[0], name) for plan in two]))
+    assert not torch.equal(one.batches[0].data, next(parts(1, 4)).batches[0].data)
 
 
 def test_every_row_is_a_image_or_its_mirror_with_its_label(images):
     config = FlowConfig(**{**QUICK, "global_batch_size": 64})
     known = images.pixels.float() / 127.5 - 1
     mirrored = 0
-    for row, label in zip(*batch_of(config, 0, images)):
+    for row, label in zip(*drawn(config, 0, images)):
         straight, turned = (known == row).flatten(1).all(1), (known == row.flip(-1)).flatten(1).all(1)
         mirrored += bool(turned.any())
         assert label in (10, *images.labels[straight | turned])
     assert 16 < mirrored < 48
-    plain, _ = batch_of(replace(config, random_flip=False), 0, images)
+    plain, _ = drawn(replace(config, random_flip=False), 0, images)
     assert all((known == row).flatten(1).all(1).any() for row in plain)
 
 
@@ -151,7 +166,7 @@ def test_plain_flow_matching_is_plain_flow_matching(run):
     """One update with non_shortcut_ratio 1 against the loss, AdamW and clipping written out."""
     ours, by_hand = run("ours", non_shortcut_ratio=1.), run("hand", non_shortcut_ratio=1.)
     config, network = by_hand.config, by_hand.models.networks["student"]
-    data, labels = batch_of(config, 0, by_hand.images)
+    data, labels = drawn(config, 0, by_hand.images)
     noise, jumps = sample_batch(config, 0, 8, (3, 32, 32))
     assert jumps.is_flow.all()
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate / config.lr_warmup_steps, weight_decay=config.adam_weight_decay)
@@ -159,7 +174,7 @@ def test_plain_flow_matching_is_plain_flow_matching(run):
     error.square().mean().backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
     optimizer.step()
-    ours.one()
+    ours.train_step(0)
     for a, b in zip(ours.models.parameters("student"), network.parameters()):
         assert torch.allclose(a, b, atol=1e-6)
     assert ours.evaluations == 3 * 8
@@ -194,7 +209,7 @@ def test_the_cost_is_what_the_networks_were_asked(run, told, share):
     r, asked = run(**told), []
     for name, network in r.models.networks.items():
         network.register_forward_pre_hook(lambda module, args, name=name: asked.append((3 if name == "student" else 1) * len(args[0])))
-    r.one()
+    r.train_step(0)
     assert r.evaluations == sum(asked) == 8 * 3 + 2 * 8 * share
 
 
@@ -207,11 +222,11 @@ def test_the_average_ships_and_follows_its_decay(run):
     r = run(ema_decay_slow=.5)
     before = r.models.parameters("ema_slow")[0].clone()
     assert torch.equal(before, r.models.parameters("student")[0])
-    r.one()
+    r.train_step(0)
     student, slow = (r.models.parameters(name)[0] for name in ("student", "ema_slow"))
     assert torch.allclose(slow, (before + student) / 2, atol=1e-7) and not torch.equal(slow, student)
     r.save()
-    assert same(load_file(r.out / "flow.safetensors"), dict(r.models.networks["ema_slow"].state_dict()))
+    assert same(load_file(r.output_dir / "flow.safetensors"), dict(r.models.networks["ema_slow"].state_dict()))
 
 
 # The run
@@ -221,9 +236,9 @@ def test_the_average_ships_and_follows_its_decay(run):
 def test_kill_and_resume_is_bitwise_the_unbroken_run(run, told):
     whole, broken = run("whole", **told), run("broken", **told)
     whole.train()
-    answers = iter((True, True, False))
-    broken.train(lambda: next(answers))
-    assert broken.update == 3
+    stops = iter((False, False, True))
+    broken.train(should_stop=lambda: next(stops))
+    assert broken.global_step == 3
     again = run("broken", **told)
     assert again.resume() == 3
     again.train()
@@ -238,8 +253,8 @@ def test_a_finished_flow_is_distilled_and_the_run_resumes(run, tmp_path):
     whole, broken = run("whole", **told), run("broken", **told)
     teacher = weights(whole)
     whole.train()
-    answers = iter((True, False))
-    broken.train(lambda: next(answers))
+    stops = iter((False, True))
+    broken.train(should_stop=lambda: next(stops))
     again = run("broken", **told)
     again.resume()
     again.train()
@@ -253,10 +268,10 @@ def test_a_finished_flow_is_distilled_and_the_run_resumes(run, tmp_path):
 def test_previews_show_every_step_count_and_say_how_far_they_are(run):
     r = run(validation_steps=2, eval_num_steps=(1, 2, 4))
     r.train()
-    assert sorted(p.name for p in (r.out / "previews").iterdir()) == ["000002.png", "000004.png", "quality.jsonl"]
-    assert Image.open(r.out / "previews" / "000004.png").size == (10 * 33 + 1, 3 * 33 + 1)
-    lines = [json.loads(line) for line in (r.out / "previews" / "quality.jsonl").read_text().splitlines()]
-    assert [line["update"] for line in lines] == [2, 4] and lines[1]["distance"].keys() == {"1", "2"}
+    assert sorted(p.name for p in (r.output_dir / "validation").iterdir()) == ["000002.png", "000004.png", "quality.jsonl"]
+    assert Image.open(r.output_dir / "validation" / "000004.png").size == (10 * 33 + 1, 3 * 33 + 1)
+    lines = [json.loads(line) for line in (r.output_dir / "validation" / "quality.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4] and lines[1]["distance"].keys() == {"1", "2"}
 
 
 def test_a_gradient_that_is_no_number_stops_and_names_the_last_good_state(run, monkeypatch):
@@ -268,7 +283,7 @@ def test_a_gradient_that_is_no_number_stops_and_names_the_last_good_state(run, m
     monkeypatch.setattr(scfm.method.distill, "scfm_loss", spoiled)
     with pytest.raises(FloatingPointError, match="no weight was changed.*000002"):
         r.train()
-    assert r.update == 3 and all(w.isfinite().all() for w in weights(r).values())
+    assert r.global_step == 3 and all(w.isfinite().all() for w in weights(r).values())
 
 
 def test_the_folder_of_another_run_is_refused(run, tmp_path, images):
@@ -277,7 +292,7 @@ def test_the_folder_of_another_run_is_refused(run, tmp_path, images):
         run(non_shortcut_ratio=1.)
     with pytest.raises(ValueError, match="at 4 already"):
         pretrain(FlowConfig(**{**QUICK, "max_train_steps": 2}, output_dir=str(tmp_path / "run")), progress=False, images=images)
-    assert pretrain(FlowConfig(**{**QUICK, "max_train_steps": 6}, output_dir=str(tmp_path / "run")), progress=False, images=images).update == 6
+    assert pretrain(FlowConfig(**{**QUICK, "max_train_steps": 6}, output_dir=str(tmp_path / "run")), progress=False, images=images).global_step == 6
 
 
 @pytest.mark.parametrize("told, message", [
@@ -303,7 +318,7 @@ def test_the_command_is_killed_and_goes_on(tmp_path, images):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "the same command goes on from there" in said
-    done = json.loads(header_of(tmp_path / "killed" / "flow.safetensors")["notes"])["updates"]
+    done = json.loads(header_of(tmp_path / "killed" / "flow.safetensors")["notes"])["train_steps"]
     assert main(argv("killed", done + 2)) == 0 and main(argv("unbroken", done + 2)) == 0
     killed, unbroken = (tmp_path / out / "flow.safetensors" for out in ("killed", "unbroken"))
     assert same(load_file(killed), load_file(unbroken)) and header_of(killed) == header_of(unbroken)

@@ -11,7 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import scfm.data.cache
-from scfm.data.cache import CachePlan, fingerprint, epoch_order, batch_indices
+from scfm.data.cache import CachePlan, batch_indices, epoch_order
+from scfm.data.fingerprint import fingerprint
+from scfm.data.images import list_images
+from scfm.models.source import PipelineSource
 from scfm.models.flux import Flux
 from scfm.models.sd3 import SD3
 from scfm.data.images import read_folder, read_image
@@ -32,12 +35,12 @@ def families():
 def images(families, tmp_path_factory):
     """150 images in three sizes, of five captions."""
     folder = tmp_path_factory.mktemp("data") / "images"
-    generate_images(families, CAPTIONS * 30, folder, 1, progress=False, batch=32)
+    generate_images(families, CAPTIONS * 30, folder, 1, progress=False, batch_size=32)
     return folder
 
 
 def plan_of(images, folder, pipeline=FLUX, sizes=SIZES, max_sequence_length=TOKENS, dtype=torch.float32, negative_prompt=""):
-    return CachePlan(pipeline, images, folder, sizes, max_sequence_length, dtype, negative_prompt)
+    return CachePlan(PipelineSource(pipeline), list_images(images), folder, sizes, max_sequence_length, dtype, negative_prompt)
 
 
 @pytest.fixture(scope="module")
@@ -264,17 +267,17 @@ def test_any_tensor_of_a_fine_tune_shows(pipeline, size):
     path = pipeline / "vae/diffusion_pytorch_model.safetensors"
     weights = {f"layer{i}": torch.randn(size // 40, generator=torch.Generator().manual_seed(i)) for i in range(10)}
     save_file(weights, path)
-    seen = {fingerprint(pipeline, "vae")}
+    seen = {fingerprint(PipelineSource(pipeline), "vae")}
     for name in weights:
         save_file({**weights, name: weights[name] * 1.0001}, path)
-        seen.add(fingerprint(pipeline, "vae"))
+        seen.add(fingerprint(PipelineSource(pipeline), "vae"))
     assert len(seen) == 11
 
 
 def test_a_revision_of_the_hub_is_part_of_the_key(tmp_path):
     snapshots = [shutil.copytree(FLUX, tmp_path / "snapshots" / name) for name in ("abc", "def")]
-    assert fingerprint(snapshots[0], "vae") != fingerprint(snapshots[1], "vae")
-    assert fingerprint(FLUX, "vae") == fingerprint(str(FLUX), "vae")
+    assert fingerprint(PipelineSource(snapshots[0]), "vae") != fingerprint(PipelineSource(snapshots[1]), "vae")
+    assert fingerprint(PipelineSource(FLUX), "vae") == fingerprint(PipelineSource(str(FLUX)), "vae")
 
 
 def test_a_changed_caption_or_image_is_encoded_and_nothing_else(families, images, made, tmp_path):

@@ -202,7 +202,7 @@ def test_true_guidance_and_a_negative_prompt_are_written_down(tmp_path):
 @pytest.fixture(scope="module")
 def unbroken(families, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    generate_images(families, CAPTIONS * 2, folder, 2, batch=3, progress=False)
+    generate_images(families, CAPTIONS * 2, folder, 2, batch_size=3, progress=False)
     assert sorted(images_of(folder)) == [f"{i:05d}.png" for i in range(14)]
     return folder
 
@@ -220,11 +220,11 @@ def test_stopped_after_any_write_it_goes_on_to_the_same_folder(families, unbroke
 
     monkeypatch.setattr(scfm.data.teacher_images, "atomic_write", stop)
     with pytest.raises(KeyboardInterrupt):
-        generate_images(families, CAPTIONS * 2, tmp_path, 2, batch=3, progress=False)
+        generate_images(families, CAPTIONS * 2, tmp_path, 2, batch_size=3, progress=False)
     monkeypatch.undo()
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
     assert len(kept) == max(0, writes - 1)                      # the first write is the list
-    generate_images(families, CAPTIONS * 2, tmp_path, 2, batch=3, progress=False)
+    generate_images(families, CAPTIONS * 2, tmp_path, 2, batch_size=3, progress=False)
     assert images_of(tmp_path) == images_of(unbroken)
     assert all((tmp_path / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
 
@@ -233,7 +233,7 @@ def test_stopped_after_any_write_it_goes_on_to_the_same_folder(families, unbroke
 def test_shared_out_it_is_the_same_folder(families, unbroken, tmp_path, count):
     made = []
     for number in reversed(range(count)):
-        generate_images(families, CAPTIONS * 2, tmp_path, 2, batch=3, progress=False, process=(number, count))
+        generate_images(families, CAPTIONS * 2, tmp_path, 2, batch_size=3, progress=False, process=(number, count))
         made.append(len(images_of(tmp_path)))
     assert images_of(tmp_path) == images_of(unbroken)
     assert (tmp_path / "metadata.jsonl").read_bytes() == (unbroken / "metadata.jsonl").read_bytes()
@@ -245,7 +245,7 @@ def test_a_folder_that_was_begun_otherwise_is_refused_by_every_process(families,
     for more in ({"steps": 3}, {"guidance": 1.}, {"seed": 1}):
         for process in ((0, 2), (1, 2)):
             with pytest.raises(ValueError, match="other captions or settings"):
-                generate_images(families, CAPTIONS * 2, unbroken, **{"steps": 2, "batch": 3, "progress": False, "process": process, **more})
+                generate_images(families, CAPTIONS * 2, unbroken, **{"steps": 2, "batch_size": 3, "progress": False, "process": process, **more})
     with pytest.raises(ValueError, match="other captions or settings"):
         generate_images(families[32, 32], CAPTIONS * 2, unbroken, 2, progress=False)
     assert images_of(unbroken) == before

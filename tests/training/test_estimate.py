@@ -35,9 +35,9 @@ def test_the_count_is_that_of_a_real_update(family_class, build, checkpointing, 
     planned = make_plan(config)
     seen = cond["tokens"].shape[1] / (TOKENS + family.extra_text_tokens)      # the toy's CLIPs have fewer tokens than 77
     if seen == 1:
-        assert planned["operations of an update"] == pytest.approx(counter.get_total_flops(), rel=.02)
+        assert planned["operations of a step"] == pytest.approx(counter.get_total_flops(), rel=.02)
     else:
-        assert counter.get_total_flops() < planned["operations of an update"] < 2.5 * counter.get_total_flops()
+        assert counter.get_total_flops() < planned["operations of a step"] < 2.5 * counter.get_total_flops()
     assert planned["LoRA, parameters"] == sum(p.numel() for p in models.parameters("student"))
 
 

@@ -1,0 +1,79 @@
+"""What the commands share: a parser, flags from dataclasses, settings files."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from scfm.training.config import load_settings
+
+Config = TypeVar("Config")
+
+
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser that shows defaults and takes flags in full only: an abbreviated one could swallow another's
+    value."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: Any) -> None:
+    """A flag for each field of a dataclass; its help sentence and default come from the field."""
+    for f in fields(config_class):
+        default, help = f.default, f.metadata["help"]
+        if isinstance(default, bool):
+            parser.add_argument(
+                f"--{f.name}", action=argparse.BooleanOptionalAction, default=default, help=help
+            )
+        else:
+            parser.add_argument(
+                f"--{f.name}", type=flag_type(default), default=default, help=help, metavar=f.name.upper()
+            )
+
+
+def flag_type(default: Any) -> Callable[[str], Any]:
+    """The parser of a flag's value, by its default."""
+    if isinstance(default, tuple):
+        return numbers(type(default[0]) if default else str)
+    return type(default)
+
+
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
+    """A parser of lists such as 3,4 or 2.5,4.5."""
+
+    def parse(text: str) -> tuple:
+        return tuple(kind(part) for part in text.split(",") if part)
+
+    parse.__name__ = f"list of {getattr(kind, '__name__', 'values')}"
+    return parse
+
+
+def use_settings_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Makes the settings of the --config file the parser's defaults. ValueError for settings that do not
+    exist."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(argv)[0].config
+    if path:
+        settings = load_settings(path)
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ValueError(f"{path} has settings that do not exist: {', '.join(unknown)} (see --help)")
+        parser.set_defaults(**settings)
+
+
+def parse_config(
+    parser: argparse.ArgumentParser, argv: Sequence[str], config_class: Callable[..., Config], help: str
+) -> Config:
+    """The config of a command line that may name a settings file; flags override it."""
+    parser.add_argument("--config", metavar="FILE", help=help)
+    add_options(parser, config_class)
+    use_settings_file(parser, argv)
+    settings = vars(parser.parse_args(argv))
+    settings.pop("config")
+    return config_class(**settings)
