@@ -1,10 +1,11 @@
 """How many training steps a budget of network evaluations buys a method, and what it then really spends."""
+
 from collections.abc import Sequence
 
 from scfm.method.baselines import network_evaluations, updates_for
 
-PAIR_STEPS = 32                                  # of the teacher, for a pair of Reflow
-STAGES = (16, 8, 4, 2, 1)                        # of progressive distillation: steps of the student
+PAIR_STEPS = 32  # of the teacher, for a pair of Reflow
+STAGES = (16, 8, 4, 2, 1)  # of progressive distillation: steps of the student
 
 
 def search_cost(noises: int, steps: Sequence[int], scales: Sequence[float], goal_steps: int) -> int:

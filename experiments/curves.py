@@ -1,4 +1,5 @@
 """Curves over step counts, of one or several seeds: how they are gathered from results, and shown as text."""
+
 import statistics
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +8,7 @@ from experiments.runner import Result
 from scfm.method.lora_scale import STEPS
 
 Entry = dict[str, Any]  # {"seeds": [number], "mean", "spread": None for a single seed}
-Curves = dict[str, dict[int, Entry]]             # label and kind -> steps -> entry
+Curves = dict[str, dict[int, Entry]]  # label and kind -> steps -> entry
 
 
 def gather_curves(results: Iterable[Result]) -> dict[str, Curves]:
@@ -29,8 +30,10 @@ def gather_curves(results: Iterable[Result]) -> dict[str, Curves]:
 
 def summary_of(numbers: list[float]) -> Entry:
     """{"mean", "spread": the standard deviation, None for a single number}."""
-    return {"mean": statistics.mean(numbers),
-            "spread": statistics.stdev(numbers) if len(numbers) > 1 else None}
+    return {
+        "mean": statistics.mean(numbers),
+        "spread": statistics.stdev(numbers) if len(numbers) > 1 else None,
+    }
 
 
 def curve_table(sets: dict[str, Curves], floors: dict[str, Entry]) -> str:
@@ -40,8 +43,10 @@ def curve_table(sets: dict[str, Curves], floors: dict[str, Entry]) -> str:
         floor = floors.get(data)
         band = "   floor {mean:.3f}, band {low:.3f} to {high:.3f}".format(**floor) if floor else ""
         lines += ["", data + band, " " * 26 + "".join(f"{n:>15}" for n in STEPS)]
-        lines += [f"{name:26}" + "".join(f"{entry_text(curve.get(n)):>15}" for n in STEPS)
-                  for name, curve in curves.items()]
+        lines += [
+            f"{name:26}" + "".join(f"{entry_text(curve.get(n)):>15}" for n in STEPS)
+            for name, curve in curves.items()
+        ]
     return "\n".join(lines)
 
 

@@ -1,17 +1,20 @@
 """What the figures of several studies share. matplotlib is imported where something is drawn."""
+
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-LEVELS = (.01, .02, .03, .05, .1, .2, .3, .5, 1)             # marks of the axis of SW2
+LEVELS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1)  # marks of the axis of SW2
 
 
 def headless_pyplot() -> Any:
     """pyplot for writing files, without a display."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     return pyplot
 
 
@@ -22,16 +25,25 @@ def canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any
 
 def stacked_canvas(heights: Iterable[float], columns: int, **grid: Any) -> tuple[Any, Any]:
     """(figure, axes) 13 inches wide, of rows so many inches high. grid: for matplotlib's gridspec."""
-    gap, heights = .55, list(heights)
+    gap, heights = 0.55, list(heights)
     total = sum(heights) + gap * (len(heights) + 1)
-    margins = {"left": .12, "right": .89, "bottom": gap / total, "top": 1 - gap / total, "wspace": .13,
-               "hspace": gap * len(heights) / sum(heights), "height_ratios": heights}
-    return headless_pyplot().subplots(len(heights), columns, figsize=(13, total), squeeze=False,
-                                      gridspec_kw=margins | grid)
+    margins = {
+        "left": 0.12,
+        "right": 0.89,
+        "bottom": gap / total,
+        "top": 1 - gap / total,
+        "wspace": 0.13,
+        "hspace": gap * len(heights) / sum(heights),
+        "height_ratios": heights,
+    }
+    return headless_pyplot().subplots(
+        len(heights), columns, figsize=(13, total), squeeze=False, gridspec_kw=margins | grid
+    )
 
 
 def save(figure: Any, path: str | Path, dpi: int, **options: Any) -> None:
     from matplotlib import pyplot
+
     figure.savefig(path, dpi=dpi, **options)
     pyplot.close(figure)
 
@@ -64,16 +76,19 @@ def labelled_handles(axes: Iterable[Any]) -> dict[str, Any]:
     return {label: line for line, label in pairs}
 
 
-def heat_map(ax: Any, rows: Sequence, columns: Sequence, values: dict, title: str,
-             by_column: bool = True) -> None:
+def heat_map(
+    ax: Any, rows: Sequence, columns: Sequence, values: dict, title: str, by_column: bool = True
+) -> None:
     """The numbers themselves, the darker the further from the best: of the column, or of all.
 
     values: {(row, column): number}. "far": a student that has run away."""
-    best = {c: min((v for (_, at), v in values.items() if at == c or not by_column), default=1.)
-            for c in columns}
-    shade = [[math.log2(values[r, c] / best[c]) if (r, c) in values else math.nan for c in columns]
-             for r in rows]
-    ax.imshow(shade, cmap="Oranges", vmin=0, vmax=3, aspect="auto")      # at 8 times the best it is darkest
+    best = {
+        c: min((v for (_, at), v in values.items() if at == c or not by_column), default=1.0) for c in columns
+    }
+    shade = [
+        [math.log2(values[r, c] / best[c]) if (r, c) in values else math.nan for c in columns] for r in rows
+    ]
+    ax.imshow(shade, cmap="Oranges", vmin=0, vmax=3, aspect="auto")  # at 8 times the best it is darkest
     for (r, c), value in values.items():
         y, x = rows.index(r), columns.index(c)
         text = f"{value:.3f}".lstrip("0") if value < 10 else "far"

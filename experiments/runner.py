@@ -4,6 +4,7 @@ record.
 A study lists its `Job`s and says how one is measured: measure(cache, job) -> plain numbers. Whatever takes
 time is a cell, a file that is known by what determines it, so a killed run goes on where it was.
 """
+
 import argparse
 import hashlib
 import json
@@ -37,6 +38,7 @@ class Job(NamedTuple):
     recipe, by the names of `SCFMConfig` and of the testbed; budget: network evaluations, 0 where nothing is
     trained to a budget.
     """
+
     part: str
     family: str
     label: str
@@ -48,6 +50,7 @@ class Job(NamedTuple):
 
 class Result(NamedTuple):
     """cells: {name: (seconds, CPU seconds)} of what the value rests on; made: how many were made for it."""
+
     job: Job
     value: Any
     cells: dict[str, tuple[float, float]]
@@ -108,8 +111,11 @@ def make_parser(doc: str | None, study: str, parts: Sequence[str]) -> argparse.A
     parser.add_argument("--out", default=str(RESULTS / study), help="path of the result without its ending")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="compute these parts alone")
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (default 1)")
-    parser.add_argument("--smoke", action="store_true",
-                        help="a size of seconds, in a cache of its own; the numbers mean nothing")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="a size of seconds, in a cache of its own; the numbers mean nothing",
+    )
     parser.add_argument("--report", action="store_true", help="compute nothing, only write the result")
     return parser
 
@@ -134,7 +140,7 @@ def run_job(job: Job, measure: Measure, folder: str | Path, parts: Sequence[str]
     """One measurement. Jobs of other parts than `parts` compute nothing: no value where one of their cells is
     missing, and where a training ran away or its samples are no numbers.
     """
-    torch.set_num_threads(1)                                 # the networks are small: processes, not threads
+    torch.set_num_threads(1)  # the networks are small: processes, not threads
     cache = CellCache(folder, frozen=job.part not in parts)
     try:
         value = measure(cache, job)
@@ -162,10 +168,12 @@ def run_info(results: Sequence[Result]) -> dict[str, Any]:
     wall, cpu = (sum(cost[i] for cost in cells.values()) for i in (0, 1))
     made = sum(result.made for result in results)
     this_run = {"cells_made": made, "seconds": time.perf_counter() - STARTED}
-    return {"missing": [" ".join(map(str, result.job[1:])) for result in results if result.value is None],
-            "cost": {"cells": len(cells), "seconds": wall, "cpu_seconds": cpu, "this_run": this_run},
-            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, one thread a worker",
-            "torch": torch.__version__}
+    return {
+        "missing": [" ".join(map(str, result.job[1:])) for result in results if result.value is None],
+        "cost": {"cells": len(cells), "seconds": wall, "cpu_seconds": cpu, "this_run": this_run},
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, one thread a worker",
+        "torch": torch.__version__,
+    }
 
 
 def write_record(record: dict[str, Any], out: str | Path) -> None:
@@ -175,8 +183,9 @@ def write_record(record: dict[str, Any], out: str | Path) -> None:
     path, missing = Path(out).with_suffix(".json"), len(record["missing"])
     before = len(json.loads(path.read_text())["missing"]) if path.is_file() else math.inf
     if missing > before:
-        raise SystemExit(f"{missing} measurements are missing, {before} in {path}: "
-                         "it stays as it is; name another --out")
+        raise SystemExit(
+            f"{missing} measurements are missing, {before} in {path}: it stays as it is; name another --out"
+        )
     write_json(compact(json.dumps(record, indent=1)), path)
 
 

@@ -3,6 +3,7 @@
 A cell is found by a hash of what determines it, written in these words. They stay as they were when the first
 cells were measured, so that no renaming in the library orphans a measurement.
 """
+
 from typing import Any
 
 # the name in today's code -> the word in the cells

@@ -1,7 +1,7 @@
 """The interfaces that the parts of the library meet at: a velocity field, the four models of a distillation,
 a family."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -9,6 +9,10 @@ import torch
 Condition: TypeAlias = Any
 """What a network is conditioned on: None, a tensor (B, ...), or a dict, list or tuple of these; its first dim
 is the batch."""
+
+
+FamilyVelocity: TypeAlias = Callable[[Any, torch.Tensor, torch.Tensor, Condition], torch.Tensor]
+"""How a family calls its transformer: (transformer, x (B, ...), t (B,), cond) -> velocity (B, ...)."""
 
 
 class VelocityField(Protocol):

@@ -68,7 +68,7 @@ def test_a_negative_class_takes_the_place_of_nobody(pipe):
     family, noise = Pixels(pipe, 32, 32, negative_prompt="a dog"), torch.randn(2, 3, 32, 32)
     cond = {**family.encode_text(["cat", "cat"]), "guidance": torch.tensor([2., 1.])}
     said = family.velocity(pipe.transformer, noise, torch.full((2,), .5), cond)
-    by_hand = guided(pipe.transformer, 2., nobody=1)(noise, torch.full((2,), .5), torch.tensor([0, 0]))
+    by_hand = guided(pipe.transformer, 2., null_label=1)(noise, torch.full((2,), .5), torch.tensor([0, 0]))
     with torch.no_grad():
         assert torch.allclose(said[0], by_hand[0], atol=1e-5) and torch.allclose(said[1], pipe.transformer(noise[1:], torch.tensor([.5]), torch.tensor([0]))[0], atol=1e-5)
     stock = family.sample_stock(["cat", "cat"], noise, 2, 2.)

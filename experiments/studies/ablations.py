@@ -20,7 +20,8 @@ experiments/results/ablations.json, ablations.png, ablations_grids.png and ablat
     --report        computes nothing, writes what the cells that are there give
     --smoke --cache /tmp/cells --out /tmp/ablations      seconds; the numbers mean nothing
 """
-from collections.abc import Iterable, Sequence
+
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations_with_replacement, product
@@ -35,21 +36,22 @@ from experiments.studies.ablations_report import (
     plot_grids,
     text,
 )
+from experiments.studies.ablations_settings import COARSE, DECAYS, families, flux_families
 from experiments.testbeds import plane, tiny_flux
 from experiments.testbeds.plane import FEWER
-from scfm.method.ema import shorten
+from experiments.testbeds.plane_measures import measure_floor, measure_teacher
+from experiments.testbeds.taught_flux import TaughtFlux
 from scfm.method.lora_scale import SCALES
 from toy.plane import DATA
 
 ABLATED, PARTS = "checkerboard", ("plane", "grids", "flux")
-DECAYS = (.95, .99, .999, .9995)
-ONE_EMA = {"algorithm": "one_ema"}
 
 
 @dataclass(frozen=True)
 class PlaneSizes(plane.PlaneSizes):
     """looks: the numbers of training steps after which a run is measured."""
-    scales: tuple = (*SCALES[::2], 2.5, 3., 4.)              # students of weak EMAs want more than 2
+
+    scales: tuple = (*SCALES[::2], 2.5, 3.0, 4.0)  # students of weak EMAs want more than 2
     floor_pairs: int = 60
     steps: tuple = FEWER
     looks: tuple = (250, 500, 1000, 2000)
@@ -60,6 +62,7 @@ class FluxSizes:
     """captions: judged; dial_captions: on which scales are found; goal_steps: the teacher's; images: that it
     generates.
     """
+
     steps: tuple = (3, 4, 8)
     looks: tuple = (100, 200)
     updates: int = 200
@@ -68,13 +71,15 @@ class FluxSizes:
     captions: int = 96
     dial_captions: int = 24
     goal_steps: int = 32
-    scales: tuple = (0., .25, .5, .75, 1., 1.5, 2., 3.)
+    scales: tuple = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
 
 Sizes = dict[str, PlaneSizes | FluxSizes]
 FULL: Sizes = {"plane": PlaneSizes(), "flux": FluxSizes()}
-SMOKE: Sizes = {"plane": PlaneSizes(dict.fromkeys(DATA, 2), 8, 8, 32, 4, 4, 4, (0., 1.), 2, looks=(4, 8)),
-                "flux": FluxSizes((1, 2), (1, 2), 2, 2, 4, 2, 2, 4, (0., 1.))}
+SMOKE: Sizes = {
+    "plane": PlaneSizes(dict.fromkeys(DATA, 2), 8, 8, 32, 4, 4, 4, (0.0, 1.0), 2, looks=(4, 8)),
+    "flux": FluxSizes((1, 2), (1, 2), 2, 2, 4, 2, 2, 4, (0.0, 1.0)),
+}
 METRIC = "sliced-Wasserstein-2; floor: data against data"
 NOTES = (
     "Plane: constant learning rate 3e-4, batch 256, shift 1 to 2, decays not shortened, raw student read "
@@ -87,74 +92,8 @@ NOTES = (
     "the coarse grids; three seeds of the default "
     "say what chance does, and a setting below twice that is not told from it.",
     "Tiny Flux: decays shortened to the updates, unless it says otherwise; student and slow EMA are both "
-    "measured.")
-
-
-def jumps(steps: int) -> dict[str, dict]:
-    """label -> change: examples that jump more steps of their grid cost a forward for each, so there are
-    fewer training steps.
-    """
-    fewer = {n: {"max_train_steps": max(1, steps * 5 // (3 + n))} if n > 2 else {} for n in (2, 4, 8)}
-    return {f"{n}": {"t_skip": n, **change} for n, change in fewer.items()}
-
-
-def each(setting: str, values: Iterable[float]) -> dict[str, dict]:
-    """label -> change: one setting at each of its values."""
-    return {f"{value:g}": {setting: value} for value in values}
-
-
-def shifts(ranges: Iterable[tuple[float, float]]) -> dict[str, dict]:
-    return {f"{low:g} to {high:g}": {"shift": (low, high)} for low, high in ranges}
-
-
-def decays_of_one_ema() -> dict[str, dict]:
-    return {label: ONE_EMA | change for label, change in each("ema_decay_slow", DECAYS).items()}
-
-
-def averages(steps: int) -> dict[str, dict]:
-    parts, stalled = [steps // 8, steps // 4, steps // 2], {"restart_when_stalled": True}
-    return {"dual": {}, **{f"dual, restart {n}": {"restart_every": n} for n in parts},
-            "dual, when stalled": stalled,
-            "one EMA": ONE_EMA, **{f"one EMA, restart {n}": ONE_EMA | {"restart_every": n} for n in parts},
-            "one EMA, when stalled": ONE_EMA | stalled, "dual pure": {"algorithm": "dual_pure"},
-            "dual, "
-            "shortened": {"ema_decay_fast": shorten(.99, steps), "ema_decay_slow": shorten(.999, steps)}}
-
-
-def families(steps: int) -> dict[str, dict[str, dict]]:
-    """family -> label -> change of the default, for the plane. steps: of training."""
-    ranks = {f"{rank}": {"rank": rank, "learning_rate": 1e-3} for rank in (1, 4, 16, 64)}
-    return {"k/N": each("teacher_ratio", (0., .1, .2, .4, .6, .8, 1.)),
-            "averages": averages(steps),
-            "decay of one EMA": decays_of_one_ema(),
-            "speaker scale": each("ema_target_scale", (0., .25, .5, .75, 1., 1.25)),
-            "learning rate": each("learning_rate", (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
-            "shift": shifts(((.5, 1.), (1., 1.), (1., 2.), (1., 3.), (2.5, 4.5))),
-            "t_skip": jumps(steps),
-            "loss": {name: {"loss": name} for name in ("mse", "huber", "cosine")},
-            "rank": ranks | {"all weights": {}, "all weights, 1e-3": {"learning_rate": 1e-3}},
-            "read-out": {name: {"read_out": name} for name in ("student", "ema_fast", "ema_slow")},
-            "seed": {f"{seed}": {"seed": seed} for seed in range(3)}}
-
-
-# what may stand on an axis of the grid of two settings: family -> label -> change
-COARSE = {"k/N": each("teacher_ratio", (.1, .2, .4, .8)),
-          "speaker scale": each("ema_target_scale", (.25, .5, .75, 1.)),
-          "learning rate": each("learning_rate", (1e-4, 3e-4, 1e-3, 3e-3)),
-          "shift": shifts(((1., 1.), (1., 2.), (1., 3.), (2.5, 4.5))),
-          "t_skip": jumps(PlaneSizes().updates),
-          "decay of one EMA": decays_of_one_ema()}
-
-
-def flux_families(steps: int) -> dict[str, dict[str, dict]]:
-    restart = 3 * steps // 10
-    return {"k/N": each("teacher_ratio", (0., .2, .4, .6, .8, 1.)),
-            "averages": {"dual": {}, f"dual, restart {restart}": {"restart_every": max(1, restart)},
-                         "one EMA": ONE_EMA,
-                         "dual, not shortened": {"ema_decay_fast": .99, "ema_decay_slow": .999}},
-            "rank": {f"{rank}": {"rank": rank} for rank in (4, 16, 48)},
-            "learning rate": each("learning_rate", (3e-4, 1e-3, 3e-3)),
-            "speaker scale": each("ema_target_scale", (.5, 1.))}
+    "measured.",
+)
 
 
 def on_every_set(family: str, label: str) -> bool:
@@ -165,7 +104,7 @@ def on_every_set(family: str, label: str) -> bool:
 def first_and_last(changes: dict[str, dict], family: str = "") -> dict[str, dict]:
     """Of a family in a smoke run: the first value and the last that a grid could show."""
     shown = [label for label in changes if label in COARSE.get(family, changes)]
-    return {label: changes[label] for label in shown[::max(1, len(shown) - 1)]}
+    return {label: changes[label] for label in shown[:: max(1, len(shown) - 1)]}
 
 
 def jobs(sizes: Sizes, smoke: bool) -> list[Job]:
@@ -173,13 +112,24 @@ def jobs(sizes: Sizes, smoke: bool) -> list[Job]:
     found = [Job("plane", "teacher", "teacher", data, 0) for data in DATA]
     for family, changes in families(sizes["plane"].updates).items():
         values = first_and_last(changes, family) if smoke else changes
-        found += [Job("plane", family, label, data, 0, change)
-                  for data in DATA for label, change in values.items()
-                  if data == ABLATED or on_every_set(family, label)]
+        found += [
+            Job("plane", family, label, data, 0, change)
+            for data in DATA
+            for label, change in values.items()
+            if data == ABLATED or on_every_set(family, label)
+        ]
     found += [Job("plane", "floor", "floor", data, 0) for data in DATA]
-    found += [Job("grids", "fast decay, slow decay", f"{fast:g}|{slow:g}", ABLATED, 0,
-                  {"ema_decay_fast": fast, "ema_decay_slow": slow})
-              for fast, slow in combinations_with_replacement(DECAYS, 2)]
+    found += [
+        Job(
+            "grids",
+            "fast decay, slow decay",
+            f"{fast:g}|{slow:g}",
+            ABLATED,
+            0,
+            {"ema_decay_fast": fast, "ema_decay_slow": slow},
+        )
+        for fast, slow in combinations_with_replacement(DECAYS, 2)
+    ]
     return found + flux_jobs(sizes["flux"].updates, smoke)
 
 
@@ -188,27 +138,30 @@ def flux_jobs(steps: int, smoke: bool) -> list[Job]:
     for family, changes in flux_families(steps).items():
         if not smoke or family in ("k/N", "rank"):
             values = first_and_last(changes) if smoke else changes
-            found += [Job("flux", family, label, tiny_flux.NAME, 0, change)
-                      for label, change in values.items()]
+            found += [
+                Job("flux", family, label, tiny_flux.NAME, 0, change) for label, change in values.items()
+            ]
     return found
 
 
 def grid_of(pair: Sequence[str]) -> list[Job]:
     """The measurements of two settings together. pair: names of `COARSE`, or () for none."""
     axes = [COARSE[name].items() for name in pair]
-    return [Job("grids", ", ".join(pair), f"{a}|{b}", ABLATED, 0, first | second)
-            for (a, first), (b, second) in (product(*axes) if axes else ())]
+    return [
+        Job("grids", ", ".join(pair), f"{a}|{b}", ABLATED, 0, first | second)
+        for (a, first), (b, second) in (product(*axes) if axes else ())
+    ]
 
 
 def measure(cache: CellCache, job: Job, sizes: Sizes) -> dict:
     """The measurement of a job, on its testbed; all but teachers and floors are runs."""
     if job.part == "flux":
-        bed = tiny_flux.TaughtFlux(cache, sizes["flux"])
+        bed = TaughtFlux(cache, sizes["flux"])
         return measure_flux_teacher(bed, job) if job.family == "teacher" else measure_flux_run(bed, job)
     bed = plane.Plane(cache, sizes["plane"])
     if job.family == "floor":
-        return plane.measure_floor(bed, job, bed.sizes.floor_pairs)
-    return plane.measure_teacher(bed, job) if job.family == "teacher" else measure_plane_run(bed, job)
+        return measure_floor(bed, job, bed.sizes.floor_pairs)
+    return measure_teacher(bed, job) if job.family == "teacher" else measure_plane_run(bed, job)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -218,9 +171,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = run_jobs(jobs(sizes, args.smoke), work, args)
     ranked, pair = most_sensitive(results, COARSE, ABLATED, small=args.smoke)
     results += run_jobs(grid_of(pair), work, args)
-    record = {"notes": NOTES, "protocol": {part: asdict(of_part) for part, of_part in sizes.items()},
-              "ablated": ABLATED, "sensitivity": ranked, "metric": METRIC,
-              **run_info(results), **gather(results)}
+    record = {
+        "notes": NOTES,
+        "protocol": {part: asdict(of_part) for part, of_part in sizes.items()},
+        "ablated": ABLATED,
+        "sensitivity": ranked,
+        "metric": METRIC,
+        **run_info(results),
+        **gather(results),
+    }
     write_record(record, args.out)
     for kind, plot in (("", plot_families), ("_grids", plot_grids), ("_flux", plot_flux)):
         plot(record, f"{args.out}{kind}.png")

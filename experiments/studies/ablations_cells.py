@@ -1,6 +1,7 @@
 """What the study `ablations` measures: runs that are looked at several times on their way, on the plane and
 on the tiny Flux.
 """
+
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -12,12 +13,11 @@ import torch
 from experiments.runner import Job, non_defaults
 from experiments.scales import by_steps, find_scales, finite
 from experiments.testbeds import BatchOf, FieldAtScale, Walk
-from experiments.testbeds.plane import Plane, load_weights, make_recipe, score_student
+from experiments.testbeds.plane import Plane, load_weights, make_recipe
+from experiments.testbeds.plane_measures import score_student
+from experiments.testbeds.taught_flux import GUIDANCE_RANGE, TAUGHT_RANK, TaughtFlux
 from experiments.testbeds.tiny_flux import (
-    GUIDANCE_RANGE,
     PROMPTS,
-    TAUGHT_RANK,
-    TaughtFlux,
     family,
     make_models,
     pipeline_fingerprint,
@@ -32,10 +32,10 @@ from toy.judge import SHIFTS, STOCK, Judge
 from toy.plane import MLP
 
 # of the plane
-DEFAULT = {"lr_scheduler": "constant", "ema_decay_fast": .99, "ema_decay_slow": .999, "read_out": "student"}
-OURS = {"rank": 0, "restart_when_stalled": False}            # what is no field of `SCFMConfig`
+DEFAULT = {"lr_scheduler": "constant", "ema_decay_fast": 0.99, "ema_decay_slow": 0.999, "read_out": "student"}
+OURS = {"rank": 0, "restart_when_stalled": False}  # what is no field of `SCFMConfig`
 LAYERS = ("layers.0", "layers.1", "layers.2", "layers.3", "out")
-READ = ("student", "ema_slow")                               # who is measured on the tiny Flux
+READ = ("student", "ema_slow")  # who is measured on the tiny Flux
 
 
 class RestartWhenStalled:
@@ -49,10 +49,11 @@ class RestartWhenStalled:
 
     def __init__(self, models: Any, every: int = 20, patience: int = 3):
         self.student, self.ema_fast, self.ema_slow = (
-            models.parameters(name) for name in ("student", "ema_fast", "ema_slow"))
+            models.parameters(name) for name in ("student", "ema_fast", "ema_slow")
+        )
         self.every, self.patience = every, patience
         self.restarts: list[int] = []
-        self.largest, self.idle = 0., 0
+        self.largest, self.idle = 0.0, 0
 
     @torch.no_grad()
     def __call__(self, steps: int) -> None:
@@ -67,11 +68,17 @@ class RestartWhenStalled:
             torch._foreach_copy_(self.ema_fast, self.student)
             torch._foreach_copy_(self.ema_slow, self.student)
             self.restarts.append(steps)
-            self.largest, self.idle = 0., 0
+            self.largest, self.idle = 0.0, 0
 
 
-def run(models: Any, batch_of: BatchOf, config: SCFMConfig, ours: dict[str, Any], looks: Sequence[int],
-        look: Callable[[int], Any]) -> dict[str, Any]:
+def run(
+    models: Any,
+    batch_of: BatchOf,
+    config: SCFMConfig,
+    ours: dict[str, Any],
+    looks: Sequence[int],
+    look: Callable[[int], Any],
+) -> dict[str, Any]:
     """`distill`, watched: {"looks": {steps: look(steps)}, "restarts": when the rule restarted, "numbers":
     trained, "done": steps}. A run whose gradient is no longer finite ends there; its student stands for the
     looks that were to come.
@@ -85,6 +92,7 @@ def run(models: Any, batch_of: BatchOf, config: SCFMConfig, ours: dict[str, Any]
             stalled(done)
         if done in looks:
             found[done] = look(done)
+
     with suppress(FloatingPointError):
         distill(models, batch_of, config, on_step, progress=False)
     found |= {steps: look(steps) for steps in looks if steps not in found}
@@ -107,7 +115,8 @@ def plane_lora_models(network: MLP, rank: int, seed: int) -> LoraModels:
 
     class Adaptable(MLP, PeftAdapterMixin):
         """What diffusers' transformers have, for a small network."""
-    torch.manual_seed(seed)                                  # PEFT draws A from the global state
+
+    torch.manual_seed(seed)  # PEFT draws A from the global state
     copy = load_weights(Adaptable(), network.state_dict())
     return LoraModels(copy, lambda network, x, t, cond: network(x, t), LAYERS, rank)
 
@@ -120,17 +129,25 @@ def measure_plane_run(bed: Plane, job: Job) -> dict:
     config, reading = SCFMConfig(**{"seed": job.seed, **recipe.config}), recipe.reading
 
     def make() -> dict:
-        models = (plane_lora_models(network, ours["rank"], config.seed) if ours["rank"]
-                  else CopiedModels(network))
+        models = (
+            plane_lora_models(network, ours["rank"], config.seed) if ours["rank"] else CopiedModels(network)
+        )
         measure, search = bed.ruler(job), bed.search(job, models.field("teacher"))
         field_at = partial(models.field, reading["read_out"])
 
         def look(_: int) -> dict:
             shift = reading["sampling_shift"]
             return score_student(measure, search, field_at, sizes.steps, sizes.scales, shift)
+
         return run(models, bed.batches(job._replace(change={})), config, ours, sizes.looks, look)
-    more = {"looks": sizes.looks, "noises": sizes.dial_noises, "goal": sizes.goal_steps,
-            "scales": sizes.scales, "steps": sizes.steps}
+
+    more = {
+        "looks": sizes.looks,
+        "noises": sizes.dial_noises,
+        "goal": sizes.goal_steps,
+        "scales": sizes.scales,
+        "steps": sizes.steps,
+    }
     spec = {"teacher": of_teacher, "config": non_defaults(config), **ours, **reading, **bed.judged_by(**more)}
     return bed.cache("ablation", spec, make)
 
@@ -149,17 +166,26 @@ def walks(sizes: Any) -> tuple[Walk, Walk]:
     guidance scale.
     """
     judge = held_out_judge(sizes.captions)
-    return (lambda velocity, steps: judge.endpoints(velocity, steps, STOCK),
-            seeded_walk(read_prompts(PROMPTS)[:sizes.dial_captions], 1000))
+    return (
+        lambda velocity, steps: judge.endpoints(velocity, steps, STOCK),
+        seeded_walk(read_prompts(PROMPTS)[: sizes.dial_captions], 1000),
+    )
 
 
 def goals(bed: TaughtFlux) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the teacher's many steps take the judge's noises, and those of the search: two of (n, N, C)."""
     sizes = bed.sizes
-    spec = {"pipeline": pipeline_fingerprint(), "captions": sizes.captions, "dial": sizes.dial_captions,
-            "steps": sizes.goal_steps}
-    return bed.cache("ablation_goals", spec,
-                     lambda: tuple(walk(teacher_field(), sizes.goal_steps) for walk in walks(sizes)))
+    spec = {
+        "pipeline": pipeline_fingerprint(),
+        "captions": sizes.captions,
+        "dial": sizes.dial_captions,
+        "steps": sizes.goal_steps,
+    }
+    return bed.cache(
+        "ablation_goals",
+        spec,
+        lambda: tuple(walk(teacher_field(), sizes.goal_steps) for walk in walks(sizes)),
+    )
 
 
 def measure_flux_run(bed: TaughtFlux, job: Job) -> dict:
@@ -175,26 +201,38 @@ def measure_flux_run(bed: TaughtFlux, job: Job) -> dict:
         models, batch_of = make_models(config.seed, ours["rank"]), bed.batches(job)
 
         def look(steps: int) -> dict:
-            return {who: look_at_flux(sizes, both, partial(models.field, who), steps == max(sizes.looks))
-                    for who in READ}
+            return {
+                who: look_at_flux(sizes, both, partial(models.field, who), steps == max(sizes.looks))
+                for who in READ
+            }
+
         return run(models, batch_of, config, ours, sizes.looks, look)
-    spec = {"images": spec, "guidance": GUIDANCE_RANGE, "config": non_defaults(config), **ours,
-            "protocol": asdict(sizes)}
+
+    spec = {
+        "images": spec,
+        "guidance": GUIDANCE_RANGE,
+        "config": non_defaults(config),
+        **ours,
+        "protocol": asdict(sizes),
+    }
     return bed.cache("ablation_flux", spec, make)
 
 
-def look_at_flux(sizes: Any, both: tuple[torch.Tensor, torch.Tensor], field_at: FieldAtScale,
-                 last: bool) -> dict:
+def look_at_flux(
+    sizes: Any, both: tuple[torch.Tensor, torch.Tensor], field_at: FieldAtScale, last: bool
+) -> dict:
     """both: the goals of the judge and of the search."""
     (judge, search), (goal, search_goal) = walks(sizes), both
 
     def distance(n: int, scale: float) -> float:
         return finite(endpoint_distance(judge(field_at(scale), n), goal))
-    found = {"raw": {n: distance(n, 1.) for n in sizes.steps}}
+
+    found = {"raw": {n: distance(n, 1.0) for n in sizes.steps}}
     if last:
         found["scales"] = by_steps(find_scales(search, search_goal, field_at, sizes.steps, sizes.scales))
-        found["dialled"] = {n: found["raw"][n] if scale == 1 else distance(n, scale)
-                            for n, scale in found["scales"].items()}
+        found["dialled"] = {
+            n: found["raw"][n] if scale == 1 else distance(n, scale) for n, scale in found["scales"].items()
+        }
     return found
 
 
@@ -205,7 +243,12 @@ def measure_flux_teacher(bed: TaughtFlux, job: Job) -> dict:
 
     def make() -> dict:
         judge = held_out_judge(sizes.captions)
-        return {shift: {n: endpoint_distance(judge.endpoints(teacher_field(), n, shift), goal)
-                        for n in sizes.steps} for shift in SHIFTS}
+        return {
+            shift: {
+                n: endpoint_distance(judge.endpoints(teacher_field(), n, shift), goal) for n in sizes.steps
+            }
+            for shift in SHIFTS
+        }
+
     spec = {"pipeline": pipeline_fingerprint(), "protocol": asdict(sizes)}
     return bed.cache("ablation_flux_teacher", spec, make)

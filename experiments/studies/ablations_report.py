@@ -1,6 +1,7 @@
 """The record, the tables and the figures of the study `ablations`, from its results; its chapter draws with
 them too.
 """
+
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,12 +11,12 @@ from typing import Any
 from experiments.figures import heat_map, level_axis, save, stacked_canvas
 from experiments.runner import Result
 
-SCORED = (2, 3, 4, 8)                            # the step counts of a score
+SCORED = (2, 3, 4, 8)  # the step counts of a score
 KINDS = ("raw", "dialled")
-READ = ("student", "ema_slow")                   # who is measured on the tiny Flux
-LEVELS = (.03, .04, .05, .07, .1, .15, .2, .3, .5, .7, 1)    # marks of the axis of the score
+READ = ("student", "ema_slow")  # who is measured on the tiny Flux
+LEVELS = (0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1)  # marks of the axis of the score
 GRID_COLUMNS = (("raw", 3), ("raw", 8), ("dialled", 3), ("dialled", 8))
-Values = dict[str, dict]                         # label -> what a run gave
+Values = dict[str, dict]  # label -> what a run gave
 
 
 def gather(results: Sequence[Result]) -> dict[str, Any]:
@@ -62,8 +63,9 @@ def score(curve: dict[str, float]) -> float:
     return math.exp(statistics.mean(math.log(curve[str(n)]) for n in SCORED))
 
 
-def most_sensitive(results: Sequence[Result], candidates: dict[str, Any], data: str,
-                   small: bool = False) -> tuple[list[dict], tuple[str, ...]]:
+def most_sensitive(
+    results: Sequence[Result], candidates: dict[str, Any], data: str, small: bool = False
+) -> tuple[list[dict], tuple[str, ...]]:
     """([{"family", "raw", "dialled", "beyond_chance"}, ...] from the largest dialled span down, the first two
     or ()).
 
@@ -73,23 +75,29 @@ def most_sensitive(results: Sequence[Result], candidates: dict[str, Any], data: 
     smoke run.
     """
     whole = whole_families(results, candidates, data, small)
-    chance = span(whole.pop("seed"), "dialled") if "seed" in whole else 0.
+    chance = span(whole.pop("seed"), "dialled") if "seed" in whole else 0.0
     spans = {family: {kind: span(looks, kind) for kind in KINDS} for family, looks in whole.items()}
-    ranked = [{"family": family, **of_kinds, "beyond_chance": of_kinds["dialled"] >= 2 * chance}
-              for family, of_kinds in sorted(spans.items(), key=lambda pair: -pair[1]["dialled"])]
+    ranked = [
+        {"family": family, **of_kinds, "beyond_chance": of_kinds["dialled"] >= 2 * chance}
+        for family, of_kinds in sorted(spans.items(), key=lambda pair: -pair[1]["dialled"])
+    ]
     return ranked, tuple(row["family"] for row in ranked[:2]) if set(whole) == set(candidates) else ()
 
 
-def whole_families(results: Sequence[Result], candidates: dict[str, Any], data: str,
-                   small: bool) -> dict[str, dict]:
+def whole_families(
+    results: Sequence[Result], candidates: dict[str, Any], data: str, small: bool
+) -> dict[str, dict]:
     """family -> label -> the last look, of those families whose labels that count have all been measured."""
     found: dict[str, dict] = {}
     for job, value, *_ in results:
         counted = {**candidates, "seed": (job.label,)}.get(job.family, ())
         if job.part == "plane" and job.data == data and job.label in counted:
             found.setdefault(job.family, {})[job.label] = value and last(rounded(value))
-    return {family: looks for family, looks in found.items()
-            if all(looks.values()) and (small or len(looks) >= len(candidates.get(family, looks)))}
+    return {
+        family: looks
+        for family, looks in found.items()
+        if all(looks.values()) and (small or len(looks) >= len(candidates.get(family, looks)))
+    }
 
 
 def span(looks: dict[str, dict], kind: str) -> float:
@@ -120,8 +128,11 @@ def sensitivity_text(row: dict[str, Any]) -> str:
 
 
 def grid_table(rows: dict[str, Values]) -> list[str]:
-    return [f"  {a:>12} {b:>12}" + "".join(f"{score(last(value)[kind]):8.3f}" for kind in KINDS)
-            for a, row in rows.items() for b, value in row.items()]
+    return [
+        f"  {a:>12} {b:>12}" + "".join(f"{score(last(value)[kind]):8.3f}" for kind in KINDS)
+        for a, row in rows.items()
+        for b, value in row.items()
+    ]
 
 
 def table(values: Values) -> list[str]:
@@ -152,10 +163,14 @@ def show_last(ax: Any, values: Values, title: str) -> None:
     looks = {label: last(value) for label, value in values.items()}
     steps, marks = list(next(iter(looks.values()))["raw"]), dict(zip(KINDS, ("", "*"), strict=True))
     columns = [f"{n}{mark}" for mark in marks.values() for n in steps]
-    numbers = {(label, n + mark): look[kind][n] for label, look in looks.items()
-               for kind, mark in marks.items() for n in steps}
+    numbers = {
+        (label, n + mark): look[kind][n]
+        for label, look in looks.items()
+        for kind, mark in marks.items()
+        for n in steps
+    }
     heat_map(ax, list(looks), columns, numbers, title)
-    ax.axvline(len(steps) - .5, color="w", lw=3)
+    ax.axvline(len(steps) - 0.5, color="w", lw=3)
 
 
 def show_iterations(ax: Any, values: Values, kind: str, title: str) -> None:
@@ -175,10 +190,10 @@ def show_family(axes: Sequence[Any], values: Values, title: str) -> None:
     axes[2].sharey(axes[1])
     for ax, kind in zip(axes[1:], KINDS, strict=True):
         show_iterations(ax, values, kind, f"{kind}, by updates")
-    level_axis(axes[1], LEVELS, fontsize=7)                  # of both, as they share it
+    level_axis(axes[1], LEVELS, fontsize=7)  # of both, as they share it
     axes[2].minorticks_off()
     axes[2].tick_params(labelleft=False)
-    axes[2].legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, .5), frameon=False)
+    axes[2].legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def show_grid(axes: Sequence[Any], name: str, rows: dict[str, Values]) -> None:
@@ -200,13 +215,16 @@ def show_flux(axes: Sequence[Any], values: Values, title: str) -> None:
 
 def height(values: Values) -> float:
     """Inches of a row with so many labels."""
-    return max(.9, .19 * len(values))
+    return max(0.9, 0.19 * len(values))
 
 
 def plot_families(record: dict[str, Any], path: str | Path) -> None:
     """A row for each family and set."""
-    shown = [(f"{family}, {data}: SW2 by steps (*: dialled)", values)
-             for family, sets in record["plane"].items() for data, values in sets.items()]
+    shown = [
+        (f"{family}, {data}: SW2 by steps (*: dialled)", values)
+        for family, sets in record["plane"].items()
+        for data, values in sets.items()
+    ]
     heights = [height(values) for _, values in shown]
     plot_rows(show_family, shown, heights, path, 3, 60, width_ratios=(2, 1, 1))
 
@@ -217,18 +235,27 @@ def plot_grids(record: dict[str, Any], path: str | Path) -> None:
 
     def show(axes: Sequence[Any], rows: dict[str, Values], name: str) -> None:
         show_grid(axes, name, rows)
+
     plot_rows(show, grids, [1.4] * len(grids), path, len(GRID_COLUMNS), 70)
 
 
 def plot_flux(record: dict[str, Any], path: str | Path) -> None:
     """A row for each family of the tiny Flux."""
-    shown = [(f"{family}: endpoint distance (*: dialled)", values)
-             for family, values in record["flux"].items()]
+    shown = [
+        (f"{family}: endpoint distance (*: dialled)", values) for family, values in record["flux"].items()
+    ]
     plot_rows(show_flux, shown, [height(values) for _, values in shown], path, 2, 70)
 
 
-def plot_rows(show: Callable, shown: Sequence[tuple[str, dict]], heights: Sequence[float], path: str | Path,
-              columns: int, dpi: int, **grid: Any) -> None:
+def plot_rows(
+    show: Callable,
+    shown: Sequence[tuple[str, dict]],
+    heights: Sequence[float],
+    path: str | Path,
+    columns: int,
+    dpi: int,
+    **grid: Any,
+) -> None:
     """A figure with a row for each (title, values), drawn by show(axes, values, title); none where nothing is
     shown.
     """

@@ -5,12 +5,13 @@
 FOLDER holds the parquet files (default: the environment variable SCFM_CIFAR10). Ways to spend one budget:
 
     plain            plain flow matching
-    scfm 1/8 1/4 1/2 flow matching and that share of self-consistency examples (the method inside pre-training)
-    shortcut         a Shortcut Model (arXiv 2410.12557): the step size is an input, a quarter of bootstrap examples
-    plain, distilled plain flow matching for four fifths of the budget, then SCFM with a teacher for the rest; raw
+    scfm 1/8 1/4 1/2 flow matching and that share of self-consistency examples (the method in pre-training)
+    shortcut         a Shortcut Model (arXiv 2410.12557): the step size is an input, a quarter of the examples
+                     are bootstrapped
+    plain, distilled plain flow matching for four fifths of the budget, then SCFM with a teacher for the rest;
+                     raw and dialled
+    plain, LoRA      the same by `scfm distill`: a LoRA of rank 16 on the frozen flow, a thousand images; raw
                      and dialled
-    plain, LoRA      the same by `scfm distill`: a LoRA of rank 16 on the frozen flow, a thousand images; raw and
-                     dialled
 
 An example's forward counts 1 evaluation, its backward 2. Every sampler gets the same noises and labels. The
 Frechet distance is taken on the features of `toy/features.py` and is not FID; with --inception FILE the same
@@ -23,6 +24,7 @@ cifar_images.png.
     --report                  computes nothing, writes what the cells that are there give
     --smoke --cells /tmp/c --out /tmp/cifar     seconds; the numbers mean nothing
 """
+
 import argparse
 import os
 import sys
@@ -56,7 +58,7 @@ from scfm.models.unet import UNetFlow, generate, load_flow
 
 ALL = ("plain", "scfm 1/4", "shortcut", DISTILLED, LORA, "scfm 1/8", "scfm 1/2")
 BY_MIDPOINT = ("plain", "scfm 1/4")
-MOST_FEW = 16                                    # beyond it a dial stands near 0, and midpoint has arrived
+MOST_FEW = 16  # beyond it a dial stands near 0, and midpoint has arrived
 
 
 def flow_sampler(network: UNetFlow) -> Sampler:
@@ -72,12 +74,14 @@ def distilled_sampler(bed: Cifar10, job: Job) -> tuple[Sampler, LoraScales]:
     for network in models.networks.values():
         network.eval().bf16 = bed.plan.size != "tiny"
     field_at = partial(models.field, "student")
-    scales = find_scales(*bed.search(job, models.field("teacher")), field_at, bed.plan.searched, SEARCH_SCALES)
+    search = bed.search(job, models.field("teacher"))
+    scales = find_scales(*search, field_at, bed.plan.searched, SEARCH_SCALES)
 
     def sampler(labels: torch.Tensor, noise: torch.Tensor, steps: int, solver: str) -> torch.Tensor:
         field, times = field_at(scales.scale(steps)), time_grid(steps)
         parts = zip(noise.split(500), labels.split(500), strict=True)
         return torch.cat([sample(field, z, times, y, solver) for z, y in parts])
+
     return sampler, scales
 
 
@@ -87,15 +91,18 @@ def lora_samplers(bed: Cifar10, job: Job, noises: int = SEARCH_NOISES) -> tuple[
     network, names = step_lora.pipe.transformer, bed.images.names
     network.bf16 = bed.plan.size != "tiny"
     captions = [f"a {names[i % len(names)]}" for i in range(noises)]
-    scales, _ = search_lora_scales(step_lora, captions, bed.plan.searched, SEARCH_SCALES, seed=1000 + job.seed,
-                                   progress=False)
+    scales, _ = search_lora_scales(
+        step_lora, captions, bed.plan.searched, SEARCH_SCALES, seed=1000 + job.seed, progress=False
+    )
 
     def at_scale(scale_of: Callable[[int], float]) -> Sampler:
         def sampler(labels: torch.Tensor, noise: torch.Tensor, steps: int, solver: str) -> torch.Tensor:
             step_lora.set_scale(scale_of(steps))
             return generate(network, labels, noise, steps, solver)
+
         return sampler
-    return at_scale(lambda steps: 1.), at_scale(scales.scale), scales
+
+    return at_scale(lambda steps: 1.0), at_scale(scales.scale), scales
 
 
 def measure(bed: Cifar10, job: Job) -> None:
@@ -115,26 +122,42 @@ def measure(bed: Cifar10, job: Job) -> None:
         measure_all(bed, dialled, turned, most=MOST_FEW, about={"dial": scales._asdict()})
 
 
-def measure_all(bed: Cifar10, job: Job, sampler: Sampler | None, solver: str = "euler", most: int = max(NFE),
-                about: dict | None = None) -> list[dict]:
+def measure_all(
+    bed: Cifar10,
+    job: Job,
+    sampler: Sampler | None,
+    solver: str = "euler",
+    most: int = max(NFE),
+    about: dict | None = None,
+) -> list[dict]:
     """A row for each number of evaluations that the solver can spend, up to `most`."""
     judge = bed.judge(job)
-    return [judge(sampler, n, solver, about) for n in bed.plan.nfe if n <= most and n % EVALUATIONS[solver] == 0]
+    return [
+        judge(sampler, n, solver, about) for n in bed.plan.nfe if n <= most and n % EVALUATIONS[solver] == 0
+    ]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", default=os.environ.get("SCFM_CIFAR10"), help="folder of parquet files")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument(
+        "data", nargs="?", default=os.environ.get("SCFM_CIFAR10"), help="folder of parquet files"
+    )
     parser.add_argument("--cells", type=Path, default=Path("runs/cifar/cells"))
     parser.add_argument("--out", type=Path, default=RESULTS / "cifar", help="path without suffix")
     parser.add_argument("--size", default="nano", choices=list(RECIPES))
-    parser.add_argument("--evaluations", type=int, default=600_000, help="network evaluations of one training")
+    parser.add_argument(
+        "--evaluations", type=int, default=600_000, help="network evaluations of one training"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--count", type=int, default=2000, help="images of one measurement")
-    parser.add_argument("--nfe", type=int, nargs="+", default=NFE,
-                        help="network evaluations of an image at which to measure")
+    parser.add_argument(
+        "--nfe", type=int, nargs="+", default=NFE, help="network evaluations of an image at which to measure"
+    )
     parser.add_argument("--only", nargs="+", default=ALL, choices=[*METHODS, DISTILLED, LORA])
-    parser.add_argument("--copy", default="JPEG quality 75 copy", help="what is special about this copy of CIFAR-10")
+    parser.add_argument(
+        "--copy", default="JPEG quality 75 copy", help="what is special about this copy of CIFAR-10"
+    )
     parser.add_argument("--note", nargs="*", default=(), help="what else a reader of the record must know")
     parser.add_argument("--inception", default="", help="weights of Inception, for the true FID")
     parser.add_argument("--train", action="store_true", help="train only")
@@ -148,8 +171,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None, should_stop: Callable[[], bool] = lambda: False) -> int:
     args = parse(argv)
-    plan = Plan(args.data, args.cells, args.size, args.evaluations, args.count, inception=args.inception,
-                nfe=tuple(args.nfe))
+    plan = Plan(
+        args.data,
+        args.cells,
+        args.size,
+        args.evaluations,
+        args.count,
+        inception=args.inception,
+        nfe=tuple(args.nfe),
+    )
     if args.smoke:
         plan = plan._replace(size="tiny", budget=400, count=40, previews=0)
     bed, jobs = Cifar10(plan, should_stop), [job_of(name, seed) for seed in args.seeds for name in args.only]

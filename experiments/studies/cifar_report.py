@@ -1,4 +1,5 @@
 """The record, the tables and the figures of the study `cifar`, from the cells that are there."""
+
 import json
 import platform
 from collections.abc import Sequence
@@ -28,30 +29,62 @@ from scfm.files import atomic_write
 from scfm.models.lora import WEIGHT_NAME
 from toy.features import mark, recipe
 
-NAMES = ("plain", "scfm 1/8", "scfm 1/4", "scfm 1/2", "shortcut", DISTILLED, f"{DISTILLED}, dialled", LORA,
-         f"{LORA}, dialled")
-SETTINGS = ("max_train_steps", "method", "non_shortcut_ratio", "teacher_ratio", "algorithm", "global_batch_size",
-            "learning_rate", "lr_warmup_steps", "ema_decay_slow", "ema_decay_fast", "shift", "self_grids",
-            "weight_dtype", "seed")
+NAMES = (
+    "plain",
+    "scfm 1/8",
+    "scfm 1/4",
+    "scfm 1/2",
+    "shortcut",
+    DISTILLED,
+    f"{DISTILLED}, dialled",
+    LORA,
+    f"{LORA}, dialled",
+)
+SETTINGS = (
+    "max_train_steps",
+    "method",
+    "non_shortcut_ratio",
+    "teacher_ratio",
+    "algorithm",
+    "global_batch_size",
+    "learning_rate",
+    "lr_warmup_steps",
+    "ema_decay_slow",
+    "ema_decay_fast",
+    "shift",
+    "self_grids",
+    "weight_dtype",
+    "seed",
+)
 AIMED_AT = (4, 64)  # evaluations at which a relation to the plain flow was aimed at
-LEVELS = (.05, .1, .2, .5, 1, 2, 3, 4, 5, 7, 10, 20, 50)     # marks of the axis of the Frechet distance
+LEVELS = (0.05, 0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 7, 10, 20, 50)  # marks of the axis of the Frechet distance
 PRINTED = ("frechet_test", "frechet_train", "label_accuracy", "balance", "recall")
 
 
 def rows_of(plan: Plan, name: str, seed: int) -> list[dict]:
     """The measured rows of one sampler, by solver and NFE; only those that today's feature network saw."""
     paths = (plan.cells / "measured").glob(f"{safe(name)}-{seed}-{plan.count}-*-{mark()}.json")
-    rows = [(row["solver"], row["nfe"], str(path), row) for path in paths for row in (json.loads(path.read_text()),)]
-    return [row for *_, row in sorted(rows, key=lambda entry: entry[:3])]
+    rows = [json.loads(path.read_text()) for path in sorted(paths)]
+    return sorted(rows, key=lambda row: (row["solver"], row["nfe"]))
 
 
 def gather(plan: Plan, seeds: Sequence[int], copy: str, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Everything that the cells hold, as one dict of plain numbers."""
     record: dict[str, Any] = {
-        "about": f"CIFAR-10, {copy}" if copy else "CIFAR-10", "size": plan.size, "budget": plan.budget,
-        "images": plan.count, "features": recipe(), "recipe": plan.recipe, "seeds": list(seeds),
-        "kept": TEACHERS_SHARE, "device": device(), "torch": torch.__version__, "notes": list(notes), "samplers": {},
-        "trained": {}}
+        "about": f"CIFAR-10, {copy}" if copy else "CIFAR-10",
+        "size": plan.size,
+        "budget": plan.budget,
+        "images": plan.count,
+        "features": recipe(),
+        "recipe": plan.recipe,
+        "seeds": list(seeds),
+        "kept": TEACHERS_SHARE,
+        "device": device(),
+        "torch": torch.__version__,
+        "notes": list(notes),
+        "samplers": {},
+        "trained": {},
+    }
     for path in sorted((plan.cells / "measured").glob(f"floor-{plan.count}-*-{mark()}.json")):
         record["floor"] = json.loads(path.read_text())
     for name, seed in ((name, seed) for name in NAMES for seed in seeds):
@@ -66,7 +99,12 @@ def training_of(bed: Cifar10, job: Job) -> dict[str, Any] | None:
     """Training steps, evaluations and settings; None where there is no result."""
     flow = bed.flow_file(job)
     if flow.is_file():
-        return {**flow_notes(flow), "settings": settings(flow.parent)}
+        notes = flow_notes(flow)
+        return {
+            "updates": notes["train_steps"],
+            "evaluations": notes["evaluations"],
+            "settings": settings(flow.parent),
+        }
     if job.family == LORA and (flow.parent / WEIGHT_NAME).is_file():
         found = settings(flow.parent, "rank")
         steps = found["max_train_steps"]
@@ -86,12 +124,22 @@ def settings(folder: Path, *more: str) -> dict[str, Any]:
     return {name: saved[name] for name in (*more, *SETTINGS) if name in saved}
 
 
-def curve(record: dict[str, Any], name: str, key: str = "frechet_test", solver: str = "euler",
-          seeds: Sequence[str] | None = None) -> dict[int, float]:
+def curve(
+    record: dict[str, Any],
+    name: str,
+    key: str = "frechet_test",
+    solver: str = "euler",
+    seeds: Sequence[str] | None = None,
+) -> dict[int, float]:
     """{nfe: mean over seeds, or over those named} of one sampler."""
     found: dict[int, list[float]] = {}
-    rows = [row for seed, rows in record["samplers"].get(name, {}).items() if seeds is None or seed in seeds
-            for row in rows if row["solver"] == solver and key in row]
+    rows = [
+        row
+        for seed, rows in record["samplers"].get(name, {}).items()
+        if seeds is None or seed in seeds
+        for row in rows
+        if row["solver"] == solver and key in row
+    ]
     for row in rows:
         found.setdefault(row["nfe"], []).append(row[key])
     return {n: sum(values) / len(values) for n, values in sorted(found.items())}
@@ -110,16 +158,23 @@ def aims(record: dict[str, Any]) -> dict[str, dict]:
                 for n in AIMED_AT:
                     ratios[n][seed] = round(mine[n] / plain[n], 3)
         if ratios[4]:
-            found[name] = {"at 4, times plain": ratios[4], "at most half": max(ratios[4].values()) <= .5,
-                           "at 64, times plain": ratios[64], "at most 1.05": max(ratios[64].values()) <= 1.05}
+            found[name] = {
+                "at 4, times plain": ratios[4],
+                "at most half": max(ratios[4].values()) <= 0.5,
+                "at 64, times plain": ratios[64],
+                "at most 1.05": max(ratios[64].values()) <= 1.05,
+            }
     return found
 
 
 def table(record: dict[str, Any], key: str = "frechet_test") -> str:
     """One line a sampler, one column a number of evaluations."""
     real = f"; real images {record['floor'][key]:.3f}" if key in record["floor"] else ""
-    lines = [f"{key}, {record['images']} images, {record['about']}{real}; in brackets the number of seeds, of which the "
-             "mean is shown", f"{'':34}" + "".join(f"{n:>9}" for n in NFE)]
+    lines = [
+        f"{key}, {record['images']} images, {record['about']}{real}; in brackets the number of seeds, "
+        "of which the mean is shown",
+        f"{'':34}" + "".join(f"{n:>9}" for n in NFE),
+    ]
     for name, by_seed in record["samplers"].items():
         for solver in ("euler", "midpoint"):
             values = curve(record, name, key, solver)
@@ -133,18 +188,26 @@ def table(record: dict[str, Any], key: str = "frechet_test") -> str:
 def plot(record: dict[str, Any], path: Path) -> None:
     """Frechet distance and label accuracy against evaluations."""
     figure, axes = headless_pyplot().subplots(1, 2, figsize=(11, 3.6), dpi=80)
-    plot_curves(axes[0], record, "frechet_test", "Frechet distance on the features of a small ResNet (not FID)")
+    not_fid = "Frechet distance on the features of a small ResNet (not FID)"
+    plot_curves(axes[0], record, "frechet_test", not_fid)
     plot_curves(axes[1], record, "label_accuracy", "share of images taken for what was asked")
     axes[0].set_yscale("log")  # the floor is far below, and would squeeze the curves
     axes[0].minorticks_off()
     low, high = axes[0].get_ylim()
     levels = [level for level in LEVELS if low <= level <= high]
     axes[0].set_yticks(levels, [f"{level:g}" for level in levels])
-    axes[0].text(.98, .95, f"real images: {record['floor']['frechet_test']:.3f}", ha="right", va="top", fontsize=8,
-                 transform=axes[0].transAxes)
-    axes[1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
-    figure.suptitle(f"{record['about']}; {record['size']}, {record['budget']} network evaluations of training each",
-                    fontsize=9.5)
+    axes[0].text(
+        0.98,
+        0.95,
+        f"real images: {record['floor']['frechet_test']:.3f}",
+        ha="right",
+        va="top",
+        fontsize=8,
+        transform=axes[0].transAxes,
+    )
+    axes[1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    cost = f"{record['budget']} network evaluations of training each"
+    figure.suptitle(f"{record['about']}; {record['size']}, {cost}", fontsize=9.5)
     figure.tight_layout()
     save_png(figure, path)
 
@@ -170,7 +233,8 @@ def plot_images(plan: Plan, record: dict[str, Any], path: Path, nfe: Sequence[in
     for ax in axes.flat:
         ax.axis("off")
     for ax, name in zip(axes.flat, names, strict=False):
-        files = {n: plan.cells / GENERATED / f"{safe(name)}-{seed}-{plan.count}-euler-{n}.safetensors" for n in nfe}
+        stem = plan.cells / GENERATED / f"{safe(name)}-{seed}-{plan.count}-euler"
+        files = {n: Path(f"{stem}-{n}.safetensors") for n in nfe}
         show_strips(ax, {n: file for n, file in files.items() if file.is_file()}, f"{name}; NFE at the left")
     figure.suptitle(record["about"], fontsize=9)
     figure.tight_layout()
@@ -180,7 +244,9 @@ def plot_images(plan: Plan, record: dict[str, Any], path: Path, nfe: Sequence[in
 def show_strips(ax: Any, files: dict[int, Path], title: str) -> None:
     """The first ten images of each file, one below the other. files: {NFE: file}."""
     ax.axis("on")
-    strips = [load_file(file)["pixels"][:10].permute(2, 0, 3, 1).reshape(32, 320, 3) for file in files.values()]
+    strips = [
+        load_file(file)["pixels"][:10].permute(2, 0, 3, 1).reshape(32, 320, 3) for file in files.values()
+    ]
     ax.imshow(torch.cat(strips))
     ax.set_xticks([])
     ax.set_yticks([16 + 32 * i for i in range(len(strips))], list(files), fontsize=7)
@@ -192,7 +258,9 @@ def save_png(figure: Any, path: Path) -> None:
     atomic_write(path, write)
 
 
-def report(plan: Plan, seeds: Sequence[int], out: Path, copy: str = "", notes: Sequence[str] = ()) -> dict[str, Any]:
+def report(
+    plan: Plan, seeds: Sequence[int], out: Path, copy: str = "", notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Writes out.json, out.png and out_images.png, and prints the tables."""
     record = gather(plan, seeds, copy, notes)
     write_json(json.dumps(record, indent=1), out.with_suffix(".json"))

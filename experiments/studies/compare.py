@@ -27,6 +27,7 @@ its teachers are found. Writes experiments/results/compare.json, compare.png and
     --report        computes nothing, writes what the cells that are there give
     --smoke --cache /tmp/cells --out /tmp/compare      seconds, one set; the numbers mean nothing
 """
+
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -46,8 +47,13 @@ FLUX = tiny_flux.NAME
 PARTS = ("plane", FLUX)
 FULL = Sizes(**vars(plane.BUDGETED_SIZES))
 SMOKE = Sizes(**vars(replace(plane.SMOKE_SIZES, dial_noises=2)), seeds=1, floor_pairs=4)
-BASELINES = {"Reflow": "reflow", "progressive": "progressive", "consistency": "consistency",
-             "Shortcut": "shortcut", "MeanFlow": "meanflow"}
+BASELINES = {
+    "Reflow": "reflow",
+    "progressive": "progressive",
+    "consistency": "consistency",
+    "Shortcut": "shortcut",
+    "MeanFlow": "meanflow",
+}
 NEED_A_STEP = ("shortcut", "meanflow")
 METRIC = "plane: sliced-Wasserstein-2; floor: data against data; spread: standard deviation over seeds"
 NOTES = (
@@ -71,7 +77,8 @@ NOTES = (
     "sets; seeds 1 and 2 had no say.",
     "SCFM's raw curves stand at the budget that includes the search for the dial, which they do not need.",
     "Progressive: `own stage` walks n steps with the network of the smallest stage with at least n; the "
-    "teacher beyond 16.")
+    "teacher beyond 16.",
+)
 
 
 def jobs(sizes: Sizes, budgets: dict[str, tuple[int, int]], sets: Sequence[str]) -> list[Job]:
@@ -79,21 +86,30 @@ def jobs(sizes: Sizes, budgets: dict[str, tuple[int, int]], sets: Sequence[str])
     found = [Job("plane", "floor", "floor", data, 0) for data in sets]
     found += [Job(FLUX, family, family, FLUX, 0) for family in ("floor", "teacher")]
     for seed in range(sizes.seeds):
-        found += [Job("plane", family, "teacher", data, seed)
-                  for data in sets for family in ("teacher", "multistep")]
+        found += [
+            Job("plane", family, "teacher", data, seed)
+            for data in sets
+            for family in ("teacher", "multistep")
+        ]
         for on_plane, on_flux in budgets.values():
             found += [job for data in sets for job in trained_on_plane(sizes, data, seed, on_plane)]
             if seed == 0 and on_flux:
-                found += [Job(FLUX, family, label, FLUX, 0, change, on_flux)
-                          for label, (family, change) in trained_on_flux().items()]
+                found += [
+                    Job(FLUX, family, label, FLUX, 0, change, on_flux)
+                    for label, (family, change) in trained_on_flux().items()
+                ]
     return found
 
 
 def trained_on_plane(sizes: Sizes, data: str, seed: int, budget: int) -> list[Job]:
     steps = plane.plan(sizes, "scfm", budget)[0]
-    return [*(Job("plane", family, label, data, seed, {}, budget) for label, family in BASELINES.items()),
-            *(Job("plane", "scfm", label, data, seed, {"max_train_steps": steps, **change}, budget)
-              for label, change in SCFM.items())]
+    return [
+        *(Job("plane", family, label, data, seed, {}, budget) for label, family in BASELINES.items()),
+        *(
+            Job("plane", "scfm", label, data, seed, {"max_train_steps": steps, **change}, budget)
+            for label, change in SCFM.items()
+        ),
+    ]
 
 
 def trained_on_flux() -> dict[str, tuple[str, dict]]:
@@ -120,8 +136,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes = replace(sizes, seeds=1)
     work = partial(measure, sizes=sizes, flux_sizes=flux_sizes)
     results = run_jobs(jobs(sizes, budgets, sets), work, args)
-    record = {"notes": NOTES, "protocol": {**asdict(sizes), "flux": asdict(flux_sizes)}, "metric": METRIC,
-              **run_info(results), **gather(results, sizes, flux_sizes, budgets)}
+    record = {
+        "notes": NOTES,
+        "protocol": {**asdict(sizes), "flux": asdict(flux_sizes)},
+        "metric": METRIC,
+        **run_info(results),
+        **gather(results, sizes, flux_sizes, budgets),
+    }
     record |= weigh(record)
     write_record(record, args.out)
     if record["free"]:

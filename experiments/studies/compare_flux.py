@@ -1,4 +1,5 @@
 """The study `compare` on the tiny Flux: every method that can be a plain LoRA, judged by toy/judge.py."""
+
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -75,9 +76,11 @@ class CaptionedModels:
 
 def with_noise(draw: BatchOf, captioned: CaptionedModels) -> BatchOf:
     """batch_of for `fit`: latents and noise; the captions go to the models."""
+
     def batch_of(generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         latents, captioned.cond = draw(generator, count)
         return latents, torch.randn(latents.shape, generator=generator)
+
     return batch_of
 
 
@@ -101,6 +104,7 @@ def train_reflow(bed: TinyFlux, job: Job, config: SCFMConfig, pairs: int) -> dic
         index = torch.randint(pairs, (count,), generator=generator)
         captioned.cond = drawings.cond(rows[index])
         return ends[index], noise[index]
+
     fit(captioned, batch_of, config, reflow_loss)
     return {"ema_slow": copy_of_lora(models)}
 
@@ -145,6 +149,7 @@ def measure_method(bed: TinyFlux, job: Job) -> dict:
     def make() -> dict:
         models = make_models(job.seed, RANK)
         return method_curves(bed, job, models, loras)
+
     spec = {"of": spec, "judged": bed.sizes.judged, "steps": STEPS, "dial": search}
     return bed.cache("flux_scores", spec, make)
 
@@ -152,15 +157,16 @@ def measure_method(bed: TinyFlux, job: Job) -> dict:
 def method_curves(bed: TinyFlux, job: Job, models: LoraModels, loras: dict[Any, Adapter]) -> dict:
     measure = bed.judge(job)
 
-    def field(name: Any, scale: float = 1.) -> Field:
+    def field(name: Any, scale: float = 1.0) -> Field:
         return models.teacher if name is None else load_lora(models, loras[name])(scale)
 
     def own_stage(n: int) -> Field:
         return field(min((k for k in STAGES if k >= n), default=None))
 
     def renoised(n: int) -> dict[str, float]:
-        generator = keyed_generator(job.seed, n, Stream.FLUX_RENOISE)        # one for all parts of a walk
+        generator = keyed_generator(job.seed, n, Stream.FLUX_RENOISE)  # one for all parts of a walk
         return measure(field("ema_slow"), n, partial(sample_renoised, generator=generator))
+
     if job.family == "progressive":
         last_stage = curve("last stage", lambda n: measure(field(1), n))
         return curve("own stage", lambda n: measure(own_stage(n), n)) | last_stage
@@ -174,16 +180,18 @@ def method_curves(bed: TinyFlux, job: Job, models: LoraModels, loras: dict[Any, 
     return raw
 
 
-def scale_of_steps(bed: TinyFlux, job: Job, teacher: Field,
-                   field_at: Callable[[float], Field]) -> dict[int, float]:
+def scale_of_steps(
+    bed: TinyFlux, job: Job, teacher: Field, field_at: Callable[[float], Field]
+) -> dict[int, float]:
     """{steps: scale}; 0 beyond the search: the teacher itself."""
     walk, goal = bed.search(job, teacher)
     found: LoraScales = find_scales(walk, goal, field_at, SEARCH_STEPS, SEARCH_SCALES, STOCK)
-    return {n: found.scale(n) if n <= max(SEARCH_STEPS) else 0. for n in STEPS}
+    return {n: found.scale(n) if n <= max(SEARCH_STEPS) else 0.0 for n in STEPS}
 
 
-def curve(name: str, measure: Callable[[int], dict[str, float]],
-          steps: Iterable[int] = STEPS) -> dict[str, dict]:
+def curve(
+    name: str, measure: Callable[[int], dict[str, float]], steps: Iterable[int] = STEPS
+) -> dict[str, dict]:
     """{name: {NFE: Frechet}, "name accuracy": ..., "name coupling": ...} of measure(NFE) -> marks."""
     marks = {n: measure(n) for n in steps}
     return {name + kind: {n: mark[metric] for n, mark in marks.items()} for kind, metric in KINDS.items()}
@@ -197,18 +205,29 @@ def measure_teacher(bed: TinyFlux, job: Job) -> dict:
         measure, curves = bed.judge(job), {}
         for solver, cost in EVALUATIONS.items():
             by_solver = partial(sample, solver=solver)
-            curves |= curve(solver, lambda n, c=cost, s=by_solver: measure(velocity, n // c, s),
-                            [n for n in STEPS if n % cost == 0])
+            curves |= curve(
+                solver,
+                lambda n, c=cost, s=by_solver: measure(velocity, n // c, s),
+                [n for n in STEPS if n % cost == 0],
+            )
         return curves | curve("multistep", lambda n: measure(velocity, n, multistep))
-    spec = {"pipeline": fingerprint, "judged": bed.sizes.judged, "steps": STEPS, "guidance": GUIDANCE,
-            "shift": STOCK}
+
+    spec = {
+        "pipeline": fingerprint,
+        "judged": bed.sizes.judged,
+        "steps": STEPS,
+        "guidance": GUIDANCE,
+        "shift": STOCK,
+    }
     return bed.cache("flux_teacher", spec, make)
 
 
 def measure_floor(bed: TinyFlux, job: Job) -> dict:
     """Frechet of as many fresh drawings as the judge has captions."""
+
     def make() -> dict:
         return {"mean": load_judge(bed.sizes.judged).floor(), "low": None, "high": None}
+
     return bed.cache("flux_floor", {"pipeline": pipeline_fingerprint(), "judged": bed.sizes.judged}, make)
 
 

@@ -1,4 +1,5 @@
 """The study `compare` on the plane: each few-step method from the plane's teachers, with all weights."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +20,10 @@ from experiments.testbeds.plane import (
     endpoints,
     load_weights,
     make_recipe,
-    measure_floor,
-    measure_student,
-    measure_teacher,
     plan,
     search_cost,
 )
+from experiments.testbeds.plane_measures import measure_floor, measure_student, measure_teacher
 from scfm.method.baselines import (
     SHORTCUT_GRIDS,
     distillation_loss,
@@ -46,15 +45,16 @@ from scfm.method.scale_schedule import parabola_min, search_per_step
 from toy.plane import DATA, MLP, with_step
 
 LOSSES = {"consistency": distillation_loss, "shortcut": shortcut_loss, "meanflow": meanflow_loss}
-STEP_AWARE = ("shortcut", "meanflow")            # their networks have the step size as second input
-TABLE_SCALES = 5                                 # of the table that `search_per_step` starts from
-SCHEDULED = (1, 2, 3, 4, 8)                      # the step counts that it serves
-Sampler = Callable[[torch.Tensor, int], torch.Tensor]        # (noise, steps) -> points
+STEP_AWARE = ("shortcut", "meanflow")  # their networks have the step size as second input
+TABLE_SCALES = 5  # of the table that `search_per_step` starts from
+SCHEDULED = (1, 2, 3, 4, 8)  # the step counts that it serves
+Sampler = Callable[[torch.Tensor, int], torch.Tensor]  # (noise, steps) -> points
 
 
 @dataclass(frozen=True)
 class Sizes(PlaneSizes):
     """seeds: of each method; floor_pairs: of data against data."""
+
     seeds: int = 3
     floor_pairs: int = 60
 
@@ -85,13 +85,20 @@ def train_rival(bed: Plane, job: Job) -> tuple[dict[Any, nn.Module], MLP, dict]:
     grids = {"grids": SHORTCUT_GRIDS} if job.family == "shortcut" else {}
     change = {"max_train_steps": steps // len(STAGES) if stages else steps}
     config = SCFMConfig(seed=job.seed, **make_recipe(bed.sizes, change).config)
-    spec = {"teacher": of_teacher, "method": job.family, "pairs": pairs, "config": non_defaults(config),
-            **stages, **grids}
+    spec = {
+        "teacher": of_teacher,
+        "method": job.family,
+        "pairs": pairs,
+        "config": non_defaults(config),
+        **stages,
+        **grids,
+    }
     step_aware = job.family in STEP_AWARE
 
     def make() -> dict:
         networks = fit_rival(job, with_step(network) if step_aware else network, config, pairs)
         return {name: trained.state_dict() for name, trained in networks.items()}
+
     weights = bed.cache("few_step", spec, make)
     networks = {name: load_weights(MLP(told_step=step_aware), part) for name, part in weights.items()}
     return networks, network, spec
@@ -100,6 +107,7 @@ def train_rival(bed: Plane, job: Job) -> tuple[dict[Any, nn.Module], MLP, dict]:
 def fit_rival(job: Job, network: nn.Module, config: SCFMConfig, pairs: int) -> dict[Any, nn.Module]:
     def batch_of(generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         return DATA[job.data](count, generator), torch.randn(count, 2, generator=generator)
+
     if job.family == "progressive":
         return progressive(network, batch_of, config, STAGES)
     if job.family == "reflow":
@@ -116,30 +124,34 @@ def fit_reflow(network: nn.Module, config: SCFMConfig, count: int) -> nn.Module:
     def batch_of(generator: torch.Generator, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = torch.randint(count, (n,), generator=generator)
         return points[index], starts[index]
+
     return fit(models, batch_of, config, reflow_loss).networks["ema_slow"]
 
 
 def samplers(method: str, networks: dict[Any, nn.Module], base: nn.Module, seed: int) -> dict[str, Sampler]:
     """{curve: sampler} of a method's networks. base: the teacher's, for more steps than stages."""
-    fields = {name: CopiedModels(network).field("teacher")
-              for name, network in {**networks, "base": base}.items()}
+    fields = {
+        name: CopiedModels(network).field("teacher") for name, network in {**networks, "base": base}.items()
+    }
 
     def own_stage(noise: torch.Tensor, n: int) -> torch.Tensor:
         return endpoints(fields[min((k for k in STAGES if k >= n), default="base")], noise, n)
 
     def step_size(noise: torch.Tensor, n: int) -> torch.Tensor:
-        finest = 1 / max(SHORTCUT_GRIDS) if method == "shortcut" else 0.
+        finest = 1 / max(SHORTCUT_GRIDS) if method == "shortcut" else 0.0
         return sample_with_step_size(fields["ema_slow"], noise, time_grid(n), finest)
 
     def renoised(noise: torch.Tensor, n: int) -> torch.Tensor:
         generator = keyed_generator(seed, n, Stream.RENOISE)
         return sample_renoised(fields["ema_slow"], noise, time_grid(n), generator)
+
     if method == "progressive":
         return {"own stage": own_stage, "last stage": partial(endpoints, fields[1])}
     if method in STEP_AWARE:
         return {"raw": step_size}
     return {"raw": partial(endpoints, fields["ema_slow"])} | (
-        {"re-noised": renoised} if method == "consistency" else {})
+        {"re-noised": renoised} if method == "consistency" else {}
+    )
 
 
 def measure_rival(bed: Plane, job: Job) -> dict:
@@ -155,6 +167,7 @@ def measure_rival(bed: Plane, job: Job) -> dict:
             found[curve] = {n: mark["sw2"] for n, mark in marks.items()}
             found[f"{curve} coupling"] = {n: mark["endpoint"] for n, mark in marks.items()}
         return found
+
     more = {"steps": STEPS, "coupled": COUPLED, "goal": bed.sizes.goal_steps}
     return bed.cache("few_step_sw2", {"of": spec, **bed.judged_by(**more)}, make)
 
@@ -165,8 +178,11 @@ def measure_scfm(bed: Plane, job: Job) -> dict:
 
     def make() -> dict:
         field_at = partial(models.field, "ema_slow")
-        return {"raw coupling": {n: distance(field_at(1.), n) for n in STEPS},
-                "dialled coupling": {n: distance(field_at(value["scales"][n]), n) for n in STEPS}}
+        return {
+            "raw coupling": {n: distance(field_at(1.0), n) for n in STEPS},
+            "dialled coupling": {n: distance(field_at(value["scales"][n]), n) for n in STEPS},
+        }
+
     more = {"coupled": COUPLED, "goal": bed.sizes.goal_steps, "scales": value["scales"]}
     coupling = bed.cache("coupling", {"of": spec, **bed.judged_by(**more)}, make)
     return value | coupling | measure_schedules(bed, job, models, spec)
@@ -182,21 +198,34 @@ def measure_schedules(bed: Plane, job: Job, models: CopiedModels, spec: dict) ->
         field_at = partial(models.field, "ema_slow")
         found = find_schedules(*bed.search(job, models.field("teacher"), noises), field_at, scales)
         marks = {n: measure(scheduled_field(field_at, schedule), n) for n, schedule in found.items()}
-        return {"stepwise": {n: mark["sw2"] for n, mark in marks.items()},
-                "stepwise coupling": {n: mark["endpoint"] for n, mark in marks.items()}}
-    more = {"steps": STEPS, "coupled": COUPLED, "goal": bed.sizes.goal_steps, "noises": noises,
-            "scales": scales, "served": SCHEDULED, "beyond": "parabola"}
+        return {
+            "stepwise": {n: mark["sw2"] for n, mark in marks.items()},
+            "stepwise coupling": {n: mark["endpoint"] for n, mark in marks.items()},
+        }
+
+    more = {
+        "steps": STEPS,
+        "coupled": COUPLED,
+        "goal": bed.sizes.goal_steps,
+        "noises": noises,
+        "scales": scales,
+        "served": SCHEDULED,
+        "beyond": "parabola",
+    }
     return bed.cache("stepwise", {"of": spec, **bed.judged_by(**more)}, make)
 
 
-def find_schedules(walk: Callable, goal: torch.Tensor, field_at: Callable,
-                   scales: tuple[float, ...]) -> dict[int, tuple[float, ...]]:
+def find_schedules(
+    walk: Callable, goal: torch.Tensor, field_at: Callable, scales: tuple[float, ...]
+) -> dict[int, tuple[float, ...]]:
     """{steps: a scale for each step}."""
     distance = schedule_distance(walk, goal, field_at)
     curve = uniform_curve(distance, STEPS, scales)
     chosen = choose_lora_scales(curve)
-    return {n: search_per_step(distance, n, s).scales if n in SCHEDULED else (between(curve, n, s),) * n
-            for n, s in zip(chosen.steps, chosen.scales, strict=True)}
+    return {
+        n: search_per_step(distance, n, s).scales if n in SCHEDULED else (between(curve, n, s),) * n
+        for n, s in zip(chosen.steps, chosen.scales, strict=True)
+    }
 
 
 def between(curve: dict[tuple[int, float], float], n: int, scale: float) -> float:
@@ -205,7 +234,7 @@ def between(curve: dict[tuple[int, float], float], n: int, scale: float) -> floa
     """
     scales = sorted({s for _, s in curve})
     i = min(max(scales.index(scale), 1), len(scales) - 2)
-    return parabola_min([(s, curve[n, s] ** 2) for s in scales[i - 1:i + 2]])
+    return parabola_min([(s, curve[n, s] ** 2) for s in scales[i - 1 : i + 2]])
 
 
 def measure_multistep(bed: Plane, job: Job) -> dict:
@@ -216,11 +245,16 @@ def measure_multistep(bed: Plane, job: Job) -> dict:
         score, noise = bed.cloud(job), bed.references(job).noise
         velocity = CopiedModels(network).field("teacher")
         return {"multistep": {n: score(multistep(velocity, noise, time_grid(n)))[0] for n in STEPS}}
+
     return bed.cache("multistep_sw2", {"of": spec, **bed.judged_by(steps=STEPS)}, make)
 
 
 def measure(cache: CellCache, job: Job, sizes: Sizes) -> dict:
     """The measurement of a job, by its family; all but those named here are rivals."""
-    named = {"teacher": measure_teacher, "multistep": measure_multistep, "scfm": measure_scfm,
-             "floor": partial(measure_floor, pairs=sizes.floor_pairs)}
+    named = {
+        "teacher": measure_teacher,
+        "multistep": measure_multistep,
+        "scfm": measure_scfm,
+        "floor": partial(measure_floor, pairs=sizes.floor_pairs),
+    }
     return named.get(job.family, measure_rival)(Plane(cache, sizes), job)

@@ -1,4 +1,5 @@
 """The record, the tables and the figures of the study `compare`, from its results."""
+
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,28 +15,46 @@ from experiments.testbeds import plane, tiny_flux
 from scfm.method.lora_scale import STEPS
 
 FLUX = tiny_flux.NAME
-STYLES = {"Reflow raw": "C0o-", "progressive own stage": "C1o-", "consistency re-noised": "C2o-",
-          "Shortcut raw": "C4o-", "MeanFlow raw": "C5o-", "SCFM, Algorithm 2 raw": "C3.--",
-          "SCFM, tuned dialled": "C3o-", "SCFM, tuned stepwise": "C3*-"}
+STYLES = {
+    "Reflow raw": "C0o-",
+    "progressive own stage": "C1o-",
+    "consistency re-noised": "C2o-",
+    "Shortcut raw": "C4o-",
+    "MeanFlow raw": "C5o-",
+    "SCFM, Algorithm 2 raw": "C3.--",
+    "SCFM, tuned dialled": "C3o-",
+    "SCFM, tuned stepwise": "C3*-",
+}
 ON_FLUX_ALONE, BOLD = "SCFM, tuned dialled", "SCFM, tuned stepwise"  # the plane has better, and many lines
 FLUX_LEVELS = (30, 50, 70, 100, 150, 200, 300, 500, 1000)
 FREE_STYLES = {"teacher euler": "ko-", "teacher midpoint": "ks--", "teacher multistep": "k^:"}
-BESIDE = ("coupling", "scales", "deviation", "accuracy")     # curves of something else than the quality
-NEEDS = {"teacher euler": "nothing", "teacher midpoint": "nothing", "teacher heun": "nothing",
-         "teacher multistep": "nothing", "Reflow raw": "stored pairs",
-         "progressive own stage": "a network a stage", "consistency re-noised": "re-noising",
-         "consistency raw": "nothing", "Shortcut raw": "a second input",
-         "MeanFlow raw": "a second input, a JVP",
-         "SCFM, Algorithm 2 raw": "nothing", "SCFM, Algorithm 2 dialled": "a dial",
-         "SCFM, Algorithm 2 stepwise": "a dial for each step",
-         "SCFM, Algorithm 1 stepwise": "a dial for each step",
-         "SCFM, self grid 2 stepwise": "a dial for each step", "SCFM, damped dialled": "a dial",
-         "SCFM, tuned dialled": "a dial", "SCFM, damped stepwise": "a dial for each step",
-         "SCFM, tuned stepwise": "a dial for each step"}
+BESIDE = ("coupling", "scales", "deviation", "accuracy")  # curves of something else than the quality
+NEEDS = {
+    "teacher euler": "nothing",
+    "teacher midpoint": "nothing",
+    "teacher heun": "nothing",
+    "teacher multistep": "nothing",
+    "Reflow raw": "stored pairs",
+    "progressive own stage": "a network a stage",
+    "consistency re-noised": "re-noising",
+    "consistency raw": "nothing",
+    "Shortcut raw": "a second input",
+    "MeanFlow raw": "a second input, a JVP",
+    "SCFM, Algorithm 2 raw": "nothing",
+    "SCFM, Algorithm 2 dialled": "a dial",
+    "SCFM, Algorithm 2 stepwise": "a dial for each step",
+    "SCFM, Algorithm 1 stepwise": "a dial for each step",
+    "SCFM, self grid 2 stepwise": "a dial for each step",
+    "SCFM, damped dialled": "a dial",
+    "SCFM, tuned dialled": "a dial",
+    "SCFM, damped stepwise": "a dial for each step",
+    "SCFM, tuned stepwise": "a dial for each step",
+}
 
 
-def gather(results: Sequence[Result], sizes: Any, flux_sizes: Any,
-           budgets: dict[str, tuple[int, int]]) -> dict[str, Any]:
+def gather(
+    results: Sequence[Result], sizes: Any, flux_sizes: Any, budgets: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
     """floor; free: the teacher's curves; budgets: for each its evaluations, what each method makes of them,
     the curves.
 
@@ -43,15 +62,20 @@ def gather(results: Sequence[Result], sizes: Any, flux_sizes: Any,
     """
     done = [result for result in results if result.value is not None]
     free = [result for result in done if result.job.budget == 0]
-    record = {"floor": {r.job.data: r.value for r in free if r.job.family == "floor"},
-              "free": gather_curves(r for r in free if r.job.family != "floor"), "budgets": {}}
+    record = {
+        "floor": {r.job.data: r.value for r in free if r.job.family == "floor"},
+        "free": gather_curves(r for r in free if r.job.family != "floor"),
+        "budgets": {},
+    }
     for name, (on_plane, on_flux) in budgets.items():
         planar, captioned = at_budget(results, False, on_plane), at_budget(results, True, on_flux)
         record["budgets"][name] = {
-            "evaluations": on_plane, "methods": costs(planar, plane.plan, compare_plane.spent, sizes),
+            "evaluations": on_plane,
+            "methods": costs(planar, plane.plan, compare_plane.spent, sizes),
             "flux_evaluations": on_flux,
             "flux_methods": costs(captioned, tiny_flux.plan, compare_flux.spent, flux_sizes),
-            "main": gather_curves(r for r in (*planar, *captioned) if r.value is not None)}
+            "main": gather_curves(r for r in (*planar, *captioned) if r.value is not None),
+        }
     return record
 
 
@@ -60,8 +84,9 @@ def at_budget(results: Sequence[Result], on_flux: bool, budget: int) -> list[Res
     return [r for r in results if 0 < r.job.budget == budget and (r.job.data == FLUX) == on_flux]
 
 
-def costs(results: Sequence[Result], plan: Callable, spent: Callable,
-          sizes: Any) -> dict[str, dict[str, int]]:
+def costs(
+    results: Sequence[Result], plan: Callable, spent: Callable, sizes: Any
+) -> dict[str, dict[str, int]]:
     """{method: its training steps, its pairs, the evaluations that it really takes}."""
     found = {}
     for method, budget in sorted({(result.job.family, result.job.budget) for result in results}):
@@ -86,7 +111,7 @@ def plot(record: dict[str, Any], path: str | Path) -> None:
             evaluations = of_budget["flux_evaluations" if data == FLUX else "evaluations"]
             draw(ax, record, of_budget, data, f"{data}, {name} ({evaluations:,} evaluations)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8)
-    figure.tight_layout(rect=(0, .06, 1, 1))
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     save(figure, path, 80)
 
 
@@ -99,18 +124,19 @@ def plot_summary(record: dict[str, Any], path: str | Path, budget: str = "medium
     cells = list(axes.flat)
     for ax, (data, kind) in zip(cells, places, strict=False):
         draw(ax, record, record["budgets"][budget], data, data + (", endpoints" if kind else ""), kind)
-    for ax in cells[len(places):]:
+    for ax in cells[len(places) :]:
         ax.axis("off")
     lines = labelled_handles(cells)
     cells[len(places)].legend(lines.values(), lines.keys(), loc="center left", fontsize=8.5, frameon=False)
     figure.suptitle(f"Few-step methods from one teacher, {budget} budget: lower is better", fontsize=11)
     figure.tight_layout()
     save(figure, path, 80)
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)   # a third of the bytes
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes
 
 
-def draw(ax: Any, record: dict[str, Any], of_budget: dict[str, Any], data: str, title: str,
-         kind: str = "") -> None:
+def draw(
+    ax: Any, record: dict[str, Any], of_budget: dict[str, Any], data: str, title: str, kind: str = ""
+) -> None:
     """Every curve of STYLES that there is. kind: of the curve, such as " coupling"."""
     curves = record["free"][data] | of_budget["main"].get(data, {})
     for label, style in {**FREE_STYLES, **STYLES}.items():
@@ -118,11 +144,11 @@ def draw(ax: Any, record: dict[str, Any], of_budget: dict[str, Any], data: str, 
         curve = {n: e for n, e in curves.get(label + kind, {}).items() if e["mean"] > 0}
         if curve and (label != ON_FLUX_ALONE or data == FLUX):
             size, width = (7, 2) if label == BOLD else (3, 1)
-            plot_curve(ax, curve, fmt=style, ms=size, lw=width, elinewidth=.6, label=label)
+            plot_curve(ax, curve, fmt=style, ms=size, lw=width, elinewidth=0.6, label=label)
     floor = record["floor"].get(data) if not kind else None
     if floor:  # one number on the tiny Flux, a band of 95 % on the plane
-        low, high = floor["low"] or .99 * floor["mean"], floor["high"] or 1.01 * floor["mean"]
-        ax.axhspan(low, high, color="C2", alpha=.25, lw=0, label="data against data")
+        low, high = floor["low"] or 0.99 * floor["mean"], floor["high"] or 1.01 * floor["mean"]
+        ax.axhspan(low, high, color="C2", alpha=0.25, lw=0, label="data against data")
     step_axes(ax, STEPS, title, FLUX_LEVELS if data == FLUX and not kind else LEVELS)
     ax.set_ylabel("distance to the teacher's endpoints" if kind else quality_axis(data))
 
@@ -137,14 +163,18 @@ def text(record: dict[str, Any]) -> str:
     floors = {data: floor for data, floor in record["floor"].items() if data != FLUX}
     parts = [curve_table(free, floors), flux_floor_text(record)]
     for name, of_budget in record["budgets"].items():
-        parts += ["\n" + budget_text(name, of_budget),
-                  curve_table({data: quality(curves) for data, curves in of_budget["main"].items()}, {})]
+        parts += [
+            "\n" + budget_text(name, of_budget),
+            curve_table({data: quality(curves) for data, curves in of_budget["main"].items()}, {}),
+        ]
     return "\n".join(parts)
 
 
 def budget_text(name: str, of_budget: dict[str, Any]) -> str:
-    return (f"{name}: {of_budget['evaluations']:,} evaluations on the plane, "
-            f"{of_budget['flux_evaluations']:,} on the tiny Flux")
+    return (
+        f"{name}: {of_budget['evaluations']:,} evaluations on the plane, "
+        f"{of_budget['flux_evaluations']:,} on the tiny Flux"
+    )
 
 
 def flux_floor_text(record: dict[str, Any]) -> str:
@@ -179,16 +209,19 @@ def summary_curves(record: dict[str, Any], budget: str, data: str) -> Curves:
     return {label: curves[label] for label in NEEDS if label in curves}
 
 
-def summary(record: dict[str, Any], budget: str = "medium",
-            steps: Sequence[int] = (1, 2, 3, 4, 8, 32)) -> str:
+def summary(
+    record: dict[str, Any], budget: str = "medium", steps: Sequence[int] = (1, 2, 3, 4, 8, 32)
+) -> str:
     """One table for a screen: on the plane times the best of that column, on the tiny Flux the Frechet
     distance itself.
     """
     flux = summary_curves(record, budget, FLUX) if FLUX in record["free"] else {}
     width, counts = 7 * len(steps), "".join(f"{n:7}" for n in steps)
-    lines = [budget_text(budget, record["budgets"][budget]),
-             f"{'':26}{'plane: times the best there':^{width}}  {'tiny Flux: Frechet':^{width}}",
-             f"{'':26}{counts}  {counts}  needs"]
+    lines = [
+        budget_text(budget, record["budgets"][budget]),
+        f"{'':26}{'plane: times the best there':^{width}}  {'tiny Flux: Frechet':^{width}}",
+        f"{'':26}{counts}  {counts}  needs",
+    ]
     for label, needs in NEEDS.items():
         ratios = "".join(ratio_text(over_sets(record, budget, label, n)) for n in steps)
         frechet = "".join(mean_text(flux.get(label, {}).get(n)) for n in steps)

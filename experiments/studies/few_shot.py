@@ -22,6 +22,7 @@ experiments/results/few_shot.json, few_shot_plane.png, few_shot_flux.png and few
     --report        computes nothing, writes what the cells that are there give
     --smoke --cache /tmp/cells --out /tmp/few_shot      seconds; the numbers mean nothing
 """
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -29,14 +30,15 @@ from functools import partial
 from experiments.runner import CellCache, Job, make_parser, run_info, run_jobs, write_record
 from experiments.studies import few_shot_cells as cells
 from experiments.studies.few_shot_cells import FluxSizes, PlaneSizes
-from experiments.studies.few_shot_report import METRICS, add_verdicts, gather, plot, plot_summary, table
+from experiments.studies.few_shot_figures import plot, plot_summary
+from experiments.studies.few_shot_report import METRICS, add_verdicts, gather, table
 from experiments.testbeds import tiny_flux
 from experiments.testbeds.plane import Plane
-from experiments.testbeds.tiny_flux import TaughtFlux
+from experiments.testbeds.taught_flux import TaughtFlux
 from toy.plane import DATA
 
 PARTS = ("plane", "flux")
-TUNING = {"non_shortcut_ratio": 1.}              # every example's target is noise - data: fine-tuning
+TUNING = {"non_shortcut_ratio": 1.0}  # every example's target is noise - data: fine-tuning
 TRAININGS = {"scfm": {}, "tuned": TUNING}
 NOTES = (
     "Pooled t intervals of few against all: the runs with all images are taken to vary as those with few do.",
@@ -50,12 +52,14 @@ NOTES = (
     "coverage and spread, .01 of accuracy). Lost: Holm's procedure over the tests of a size, 2.5 % for all "
     "together. Otherwise: cannot tell.",
     "Each student has a dial of its own, found without images.",
-    "Both: fewer updates than bench/plane.py and the carried LoRA have.")
+    "Both: fewer updates than bench/plane.py and the carried LoRA have.",
+)
 
 
 @dataclass(frozen=True)
 class Sizes:
     """sizes: below all; subsets: of each; wholes: runs with all images, by part; sets: of the plane."""
+
     sizes: tuple = (1, 3, 10, 30, 100)
     subsets: int = 5
     wholes: dict = field(default_factory=lambda: {"plane": 3, "flux": 3})
@@ -64,9 +68,14 @@ class Sizes:
     flux: FluxSizes = FluxSizes()
 
 
-SMOKE = Sizes((1,), 2, {"plane": 1, "flux": 1}, ("moons",),
-              PlaneSizes(dict.fromkeys(DATA, 2), 2, 8, 64, 8, 8, 4, (0., 1.), (3, 8)),
-              FluxSizes((3, 4), 1, 2, 5, 2, 2, 2, (.5, 1.), 2))
+SMOKE = Sizes(
+    (1,),
+    2,
+    {"plane": 1, "flux": 1},
+    ("moons",),
+    PlaneSizes(dict.fromkeys(DATA, 2), 2, 8, 64, 8, 8, 4, (0.0, 1.0), (3, 8)),
+    FluxSizes((3, 4), 1, 2, 5, 2, 2, 2, (0.5, 1.0), 2),
+)
 
 
 def jobs(sizes: Sizes) -> list[Job]:
@@ -76,9 +85,19 @@ def jobs(sizes: Sizes) -> list[Job]:
         cases = [(0, subset) for subset in range(sizes.wholes[part])]
         cases += [(size, subset) for subset in range(sizes.subsets) for size in sizes.sizes]
         found += [Job(part, "teacher", "teacher", data, 0) for data in sets]
-        found += [Job(part, family, f"{size or 'all'}, subset {subset}", data, 0,
-                      {"few": size, "seed": subset, **change})
-                  for size, subset in cases for data in sets for family, change in TRAININGS.items()]
+        found += [
+            Job(
+                part,
+                family,
+                f"{size or 'all'}, subset {subset}",
+                data,
+                0,
+                {"few": size, "seed": subset, **change},
+            )
+            for size, subset in cases
+            for data in sets
+            for family, change in TRAININGS.items()
+        ]
     return found
 
 
@@ -96,8 +115,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = SMOKE if args.smoke else Sizes()
     results = run_jobs(jobs(sizes), partial(measure, sizes=sizes), args)
     metrics = {part: {name: line for name, (_, line) in found.items()} for part, found in METRICS.items()}
-    record = {"notes": NOTES, "protocol": asdict(sizes), "metrics": metrics, **run_info(results),
-              **add_verdicts(gather(results))}
+    record = {
+        "notes": NOTES,
+        "protocol": asdict(sizes),
+        "metrics": metrics,
+        **run_info(results),
+        **add_verdicts(gather(results)),
+    }
     write_record(record, args.out)
     for part in PARTS:
         if any(world["part"] == part and world["methods"] for world in record["worlds"].values()):

@@ -1,12 +1,11 @@
 """The record, the intervals and the figures of the study `few_shot`, from its results."""
+
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student_t
 
-from experiments.figures import canvas, labelled_handles, level_axis, save
 from experiments.runner import Job, Result
 
 # metric -> (1 where a larger number is worse, -1 where a smaller one is, 0 for no verdict; what it is, in one
@@ -14,29 +13,49 @@ from experiments.runner import Job, Result
 METRICS = {
     "plane": {
         "sw2": (1, "sliced Wasserstein-2 of 5000 samples to fresh data"),
-        "coverage": (-1, "share of fresh data with a sample within the radius in which 95 % have other fresh "
-                         "data"),
+        "coverage": (
+            -1,
+            "share of fresh data with a sample within the radius in which 95 % have other fresh data",
+        ),
         "endpoint": (1, "rms distance to the teacher's own endpoints in 128 steps from the same noises"),
-        "spread": (0, "deviation of the samples over that of the data; 1 is right, so no verdict rests on "
-                      "it")},
+        "spread": (
+            0,
+            "deviation of the samples over that of the data; 1 is right, so no verdict rests on it",
+        ),
+    },
     "flux": {
-        "prompt_accuracy": (-1, "share of the attributes named by the captions that a classifier of drawings "
-                                "sees"),
-        "frechet": (0, "Frechet distance on that classifier's features to drawings of such captions (not "
-                       "FID); of so few images it is mostly its floor, so no verdict rests on it"),
+        "prompt_accuracy": (
+            -1,
+            "share of the attributes named by the captions that a classifier of drawings sees",
+        ),
+        "frechet": (
+            0,
+            "Frechet distance on that classifier's features to drawings of such captions (not "
+            "FID); of so few images it is mostly its floor, so no verdict rests on it",
+        ),
         "endpoint": (1, "rms distance of the latents to the teacher's own in 32 steps from the same noises"),
-        "spread": (-1, "rms deviation of pixels among images of one caption over the teacher's in 32 steps; "
-                       "more than 1 counts as 1")}}
+        "spread": (
+            -1,
+            "rms deviation of pixels among images of one caption over the teacher's in 32 steps; "
+            "more than 1 counts as 1",
+        ),
+    },
+}
 SCFM, DIALLED, TUNED = "SCFM", "SCFM, dialled", "fine-tuning"
 ALL = "all"
-LEVEL = .95
+LEVEL = 0.95
 # metric -> (how much worse may still be called as good, whether that is a share of what all images give);
 # fixed before
 # the runs
-MARGINS = {"sw2": (.05, True), "endpoint": (.05, True), "coverage": (.05, False), "spread": (.05, False),
-           "prompt_accuracy": (.01, False)}
+MARGINS = {
+    "sw2": (0.05, True),
+    "endpoint": (0.05, True),
+    "coverage": (0.05, False),
+    "spread": (0.05, False),
+    "prompt_accuracy": (0.01, False),
+}
 AS_GOOD, LOST, OPEN = "as good", "lost", "cannot tell"
-Entry = dict[str, Any]                           # {"values": {subset: number}, "mean", "half"}
+Entry = dict[str, Any]  # {"values": {subset: number}, "mean", "half"}
 
 
 def curves(job: Job, value: dict) -> Iterator[tuple[str, str, dict, dict | None]]:
@@ -91,7 +110,7 @@ def entries(found: dict) -> list[Entry]:
 
 
 def quantile(freedom: int) -> float:
-    return float(student_t.ppf(.5 + LEVEL / 2, freedom))
+    return float(student_t.ppf(0.5 + LEVEL / 2, freedom))
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
@@ -99,12 +118,13 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     single one.
     """
     many = len(values) > 1
-    half = quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** .5 if many else None
+    half = quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if many else None
     return {"mean": round(statistics.mean(values), 5), "half": None if half is None else round(half, 5)}
 
 
-def worse_by(few: Sequence[float], everything: Sequence[float], sign: int,
-             margin: tuple[float, bool] = (0., False)) -> dict[str, float | None]:
+def worse_by(
+    few: Sequence[float], everything: Sequence[float], sign: int, margin: tuple[float, bool] = (0.0, False)
+) -> dict[str, float | None]:
     """{difference, low, high, p, margin}: how much worse few are than all, its 95 % interval, the chance of
     so much or more if they were alike (one-sided), and how much may be called as good. No interval where one
     run of each is there.
@@ -114,12 +134,17 @@ def worse_by(few: Sequence[float], everything: Sequence[float], sign: int,
     """
     freedom, whole = len(few) + len(everything) - 2, statistics.mean(everything)
     difference, allowed = sign * (statistics.mean(few) - whole), margin[0] * (abs(whole) if margin[1] else 1)
-    found = {"difference": round(difference, 5), "low": None, "high": None, "p": None,
-             "margin": round(allowed, 5)}
+    found = {
+        "difference": round(difference, 5),
+        "low": None,
+        "high": None,
+        "p": None,
+        "margin": round(allowed, 5),
+    }
     if freedom < 1:
         return found
     squares = sum((v - statistics.mean(part)) ** 2 for part in (few, everything) for v in part)
-    error = (squares / freedom * (1 / len(few) + 1 / len(everything))) ** .5
+    error = (squares / freedom * (1 / len(few) + 1 / len(everything))) ** 0.5
     chance = float(student_t.sf(difference / error, freedom)) if error else float(difference <= 0)
     low, high = (round(difference + side * quantile(freedom) * error, 5) for side in (-1, 1))
     return found | {"low": low, "high": high, "p": chance}
@@ -127,7 +152,7 @@ def worse_by(few: Sequence[float], everything: Sequence[float], sign: int,
 
 def counted(metric: str, entry: Entry) -> dict[str, float]:
     """{subset: what a verdict rests on}: images more varied than the teacher's are no gain."""
-    return {subset: min(v, 1.) if metric == "spread" else v for subset, v in entry["values"].items()}
+    return {subset: min(v, 1.0) if metric == "spread" else v for subset, v in entry["values"].items()}
 
 
 def lost(world: dict[str, Any]) -> dict[str, dict]:
@@ -136,14 +161,21 @@ def lost(world: dict[str, Any]) -> dict[str, dict]:
     """
     found: dict[str, dict] = {}
     signs = {metric: sign for metric, (sign, _) in METRICS[world["part"]].items() if sign}
-    cases = [(method, size, n, metric) for method, sizes in world["methods"].items()
-             for size, steps in sizes.items() for n in steps for metric in signs if size != ALL]
+    cases = [
+        (method, size, n, metric)
+        for method, sizes in world["methods"].items()
+        for size, steps in sizes.items()
+        for n in steps
+        for metric in signs
+        if size != ALL
+    ]
     for method, size, n, metric in cases:
         sizes = world["methods"][method]
         whole = sizes.get(ALL, {}).get(n, {}).get(metric)
         if whole:
-            few, everything = (list(counted(metric, entry).values())
-                               for entry in (sizes[size][n][metric], whole))
+            few, everything = (
+                list(counted(metric, entry).values()) for entry in (sizes[size][n][metric], whole)
+            )
             test = worse_by(few, everything, signs[metric], MARGINS[metric])
             found.setdefault(method, {}).setdefault(size, {}).setdefault(n, {})[metric] = test
     return found
@@ -182,11 +214,21 @@ def verdicts(losses: dict[str, dict]) -> dict[str, dict]:
 
 def verdict_at(steps: dict[str, dict]) -> dict[str, Any]:
     """How many tests of a size have each word, and which are lost. steps: {steps: {metric: test}}."""
-    tests = worded([{"steps": n, "metric": metric, **test} for n, marks in steps.items()
-                    for metric, test in marks.items() if test["low"] is not None])
+    tests = worded(
+        [
+            {"steps": n, "metric": metric, **test}
+            for n, marks in steps.items()
+            for metric, test in marks.items()
+            if test["low"] is not None
+        ]
+    )
     words = [test["word"] for test in tests]
-    return {"tests": len(tests), AS_GOOD: words.count(AS_GOOD), OPEN: words.count(OPEN),
-            LOST: [test for test in tests if test["word"] == LOST]}
+    return {
+        "tests": len(tests),
+        AS_GOOD: words.count(AS_GOOD),
+        OPEN: words.count(OPEN),
+        LOST: [test for test in tests if test["word"] == LOST],
+    }
 
 
 def ahead(world: dict[str, Any]) -> dict[str, dict]:
@@ -219,68 +261,35 @@ def table(record: dict[str, Any]) -> str:
         for metric in METRICS[world["part"]]:
             lines += metric_table(name, world, metric)
         for method, verdict in world["verdicts"].items():
-            counts = ", ".join(f"{size}: {at[AS_GOOD]} / {at[OPEN]} / {len(at[LOST])}"
-                               for size, at in verdict["at"].items())
-            lines += ["", f"{name}, {method}: nothing lost from {verdict['smallest'] or 'no number'} on; "
-                          f"as good / cannot tell / lost at {counts}"]
+            counts = ", ".join(
+                f"{size}: {at[AS_GOOD]} / {at[OPEN]} / {len(at[LOST])}" for size, at in verdict["at"].items()
+            )
+            lines += [
+                "",
+                f"{name}, {method}: nothing lost from {verdict['smallest'] or 'no number'} on; "
+                f"as good / cannot tell / lost at {counts}",
+            ]
     return "\n".join(lines)
 
 
 def metric_table(name: str, world: dict[str, Any], metric: str) -> list[str]:
     steps, floor = steps_of([world]), world["floor"].get(metric)
-    lines = ["", f"{name}: {metric}" + (f"   (fresh: {floor:.4g})" if floor is not None else ""),
-             f"{'steps':24}" + "".join(f"{n:>18}" for n in steps)]
+    lines = [
+        "",
+        f"{name}: {metric}" + (f"   (fresh: {floor:.4g})" if floor is not None else ""),
+        f"{'steps':24}" + "".join(f"{n:>18}" for n in steps),
+    ]
     if world["teacher"]:
         lines.append(f"{'teacher':24}" + "".join(f"{world['teacher'][n][metric]:>18.4g}" for n in steps))
-    rows = {f"{method}, {size}": curve for method, sizes in world["methods"].items()
-            for size, curve in sizes.items()}
-    return lines + [f"{name:24}" + "".join(f"{entry_text(curve[n][metric]):>18}" for n in steps)
-                    for name, curve in rows.items()]
-
-
-def entry_text(entry: Entry) -> str:
-    return f"{entry['mean']:.4g}" + (f" +-{entry['half']:.3g}" if entry["half"] is not None else "")
-
-
-# marks of a logarithmic axis
-LEVELS = (.01, .015, .02, .03, .04, .05, .07, .1, .15, .2, .3, .4, .5, .7, 1, 1.5, 2)
-STYLES = {SCFM: "C3o-", DIALLED: "C1o-", TUNED: "C0s--"}
-SUMMARY = ("checkerboard", "moons", "8 gaussians", "tiny Flux, held-out pairs")
-
-
-def plot(record: dict[str, Any], part: str, path: str | Path) -> None:
-    """A row for each world and metric of a part, a column for each number of steps: means and 95 % intervals
-    by size.
-    """
-    judged = [metric for metric, (sign, _) in METRICS[part].items() if sign]
-    worlds = {name: world for name, world in record["worlds"].items()
-              if world["part"] == part and world["methods"]}
-    draw(worlds, [(name, metric) for name in worlds for metric in judged], path)
-
-
-def plot_summary(record: dict[str, Any], path: str | Path) -> None:
-    """The distance to the teacher's endpoints alone, on those of `SUMMARY` that were measured; nothing where
-    none was.
-    """
-    worlds = {name: world for name, world in record["worlds"].items()
-              if name in SUMMARY and world["methods"]}
-    if worlds:
-        draw(worlds, [(name, "endpoint") for name in worlds], path)
-
-
-def draw(worlds: dict[str, dict], rows: Sequence[tuple[str, str]], path: str | Path) -> None:
-    """A figure of panels. rows: [(world, metric)]."""
-    steps, sizes, high = steps_of(worlds.values()), sizes_of(worlds.values()), 2.1 * len(rows) + .6
-    figure, axes = canvas(len(rows), len(steps), (3.2 * len(steps), high))
-    for line, (name, metric) in zip(axes, rows, strict=True):
-        for ax, n in zip(line, steps, strict=True):
-            panel(ax, worlds[name], sizes, n, metric)
-            ax.set_title(f"{name}, {n} steps", fontsize=8)
-        line[0].set_ylabel(metric, fontsize=8)
-    handles = labelled_handles(axes.flat)
-    figure.legend(handles.values(), handles, loc="lower center", ncol=5, fontsize=8)
-    figure.tight_layout(rect=(0, .5 / high, 1, 1))
-    save(figure, path, 60)
+    rows = {
+        f"{method}, {size}": curve
+        for method, sizes in world["methods"].items()
+        for size, curve in sizes.items()
+    }
+    return lines + [
+        f"{name:24}" + "".join(f"{entry_text(curve[n][metric]):>18}" for n in steps)
+        for name, curve in rows.items()
+    ]
 
 
 def steps_of(worlds: Iterable[dict]) -> list[str]:
@@ -291,28 +300,5 @@ def steps_of(worlds: Iterable[dict]) -> list[str]:
     return sorted({n for curve in curves for n in curve}, key=int)
 
 
-def sizes_of(worlds: Iterable[dict]) -> list[str]:
-    """The sizes that there are, `all` last."""
-    there = {size for world in worlds for sizes in world["methods"].values() for size in sizes}
-    return sorted(there - {ALL}, key=int) + [ALL] * (ALL in there)
-
-
-def panel(ax: Any, world: dict[str, Any], sizes: Sequence[str], n: str, metric: str) -> None:
-    """One metric at one number of steps against the number of images."""
-    for method, style in STYLES.items():
-        entry = {size: curve[n][metric] for size, curve in world["methods"].get(method, {}).items()
-                 if n in curve}
-        there = [size for size in sizes if size in entry]
-        means, halves = ([entry[size][name] or 0 for size in there] for name in ("mean", "half"))
-        places = [sizes.index(size) for size in there]
-        ax.errorbar(places, means, halves, fmt=style, ms=3, lw=1, capsize=2, label=method)
-    if n in world["teacher"]:
-        ax.axhline(world["teacher"][n][metric], color="C7", lw=.8, ls=":", label="teacher, untouched")
-    if metric in world["floor"]:
-        ax.axhline(world["floor"][metric], color="C2", lw=.8, label="fresh data")
-    ax.set_xticks(range(len(sizes)), sizes)
-    ax.tick_params(labelsize=7)
-    # fine-tuning is many times above the rest
-    if metric in ("sw2", "endpoint") and ax.dataLim.intervaly.min() > 1e-6:
-        ax.set_yscale("log")
-        level_axis(ax, LEVELS)
+def entry_text(entry: Entry) -> str:
+    return f"{entry['mean']:.4g}" + (f" +-{entry['half']:.3g}" if entry["half"] is not None else "")

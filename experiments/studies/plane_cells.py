@@ -1,6 +1,7 @@
 """What is measured on the plane beside students: ways to choose a scale, and the teacher's own sampling
 shift.
 """
+
 from functools import partial
 
 import torch
@@ -21,8 +22,12 @@ def spread_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 # data-free: of endpoints of the student and of the teacher, (n, 2)
-CRITERIA = {"endpoints": endpoint_distance, "median endpoint": median_distance, "cloud": sliced_wasserstein,
-            "spread": spread_difference}
+CRITERIA = {
+    "endpoints": endpoint_distance,
+    "median endpoint": median_distance,
+    "cloud": sliced_wasserstein,
+    "spread": spread_difference,
+}
 CHOSEN_AT = (3, 4, 8)
 
 
@@ -40,14 +45,17 @@ def measure_choosers(bed: Plane, job: Job) -> dict:
         measure, (walk, goal) = bed.ruler(job), bed.search(job, models.field("teacher"))
         reached = {(n, s): walk(field_at(s), n) for n in CHOSEN_AT for s in scales}
         truth = {(n, s): measure(field_at(s), n)[0] for n, s in reached}
-        curves = {name: {pair: criterion(points, goal) for pair, points in reached.items()}
-                  for name, criterion in CRITERIA.items()}
+        curves = {
+            name: {pair: criterion(points, goal) for pair, points in reached.items()}
+            for name, criterion in CRITERIA.items()
+        }
         found = {}
         for name, curve in {**curves, "best": truth}.items():
             chosen = choose_lora_scales(curve)
             found[name] = {n: (s, truth[n, s]) for n, s in zip(chosen.steps, chosen.scales, strict=True)}
             found[f"{name}, free"] = {n: (s, truth[n, s]) for n, s in smallest(curve).items()}
         return found
+
     more = {"noises": bed.sizes.dial_noises, "goal": bed.sizes.goal_steps, "free": True}
     return bed.cache("choosers", {"of": spec, "scales": scales, **bed.judged_by(**more)}, make)
 
@@ -63,6 +71,9 @@ def measure_teacher_shift(bed: Plane, job: Job) -> dict:
 
     def make() -> dict:
         measure, velocity = bed.ruler(job), CopiedModels(network).field("teacher")
-        return {shift: {n: measure(velocity, n, shift)[0] for n in (2, 3, 4, 8)}
-                for shift in (.5, .75, 1., 1.5, 2., 3.)}
+        return {
+            shift: {n: measure(velocity, n, shift)[0] for n in (2, 3, 4, 8)}
+            for shift in (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+        }
+
     return bed.cache("teacher_shift", {"of": spec, **bed.judged_by()}, make)

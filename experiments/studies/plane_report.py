@@ -1,4 +1,5 @@
 """The record, the verdicts and the figures of the study `plane`, from its results."""
+
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,21 +10,21 @@ from experiments.figures import canvas, plot_curve, save, step_axes
 from experiments.runner import Result
 from scfm.method.lora_scale import STEPS
 
-AIMS = {"checkerboard": {3: .045, 4: .040, 8: .033}}         # SW2 that the dialled student should reach
+AIMS = {"checkerboard": {3: 0.045, 4: 0.040, 8: 0.033}}  # SW2 that the dialled student should reach
 RECOMMENDED = "damped, k/N .2"
 RIVALS, MARGIN = ("teacher euler", "teacher midpoint"), 1.05
 CHOOSERS = ("endpoints", "median endpoint", "cloud")
 
 
 def gather(results: Sequence[Result]) -> dict[str, Any]:
-    """The numbers of all measurements: `main` has curve -> step count -> mean, spread over seeds, every seed.
-    """
+    """The numbers of all measurements: `main` has curve -> step count -> mean, spread over seeds,
+    every seed."""
     record: dict[str, Any] = {"floor": {}, "main": {}, "ablations": {}, "choosers": {}, "teacher shift": {}}
     done = [result for result in results if result.value is not None]
     for job, value, *_ in done:
         if job.family == "choosers":
             record["choosers"].setdefault(job.data, {})[job.seed] = value
-        elif job.family in record:                           # floor, teacher shift: one value for a set
+        elif job.family in record:  # floor, teacher shift: one value for a set
             record[job.family][job.data] = value
         elif job.part == "ablations":
             record["ablations"].setdefault(job.family, {})[job.label] = value
@@ -35,8 +36,12 @@ def targets(record: dict[str, Any]) -> dict[str, dict]:
     """{recipe: the aims beside what its dialled students reached}, and how often the dial stood on the
     teacher.
     """
-    recipes = dict.fromkeys(name.removesuffix(" dialled") for curves in record["main"].values()
-                            for name in curves if name.endswith(" dialled"))
+    recipes = dict.fromkeys(
+        name.removesuffix(" dialled")
+        for curves in record["main"].values()
+        for name in curves
+        if name.endswith(" dialled")
+    )
     return {recipe: targets_of(recipe, record) for recipe in recipes}
 
 
@@ -51,8 +56,12 @@ def targets_of(recipe: str, record: dict[str, Any]) -> dict[str, Any]:
             ours = dialled[n]["mean"]
             aims.append({"data": data, "evaluations": n, "dialled": ours, "aim": aim, "met": ours <= aim})
         chosen += [s for entry in curves[f"{recipe} scales"].values() for s in entry["seeds"]]
-    return {"against_teacher": against, "aims": aims, "scale_0_chosen": chosen.count(0),
-            "scales_chosen": len(chosen)}
+    return {
+        "against_teacher": against,
+        "aims": aims,
+        "scale_0_chosen": chosen.count(0),
+        "scales_chosen": len(chosen),
+    }
 
 
 def against_rival(data: str, n: int, dialled: dict, curves: dict, band: float) -> dict[str, Any]:
@@ -60,11 +69,24 @@ def against_rival(data: str, n: int, dialled: dict, curves: dict, band: float) -
     has.
     """
     ours, seeds = dialled["mean"], len(dialled["seeds"])
-    rival, name = min((statistics.mean(entry["seeds"][:seeds]), f"{name} {m}")
-                      for name in RIVALS for m, entry in curves[name].items() if m <= n)
-    return {"data": data, "evaluations": n, "dialled": ours, "rival": name, "teacher": rival, "seeds": seeds,
-            "ratio": ours / rival, "band": band, "met": ours <= max(MARGIN * rival, band),
-            "met_without_the_band": ours <= MARGIN * rival}
+    rival, name = min(
+        (statistics.mean(entry["seeds"][:seeds]), f"{name} {m}")
+        for name in RIVALS
+        for m, entry in curves[name].items()
+        if m <= n
+    )
+    return {
+        "data": data,
+        "evaluations": n,
+        "dialled": ours,
+        "rival": name,
+        "teacher": rival,
+        "seeds": seeds,
+        "ratio": ours / rival,
+        "band": band,
+        "met": ours <= max(MARGIN * rival, band),
+        "met_without_the_band": ours <= MARGIN * rival,
+    }
 
 
 def table(record: dict[str, Any]) -> str:
@@ -73,23 +95,34 @@ def table(record: dict[str, Any]) -> str:
     for recipe, found in record["targets"].items():
         both = found["against_teacher"] + found["aims"]
         missed = [target for target in both if not target["met"]]
-        lines += ["", f"{recipe}: {len(missed)} of {len(both)} targets missed; scale 0 chosen "
-                      f"{found['scale_0_chosen']} times of {found['scales_chosen']}"]
-        lines += [f"  {t['data']}, {t['evaluations']} evaluations: {t['dialled']:.4f}, "
-                  + (f"aim {t['aim']}" if "aim" in t else f"{t['rival']} {t['teacher']:.4f}") for t in missed]
+        lines += [
+            "",
+            f"{recipe}: {len(missed)} of {len(both)} targets missed; scale 0 chosen "
+            f"{found['scale_0_chosen']} times of {found['scales_chosen']}",
+        ]
+        lines += [
+            f"  {t['data']}, {t['evaluations']} evaluations: {t['dialled']:.4f}, "
+            + (f"aim {t['aim']}" if "aim" in t else f"{t['rival']} {t['teacher']:.4f}")
+            for t in missed
+        ]
     return "\n".join(lines)
 
 
-STYLES = {"teacher euler": {"color": "C7", "marker": "o", "label": "teacher, Euler"},
-          "teacher midpoint": {"color": "C7", "marker": "s", "ls": "--", "label": "teacher, midpoint"},
-          "teacher heun": {"color": "C7", "marker": "^", "ls": ":", "label": "teacher, Heun"},
-          "paper raw": {"color": "C0", "marker": ".", "ls": "--", "label": "student by the paper, raw"},
-          "paper dialled": {"color": "C0", "marker": ".", "label": "student by the paper, dialled"},
-          "damped dialled": {"color": "C3", "marker": ".", "label": "damped models, dialled"},
-          "damped, k/N .2 raw": {"color": "C1", "marker": ".", "ls": "--",
-                                 "label": "damped models, k/N .2, raw"},
-          "damped, k/N .2 dialled": {"color": "C1", "marker": "o", "lw": 2,
-                                     "label": "damped models, k/N .2, dialled"}}
+STYLES = {
+    "teacher euler": {"color": "C7", "marker": "o", "label": "teacher, Euler"},
+    "teacher midpoint": {"color": "C7", "marker": "s", "ls": "--", "label": "teacher, midpoint"},
+    "teacher heun": {"color": "C7", "marker": "^", "ls": ":", "label": "teacher, Heun"},
+    "paper raw": {"color": "C0", "marker": ".", "ls": "--", "label": "student by the paper, raw"},
+    "paper dialled": {"color": "C0", "marker": ".", "label": "student by the paper, dialled"},
+    "damped dialled": {"color": "C3", "marker": ".", "label": "damped models, dialled"},
+    "damped, k/N .2 raw": {"color": "C1", "marker": ".", "ls": "--", "label": "damped models, k/N .2, raw"},
+    "damped, k/N .2 dialled": {
+        "color": "C1",
+        "marker": "o",
+        "lw": 2,
+        "label": "damped models, k/N .2, dialled",
+    },
+}
 
 
 def plot(record: dict[str, Any], path: str | Path) -> None:
@@ -100,15 +133,19 @@ def plot(record: dict[str, Any], path: str | Path) -> None:
             plot_curve(ax, curves.get(name, {}), capsize=2, **{"ms": 4, "lw": 1, **style})
         if data in record["floor"]:
             floor = record["floor"][data]
-            ax.axhspan(floor["low"], floor["high"], color="C2", alpha=.25, lw=0,
-                       label="data against data, 95 %")
+            ax.axhspan(
+                floor["low"], floor["high"], color="C2", alpha=0.25, lw=0, label="data against data, 95 %"
+            )
         step_axes(ax, STEPS, data)
     against = record["targets"].get(RECOMMENDED, {}).get("against_teacher", [])
     met = sum(target["met"] for target in against)
-    figure.suptitle(f"From 3 evaluations on the dialled student ({RECOMMENDED}) is within {MARGIN} times its "
-                    f"teacher's best, or in the noise, in {met} cases of {len(against)}", fontsize=10)
+    figure.suptitle(
+        f"From 3 evaluations on the dialled student ({RECOMMENDED}) is within {MARGIN} times its "
+        f"teacher's best, or in the noise, in {met} cases of {len(against)}",
+        fontsize=10,
+    )
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
-    figure.tight_layout(rect=(0, .12, 1, 1))
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     save(figure, path, 90)
 
 
@@ -119,20 +156,23 @@ def plot_ablations(record: dict[str, Any], path: str | Path) -> None:
         for i, (label, value) in enumerate(curves.items()):
             steps = list(value["dialled"])
             ax.plot(steps, list(value["dialled"].values()), f"C{i}o-", ms=3, label=label)
-            ax.plot(steps, list(value["raw"].values()), f"C{i}--", lw=.8)
+            ax.plot(steps, list(value["raw"].values()), f"C{i}--", lw=0.8)
         step_axes(ax, steps, family)
         ax.legend(fontsize=7)
     plot_choosers(record, axes[-1][-1])
     protocol = record["protocol"]
-    figure.suptitle(f"One thing changed of the paper's recipe: {protocol['ablated']}, seed 0, "
-                    f"{protocol['ablation_updates']} updates; lines: dialled, dashes: raw", fontsize=10)
+    figure.suptitle(
+        f"One thing changed of the paper's recipe: {protocol['ablated']}, seed 0, "
+        f"{protocol['ablation_updates']} updates; lines: dialled, dashes: raw",
+        fontsize=10,
+    )
     figure.tight_layout()
     save(figure, path, 80)
 
 
 def plot_choosers(record: dict[str, Any], ax: Any) -> None:
-    """What each way of choosing costs: the mean over sets and seeds of its SW2 over that of the best scale.
-    """
+    """What each way of choosing costs: the mean over sets and seeds of its SW2 over that of the best
+    scale."""
     cells = [cell for seeds in record["choosers"].values() for cell in seeds.values()]
     for i, name in enumerate(CHOOSERS):
         for style, kind in (("o--", name), ("o-", f"{name}, free")):
@@ -142,5 +182,5 @@ def plot_choosers(record: dict[str, Any], ax: Any) -> None:
             ax.set_xticks(range(len(steps)), steps)
     ax.set(xlabel="network evaluations", ylabel="SW2 over that of the best scale")
     ax.set_title("ways to choose the scale, damped", fontsize=9)
-    ax.set_ylim(.98, 1.25)
+    ax.set_ylim(0.98, 1.25)
     ax.legend(fontsize=7, ncol=2, loc="upper center")

@@ -28,6 +28,7 @@ experiments/results/variants.json and variants.png.
     --report        computes nothing, writes what the cells that are there give
     --smoke --cache /tmp/cells --out /tmp/variants      seconds, one set; the numbers mean nothing
 """
+
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -43,31 +44,53 @@ from toy.plane import DATA
 FLUX = tiny_flux.NAME
 PARTS = ("plane", FLUX)
 GRIDS = {"self_grids": (4, 8, 16)}
-GAINED = GRIDS | {"teacher_ratio": .1, "shift": "wider"}     # each 5 to 9 % nearer on the plane
-PAPERS = {"ema_target_scale": 1., "teacher_ratio": .4}
+GAINED = GRIDS | {"teacher_ratio": 0.1, "shift": "wider"}  # each 5 to 9 % nearer on the plane
+PAPERS = {"ema_target_scale": 1.0, "teacher_ratio": 0.4}
 VARIANTS = {
     "base": {},
-    "self grids 2, 4, 8": {"self_grids": (2, 4, 8)}, "self grids 4, 8, 16": GRIDS,
-    "k/N .1": {"teacher_ratio": .1}, "k/N .4": {"teacher_ratio": .4},
-    "k/N .4 to 0": {"teacher_ratio": .4, "teacher_ratio_end": 0.},
-    "k/N 0 to .4": {"teacher_ratio": 0., "teacher_ratio_end": .4},
-    "models at .25": {"ema_target_scale": .25}, "models at .75": {"ema_target_scale": .75},
-    "one shift": {"shift": "one"}, "wider shifts": {"shift": "wider"},
-    "jumps of 4": {"t_skip": 4} | GRIDS, "Huber": {"loss": "huber"}, "one EMA": {"algorithm": "one_ema"},
+    "self grids 2, 4, 8": {"self_grids": (2, 4, 8)},
+    "self grids 4, 8, 16": GRIDS,
+    "k/N .1": {"teacher_ratio": 0.1},
+    "k/N .4": {"teacher_ratio": 0.4},
+    "k/N .4 to 0": {"teacher_ratio": 0.4, "teacher_ratio_end": 0.0},
+    "k/N 0 to .4": {"teacher_ratio": 0.0, "teacher_ratio_end": 0.4},
+    "models at .25": {"ema_target_scale": 0.25},
+    "models at .75": {"ema_target_scale": 0.75},
+    "one shift": {"shift": "one"},
+    "wider shifts": {"shift": "wider"},
+    "jumps of 4": {"t_skip": 4} | GRIDS,
+    "Huber": {"loss": "huber"},
+    "one EMA": {"algorithm": "one_ema"},
     "pure teacher rows": {"algorithm": "dual_pure"},
-    "student read out": {"read_out": "student"}, "fast EMA read out": {"read_out": "ema_fast"},
-    "free": {"dial": "free"}, "smooth": {"dial": "smooth"}, "each step": {"dial": "each step"},
-    "the three that gained": GAINED, "the three, each step": GAINED | {"dial": "each step"},
-    "undamped": PAPERS, "undamped, self grids 4, 8, 16": PAPERS | GRIDS,
+    "student read out": {"read_out": "student"},
+    "fast EMA read out": {"read_out": "ema_fast"},
+    "free": {"dial": "free"},
+    "smooth": {"dial": "smooth"},
+    "each step": {"dial": "each step"},
+    "the three that gained": GAINED,
+    "the three, each step": GAINED | {"dial": "each step"},
+    "undamped": PAPERS,
+    "undamped, self grids 4, 8, 16": PAPERS | GRIDS,
     "undamped, these grids, each step": PAPERS | GRIDS | {"dial": "each step"},
-    "undamped, these grids, k/N .6": PAPERS | GRIDS | {"teacher_ratio": .6}}
+    "undamped, these grids, k/N .6": PAPERS | GRIDS | {"teacher_ratio": 0.6},
+}
 SMOKE_SIZES = replace(plane.SMOKE_SIZES, dial_noises=2)
 SEEDS = {"base, seed 1": 1, "base, seed 2": 2}  # of training alone: the teacher and what judges stay
 # the others came no 5 % nearer on the plane
-ON_FLUX = ("base", *SEEDS, "self grids 4, 8, 16", "k/N .1", "k/N .4 to 0", "wider shifts", "smooth",
-           "each step", "the three that gained", "the three, each step",
-           *(label for label in VARIANTS if "undamped" in label))
-SHIFTS = {"one": {"plane": (1., 1.), FLUX: (3., 3.)}, "wider": {"plane": (1., 3.), FLUX: (2., 6.)}}
+ON_FLUX = (
+    "base",
+    *SEEDS,
+    "self grids 4, 8, 16",
+    "k/N .1",
+    "k/N .4 to 0",
+    "wider shifts",
+    "smooth",
+    "each step",
+    "the three that gained",
+    "the three, each step",
+    *(label for label in VARIANTS if "undamped" in label),
+)
+SHIFTS = {"one": {"plane": (1.0, 1.0), FLUX: (3.0, 3.0)}, "wider": {"plane": (1.0, 3.0), FLUX: (2.0, 6.0)}}
 NOTES = (
     "One seed of each variant, one budget; what a strength for each step costs to find beyond the dial is "
     "not taken from its budget (some 430 evaluations a noise, 55,000 on the plane and 7,000 on the tiny "
@@ -79,7 +102,8 @@ NOTES = (
     "the tiny Flux; k/N .4 unless it says otherwise; .6 because bench/ablations.py had it ahead there.",
     "A k/N that moves goes evenly from the first number to the second over the training; it and pure "
     "teacher rows (the slow EMA says nothing on them) were added last.",
-    "The base was chosen by ablations on the checkerboard, seed 0, with the same samples that judge here.")
+    "The base was chosen by ablations on the checkerboard, seed 0, with the same samples that judge here.",
+)
 
 
 def change_of(part: str, label: str) -> dict[str, Any]:
@@ -91,15 +115,20 @@ def change_of(part: str, label: str) -> dict[str, Any]:
 def job_of(label: str, part: str, data: str, steps: int, budget: int) -> Job:
     """The job of a variant. steps: of training, where the examples have the usual jumps."""
     on_plane, change, seed = part == "plane", change_of(part, label), SEEDS.get(label, 0)
-    usual, more = 5 if on_plane else 4, change.get("t_skip", 2) - 2          # evaluations of an example
+    usual, more = 5 if on_plane else 4, change.get("t_skip", 2) - 2  # evaluations of an example
     change = {"max_train_steps": max(1, steps * usual // (usual + more)), **change}
-    if on_plane:                                             # there the job's seed is the teacher's too
+    if on_plane:  # there the job's seed is the teacher's too
         return Job(part, "scfm", label, data, 0, change | ({"seed": seed} if seed else {}), budget)
     return Job(part, "scfm", label, data, seed, change, budget)
 
 
-def jobs(sizes: plane.PlaneSizes, flux_sizes: tiny_flux.FluxSizes, budget: tuple[int, int],
-         sets: Sequence[str], labels: Sequence[str]) -> list[Job]:
+def jobs(
+    sizes: plane.PlaneSizes,
+    flux_sizes: tiny_flux.FluxSizes,
+    budget: tuple[int, int],
+    sets: Sequence[str],
+    labels: Sequence[str],
+) -> list[Job]:
     """budget: evaluations on the plane, on the tiny Flux."""
     on_plane, on_flux = budget
     steps, _ = plane.plan(sizes, "scfm", on_plane)
@@ -128,8 +157,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sets, labels = ("moons",), ("base", "base, seed 1", "k/N .1", "each step")
     work = partial(measure, sizes=sizes, flux_sizes=flux_sizes)
     results = run_jobs(jobs(sizes, flux_sizes, budget, sets, labels), work, args)
-    record = {"notes": NOTES, "base": DAMPED, "budget": dict(zip(PARTS, budget, strict=True)),
-              **run_info(results), **gather(results)}
+    record = {
+        "notes": NOTES,
+        "base": DAMPED,
+        "budget": dict(zip(PARTS, budget, strict=True)),
+        **run_info(results),
+        **gather(results),
+    }
     write_record(record, args.out)
     if any(record["ratios"].values()):
         plot(record, f"{args.out}.png")

@@ -1,6 +1,7 @@
 """Where flows are distilled and judged: the plane, the tiny Flux of toy/, CIFAR-10. All have the interface
 `Testbed`.
 """
+
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,9 +9,9 @@ import torch
 
 from experiments.runner import Job
 
-Field = Callable[..., torch.Tensor]              # (x (B, ...), t (B,), cond) -> velocity (B, ...)
+Field = Callable[..., torch.Tensor]  # (x (B, ...), t (B,), cond) -> velocity (B, ...)
 FieldAtScale = Callable[[float], Field]  # a student's field at a LoRA scale, or at its like for full weights
-Walk = Callable[[Field, int], torch.Tensor]      # (field, steps) -> the points reached, (n, ...)
+Walk = Callable[[Field, int], torch.Tensor]  # (field, steps) -> the points reached, (n, ...)
 BatchOf = Callable[[torch.Generator, int], Any]  # (generator, examples) -> data, or (data, cond)
 
 
@@ -20,6 +21,7 @@ class Testbed(Protocol):
 
     shift: at which samples are drawn.
     """
+
     shift: float
 
     def teacher(self, job: Job) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 A training is a folder under plan.cells, which a killed one goes on in. An example's forward counts 1
 evaluation, its backward 2 (1 where only a LoRA is trained).
 """
+
 import json
 import math
 import shutil
@@ -31,21 +32,44 @@ from scfm.training.flow_trainer import pretrain
 
 NFE = (1, 2, 4, 8, 16, 32, 64)
 METHODS: dict[str, dict[str, Any]] = {
-    "plain": {"non_shortcut_ratio": 1.}, "scfm 1/8": {"non_shortcut_ratio": .875},
-    "scfm 1/4": {"non_shortcut_ratio": .75}, "scfm 1/2": {"non_shortcut_ratio": .5}, "shortcut": SHORTCUT}
+    "plain": {"non_shortcut_ratio": 1.0},
+    "scfm 1/8": {"non_shortcut_ratio": 0.875},
+    "scfm 1/4": {"non_shortcut_ratio": 0.75},
+    "scfm 1/2": {"non_shortcut_ratio": 0.5},
+    "shortcut": SHORTCUT,
+}
 DISTILLED, LORA = "plain, distilled", "plain, LoRA"
-TEACHERS_SHARE = .8  # of the budget goes to the teacher of these two, the rest to distilling
-LORA_IMAGES = 1000                               # real images that the LoRA is trained on
-SEARCH_NOISES, GOAL_STEPS = 32, 64               # of the search for scales
-SEARCH_SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2.)
+TEACHERS_SHARE = 0.8  # of the budget goes to the teacher of these two, the rest to distilling
+LORA_IMAGES = 1000  # real images that the LoRA is trained on
+SEARCH_NOISES, GOAL_STEPS = 32, 64  # of the search for scales
+SEARCH_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RECIPES: dict[str, dict[str, Any]] = {
-    "tiny": {"global_batch_size": 8, "learning_rate": 1e-3, "lr_warmup_steps": 2, "ema_decay_slow": .9},
-    "nano": {"global_batch_size": 32, "learning_rate": 2e-3, "lr_warmup_steps": 400, "ema_decay_slow": .998,
-             "weight_dtype": "bf16", "checkpointing_steps": 250},
-    "small": {"global_batch_size": 32, "learning_rate": 1e-3, "lr_warmup_steps": 400, "ema_decay_slow": .998,
-              "weight_dtype": "bf16", "checkpointing_steps": 100},
-    "full": {"global_batch_size": 256, "learning_rate": 2e-4, "lr_warmup_steps": 1000, "ema_decay_slow": .999,
-             "weight_dtype": "bf16", "checkpointing_steps": 500}}
+    "tiny": {"global_batch_size": 8, "learning_rate": 1e-3, "lr_warmup_steps": 2, "ema_decay_slow": 0.9},
+    "nano": {
+        "global_batch_size": 32,
+        "learning_rate": 2e-3,
+        "lr_warmup_steps": 400,
+        "ema_decay_slow": 0.998,
+        "weight_dtype": "bf16",
+        "checkpointing_steps": 250,
+    },
+    "small": {
+        "global_batch_size": 32,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 400,
+        "ema_decay_slow": 0.998,
+        "weight_dtype": "bf16",
+        "checkpointing_steps": 100,
+    },
+    "full": {
+        "global_batch_size": 256,
+        "learning_rate": 2e-4,
+        "lr_warmup_steps": 1000,
+        "ema_decay_slow": 0.999,
+        "weight_dtype": "bf16",
+        "checkpointing_steps": 500,
+    },
+}
 
 
 class Plan(NamedTuple):
@@ -53,6 +77,7 @@ class Plan(NamedTuple):
     evaluations of a training; count: images of a measurement; nfe: evaluations of one; searched: step counts
     of the search for scales.
     """
+
     data: str
     cells: Path
     size: str = "nano"
@@ -91,13 +116,14 @@ def steps_for(budget: float, recipe: dict[str, Any], non_shortcut_ratio: float) 
 
 def shortened(steps: int) -> dict[str, float]:
     """The paper's EMA decays, as short as the run."""
-    return {"ema_decay_fast": shorten(.99, steps), "ema_decay_slow": shorten(.999, steps)}
+    return {"ema_decay_fast": shorten(0.99, steps), "ema_decay_slow": shorten(0.999, steps)}
 
 
 def flow_notes(path: Path) -> dict[str, int]:
-    """{"updates", "evaluations"} of the training of a flow, whatever its header calls them."""
+    """{"train_steps", "evaluations"} of the training of a flow; the first cells call the former "updates"."""
     notes = json.loads(header_of(path)["notes"])
-    return {"updates": notes.get("train_steps", notes.get("updates")), "evaluations": notes["evaluations"]}
+    steps = notes.get("train_steps", notes.get("updates"))
+    return {"train_steps": steps, "evaluations": notes["evaluations"]}
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
@@ -111,7 +137,7 @@ class Cifar10:
     should_stop: asked after each training step; then the training stays where it is.
     """
 
-    shift = 1.
+    shift = 1.0
 
     def __init__(self, plan: Plan, should_stop: Callable[[], bool] = lambda: False):
         self.plan, self.should_stop = plan, should_stop
@@ -155,6 +181,7 @@ class Cifar10:
 
         def walk(velocity: Field, steps: int) -> torch.Tensor:
             return sample(velocity, noise, time_grid(steps), labels)
+
         return walk, walk(teacher, GOAL_STEPS)
 
     def judge(self, job: Job) -> Callable[..., dict[str, Any]]:
@@ -162,9 +189,13 @@ class Cifar10:
         `Judge.scores`. A sampler stands here for a field: sampler(labels, noise, steps, solver) -> images.
         about: what the file says beside.
         """
-        def measure(sampler: Sampler | None, nfe: int, solver: str = "euler", about: dict | None = None) -> dict:
+
+        def measure(
+            sampler: Sampler | None, nfe: int, solver: str = "euler", about: dict | None = None
+        ) -> dict:
             path = self.samples.generate(f"{safe(job.label)}-{job.seed}", sampler, nfe, solver)
             return self.eyes.score_file(path, {"solver": solver, "nfe": nfe}, about or {})
+
         return measure
 
     def train(self, job: Job) -> Path | None:
@@ -180,7 +211,7 @@ class Cifar10:
             shutil.copy(flow, self.teacher_file(job))
         return self._train_flow(job)
 
-    def _train_flow(self, job: Job, share: float = 1.) -> Path | None:
+    def _train_flow(self, job: Job, share: float = 1.0) -> Path | None:
         """Up to a share of the budget."""
         plan, change = self.plan, METHODS[job.family]
         steps = steps_for(plan.budget * share, plan.recipe, change["non_shortcut_ratio"])
@@ -189,17 +220,27 @@ class Cifar10:
     def _distil(self, job: Job) -> Path | None:
         """The teacher with all weights, by Algorithm 2."""
         plan = self.plan
-        steps = steps_for(plan.budget * (1 - TEACHERS_SHARE), plan.recipe, 0.)
-        return self._pretrain(job, {
-            "max_train_steps": steps, "validation_steps": 0, "teacher": str(self.teacher_file(job)),
-            "non_shortcut_ratio": 0., "teacher_ratio": .4, "algorithm": "dual", **shortened(steps),
-            "learning_rate": plan.recipe["learning_rate"] / 4, "lr_warmup_steps": min(50, steps // 4)})
+        steps = steps_for(plan.budget * (1 - TEACHERS_SHARE), plan.recipe, 0.0)
+        return self._pretrain(
+            job,
+            {
+                "max_train_steps": steps,
+                "validation_steps": 0,
+                "teacher": str(self.teacher_file(job)),
+                "non_shortcut_ratio": 0.0,
+                "teacher_ratio": 0.4,
+                "algorithm": "dual",
+                **shortened(steps),
+                "learning_rate": plan.recipe["learning_rate"] / 4,
+                "lr_warmup_steps": min(50, steps // 4),
+            },
+        )
 
     def _pretrain(self, job: Job, change: dict[str, Any]) -> Path | None:
         plan, flow = self.plan, self.flow_file(job)
-        settings = {"train_data_dir": plan.data, "output_dir": str(self.folder(job)), "size": plan.size, "seed": job.seed}
-        config = FlowConfig(**{**plan.recipe, **settings, **change})
-        if flow.is_file() and flow_notes(flow)["updates"] >= config.max_train_steps:
+        settings = {"train_data_dir": plan.data, "output_dir": str(self.folder(job)), "size": plan.size}
+        config = FlowConfig(**{**plan.recipe, **settings, "seed": job.seed, **change})
+        if flow.is_file() and flow_notes(flow)["train_steps"] >= config.max_train_steps:
             return flow
         return flow if pretrain(config, self.should_stop, images=self.batches(job)) else None
 
@@ -223,13 +264,30 @@ class Cifar10:
         plan, batch = self.plan, self.plan.recipe["global_batch_size"]
         steps = max(1, round(plan.budget * (1 - TEACHERS_SHARE)) // (4 * batch))
         return DistillConfig(
-            pretrained_model_name_or_path=str(pipeline), train_data_dir=str(self.image_folder()),
-            output_dir=str(self.folder(job)), cache_dir=str(plan.cells / "cache"), height=32, width=32,
-            max_sequence_length=1, rank=16, learning_rate=1e-3, lr_scheduler="cosine", global_batch_size=batch,
-            max_train_steps=steps, seed=job.seed, guidance_scale_range=(1., 1.), teacher_guidance_scale=1.,
-            shift=(1., 2.), inference_shift=1., **shortened(steps), validation_steps=0, select_adapter="ema_slow",
+            pretrained_model_name_or_path=str(pipeline),
+            train_data_dir=str(self.image_folder()),
+            output_dir=str(self.folder(job)),
+            cache_dir=str(plan.cells / "cache"),
+            height=32,
+            width=32,
+            max_sequence_length=1,
+            rank=16,
+            learning_rate=1e-3,
+            lr_scheduler="cosine",
+            global_batch_size=batch,
+            max_train_steps=steps,
+            seed=job.seed,
+            guidance_scale_range=(1.0, 1.0),
+            teacher_guidance_scale=1.0,
+            shift=(1.0, 2.0),
+            inference_shift=1.0,
+            **shortened(steps),
+            validation_steps=0,
+            select_adapter="ema_slow",
+            report_to="none",
             checkpointing_steps=plan.recipe.get("checkpointing_steps", 100),
-            num_eval_prompts=min(32, plan.count), report_to="none")
+            num_eval_prompts=min(32, plan.count),
+        )
 
     def image_folder(self) -> Path:
         """The first `LORA_IMAGES` training images as an image folder with captions; written once."""
@@ -238,7 +296,8 @@ class Cifar10:
             return folder
         part.mkdir(parents=True, exist_ok=True)
         lines = []
-        for i, (pixels, label) in enumerate(zip(self.images.pixels[:LORA_IMAGES], self.images.labels, strict=False)):
+        first = zip(self.images.pixels[:LORA_IMAGES], self.images.labels[:LORA_IMAGES], strict=True)
+        for i, (pixels, label) in enumerate(first):
             to_pil_image(pixels).save(part / f"{i:05d}.png")
             lines.append(json.dumps({"file_name": f"{i:05d}.png", "text": f"a {self.images.names[label]}"}))
         (part / "metadata.jsonl").write_text("\n".join(lines) + "\n")

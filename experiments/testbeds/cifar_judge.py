@@ -1,6 +1,7 @@
 """Images of samplers on CIFAR-10, and what feature networks say of them; each is stored as a file, and made
 once.
 """
+
 import json
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from scfm.models.unet import header_of
 from toy.features import load_features, look, mark
 
 Sampler = Callable[..., torch.Tensor]  # (labels, noise, steps, solver) -> images (n, 3, 32, 32) in [-1, 1]
-GENERATED = "painted"                            # the folder of the images, as the first cells have it
+GENERATED = "painted"  # the folder of the images, as the first cells have it
 
 
 class Samples:
@@ -62,15 +63,18 @@ class Judge:
         train, test = load_labelled_images(data), load_labelled_images(data, "test")
         order = torch.randperm(len(train.pixels), generator=generator)
         half = min(10_000, len(order) // 2)
-        self.reference = {"train": self._reference("train", train.pixels[order[:half]]),
-                          "test": self._reference("test", test.pixels)}
-        self.fresh = train.pixels[order[half:half + count]]  # real images outside the reference
+        self.reference = {
+            "train": self._reference("train", train.pixels[order[:half]]),
+            "test": self._reference("test", test.pixels),
+        }
+        self.fresh = train.pixels[order[half : half + count]]  # real images outside the reference
 
     def _own_features(self) -> Callable:
         return partial(look, load_features().to(self.device))
 
     def _inception_features(self, weights: str) -> Callable:
         from scfm.evaluation.image_metrics import inception
+
         metric = inception(weights, self.device)
         return lambda images: metric.look((chunk, None) for chunk in images.split(100))
 
@@ -79,7 +83,8 @@ class Judge:
         "logits".
         """
         seen = {name: metric(pixels) for name, metric in self.metrics.items()}
-        return {**{name: features[0].float() for name, features in seen.items()}, "logits": seen["frechet"][1]}
+        features = {name: found[0].float() for name, found in seen.items()}
+        return features | {"logits": seen["frechet"][1]}
 
     def _reference(self, name: str, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is seen of real images, stored as a file."""
@@ -92,14 +97,20 @@ class Judge:
         """Distances of every metric to both references, precision and recall, what the classifier says about
         labels and balance.
         """
-        marks = {f"{metric}_{name}": round(frechet_distance(seen[metric], reference[metric]), 4)
-                 for metric in self.metrics for name, reference in self.reference.items()}
-        real = self.reference["test"]["frechet"][:len(seen["frechet"])]
+        marks = {
+            f"{metric}_{name}": round(frechet_distance(seen[metric], reference[metric]), 4)
+            for metric in self.metrics
+            for name, reference in self.reference.items()
+        }
+        real = self.reference["test"]["frechet"][: len(seen["frechet"])]
         precision, recall = precision_recall(real, seen["frechet"])
         predicted = seen["logits"].argmax(1)
         shares = predicted.bincount(minlength=10).double() / len(predicted)
-        marks |= {"precision": round(precision, 4), "recall": round(recall, 4),
-                  "balance": round(torch.special.entr(shares).sum().exp().item(), 3)}
+        marks |= {
+            "precision": round(precision, 4),
+            "recall": round(recall, 4),
+            "balance": round(torch.special.entr(shares).sum().exp().item(), 3),
+        }
         if labels is not None:
             marks["label_accuracy"] = round((predicted == labels).float().mean().item(), 4)
         return marks

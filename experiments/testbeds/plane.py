@@ -1,7 +1,8 @@
 """Two-dimensional sets and a small network: trainings and measurements, each a cell that is known by what
 determines it.
 """
-from collections.abc import Callable, Sequence
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,9 +12,9 @@ from torch import nn
 
 from experiments import budgets
 from experiments.runner import CellCache, Job, non_defaults
-from experiments.scales import by_steps, find_scales, finite
+from experiments.scales import finite
 from experiments.streams import Stream
-from experiments.testbeds import BatchOf, Field, FieldAtScale, Walk
+from experiments.testbeds import BatchOf, Field, Walk
 from scfm.method.consistency import keyed_generator, scfm_loss
 from scfm.method.distill import (
     CopiedModels,
@@ -24,13 +25,13 @@ from scfm.method.distill import (
     sample_batch,
 )
 from scfm.method.ema import shorten
-from scfm.method.flow import EVALUATIONS, sample, time_grid
+from scfm.method.flow import sample, time_grid
 from scfm.method.lora_scale import SCALES, STEPS
 from scfm.method.metrics import endpoint_distance, sliced_wasserstein
 from toy.plane import DATA, MLP, train_flow
 
 COUPLED = 512  # noises on which a distance to the teacher's endpoints is measured
-FEWER = (1, 2, 3, 4, 8)                          # step counts of the ablations
+FEWER = (1, 2, 3, 4, 8)  # step counts of the ablations
 MODELS = ("student", "ema_fast", "ema_slow")
 TEACHER_UPDATES = {"checkerboard": 14_000, "moons": 5000, "8 gaussians": 5000}
 
@@ -40,6 +41,7 @@ class PlaneSizes:
     """teacher_updates, updates: training steps of the teachers, by set, and of a student; batch: examples of
     a step; samples, directions: of SW2; dial_noises, goal_steps, scales: of the search for scales.
     """
+
     teacher_updates: dict = field(default_factory=lambda: dict(TEACHER_UPDATES))
     updates: int = 2000
     batch: int = 256
@@ -52,7 +54,7 @@ class PlaneSizes:
 
 # where the search for scales is paid for from a budget
 BUDGETED_SIZES = PlaneSizes(dial_noises=128, scales=SCALES[::2])
-SMOKE_SIZES = PlaneSizes(dict.fromkeys(DATA, 2), 2, 8, 64, 8, 8, 4, (0., 1.))
+SMOKE_SIZES = PlaneSizes(dict.fromkeys(DATA, 2), 2, 8, 64, 8, 8, 4, (0.0, 1.0))
 
 
 def search_cost(sizes: PlaneSizes) -> int:
@@ -70,6 +72,7 @@ class Recipe(NamedTuple):
     (few: points that it sees, 0 for fresh data; sample_space; teacher_ratio_end: where a moving k/N ends);
     reading: what the measurement needs (read_out: the network that is sampled; sampling_shift).
     """
+
     config: dict[str, Any]
     training: dict[str, Any]
     reading: dict[str, Any]
@@ -80,10 +83,16 @@ def make_recipe(sizes: Any, change: dict[str, Any]) -> Recipe:
     batch.
     """
     steps = change.get("max_train_steps", sizes.updates)
-    config = {"max_train_steps": steps, "global_batch_size": sizes.batch, "shift": (1., 2.),
-              "learning_rate": 3e-4, "lr_scheduler": "cosine",
-              "ema_decay_fast": shorten(.99, steps), "ema_decay_slow": shorten(.999, steps)}
-    training, reading = {"few": 0, "sample_space": False}, {"read_out": "ema_slow", "sampling_shift": 1.}
+    config = {
+        "max_train_steps": steps,
+        "global_batch_size": sizes.batch,
+        "shift": (1.0, 2.0),
+        "learning_rate": 3e-4,
+        "lr_scheduler": "cosine",
+        "ema_decay_fast": shorten(0.99, steps),
+        "ema_decay_slow": shorten(0.999, steps),
+    }
+    training, reading = {"few": 0, "sample_space": False}, {"read_out": "ema_slow", "sampling_shift": 1.0}
     recipe = Recipe(config, training, reading)
     for name, value in change.items():
         if name in recipe.reading:
@@ -103,6 +112,7 @@ def ramp_teacher_ratio(config: SCFMConfig, last: float | None) -> Callable | Non
 
     def on_step(update: int, _: Any) -> None:
         config.teacher_ratio = first + (last - first) * (update + 1) / config.max_train_steps
+
     return None if last is None else on_step
 
 
@@ -112,13 +122,13 @@ def load_weights(network: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Mod
 
 
 def distill_in_sample_space(models: CopiedModels, batch_of: BatchOf, config: SCFMConfig) -> None:
-    """`distill` with the same condition asked of the point reached at t3: examples weighted by (t1 - t3)^2.
-    """
+    """`distill` with the same condition asked of the point reached at t3: examples weighted by (t1 -
+    t3)^2."""
     (optimizer, scheduler), emas = make_optimizer(models, config), make_emas(models, config)
     for update in range(config.max_train_steps):
         data = batch_of(keyed_generator(config.seed, update, stream=1), config.global_batch_size)
         noise, jumps = sample_batch(config, update, len(data), data.shape[1:])
-        weight = (jumps.times[:, 0] - jumps.times[:, -1]).square()                       # (B,)
+        weight = (jumps.times[:, 0] - jumps.times[:, -1]).square()  # (B,)
         (weight * scfm_loss(data, noise, jumps, models, algorithm=config.algorithm)).mean().backward()
         torch.nn.utils.clip_grad_norm_(models.parameters("student"), config.max_grad_norm)
         optimizer.step()
@@ -127,8 +137,9 @@ def distill_in_sample_space(models: CopiedModels, batch_of: BatchOf, config: SCF
         emas.update()
 
 
-def endpoints(velocity: Field, noise: torch.Tensor, steps: int, shift: float = 1.,
-              solver: str = "euler") -> torch.Tensor:
+def endpoints(
+    velocity: Field, noise: torch.Tensor, steps: int, shift: float = 1.0, solver: str = "euler"
+) -> torch.Tensor:
     """Where `noise` (n, 2) arrives, in pieces that stay in the cache of the processor: (n, 2)."""
     parts = [sample(velocity, part, time_grid(steps, shift), solver=solver) for part in noise.split(1000)]
     return torch.cat(parts)
@@ -136,6 +147,7 @@ def endpoints(velocity: Field, noise: torch.Tensor, steps: int, shift: float = 1
 
 class References(NamedTuple):
     """Fresh data, and the noises that samples start from, both (samples, 2)."""
+
     data: torch.Tensor
     noise: torch.Tensor
 
@@ -145,7 +157,7 @@ class Plane:
     noises.
     """
 
-    shift = 1.
+    shift = 1.0
 
     def __init__(self, cache: CellCache, sizes: PlaneSizes):
         self.cache, self.sizes = cache, sizes
@@ -158,6 +170,7 @@ class Plane:
         def make() -> dict:
             torch.manual_seed(job.seed)
             return train_flow(MLP(), DATA[job.data], steps, batch, seed=job.seed).state_dict()
+
         return load_weights(MLP(), self.cache("teacher", spec, make)), spec
 
     def batches(self, job: Job) -> BatchOf:
@@ -185,6 +198,7 @@ class Plane:
             train = distill_in_sample_space if training["sample_space"] else train
             train(models, self.batches(job), config)
             return {name: models.networks[name].state_dict() for name in MODELS}
+
         for name, weights in self.cache("student", spec, make).items():
             load_weights(models.networks[name], weights)
         return models, spec
@@ -192,8 +206,9 @@ class Plane:
     def references(self, job: Job) -> References:
         """The same for all methods of one set and seed."""
         data, noise = (keyed_generator(job.seed, 0, stream) for stream in (Stream.REFERENCE, Stream.NOISE))
-        return References(DATA[job.data](self.sizes.samples, data),
-                          torch.randn(self.sizes.samples, 2, generator=noise))
+        return References(
+            DATA[job.data](self.sizes.samples, data), torch.randn(self.sizes.samples, 2, generator=noise)
+        )
 
     def search(self, job: Job, teacher: Field, count: int | None = None) -> tuple[Walk, torch.Tensor]:
         """walk(field, steps, shift=1.) from noises that no judge sees, and where the teacher's many steps
@@ -203,8 +218,9 @@ class Plane:
         noise = torch.randn(self.sizes.dial_noises, 2, generator=generator)
         goal = endpoints(teacher, noise, self.sizes.goal_steps)[:count]
 
-        def walk(velocity: Field, steps: int, shift: float = 1.) -> torch.Tensor:
+        def walk(velocity: Field, steps: int, shift: float = 1.0) -> torch.Tensor:
             return endpoints(velocity, noise[:count], steps, shift)
+
         return walk, goal
 
     def goal(self, job: Job) -> torch.Tensor:
@@ -216,6 +232,7 @@ class Plane:
         def make() -> torch.Tensor:
             noise = self.references(job).noise[:COUPLED]
             return endpoints(CopiedModels(network).field("teacher"), noise, self.sizes.goal_steps)
+
         more = {"goal": self.sizes.goal_steps, "coupled": COUPLED}
         return self.cache("goal", {"of": spec, **self.judged_by(**more)}, make)
 
@@ -230,15 +247,18 @@ class Plane:
         def score(points: torch.Tensor) -> tuple[float, float]:
             deviation = (points.std(0) / data.std(0)).mean().item()
             return sliced_wasserstein(points, data, self.sizes.directions), deviation
+
         return score
 
     def ruler(self, job: Job) -> Callable[..., tuple[float, float]]:
         """measure(field, steps, shift, solver): the `cloud` score of where the judge's noises arrive."""
         score, noise = self.cloud(job), self.references(job).noise
 
-        def measure(velocity: Field, steps: int, shift: float = 1.,
-                    solver: str = "euler") -> tuple[float, float]:
+        def measure(
+            velocity: Field, steps: int, shift: float = 1.0, solver: str = "euler"
+        ) -> tuple[float, float]:
             return score(endpoints(velocity, noise, steps, shift, solver))
+
         return measure
 
     def distance(self, job: Job) -> Callable[[Field, int], float]:
@@ -251,8 +271,11 @@ class Plane:
         score, noise, goal = self.cloud(job), self.references(job).noise, self.goal(job)
 
         def measure(walk: Callable, steps: int) -> dict[str, float]:
-            return {"sw2": finite(score(walk(noise, steps))[0]),
-                    "endpoint": finite(endpoint_distance(walk(noise[:COUPLED], steps), goal))}
+            return {
+                "sw2": finite(score(walk(noise, steps))[0]),
+                "endpoint": finite(endpoint_distance(walk(noise[:COUPLED], steps), goal)),
+            }
+
         return measure
 
     def judge(self, job: Job) -> Callable[..., dict[str, float]]:
@@ -261,59 +284,3 @@ class Plane:
         """
         measure = self.judge_walks(job)
         return lambda velocity, steps: measure(partial(endpoints, velocity), steps)
-
-
-def measure_teacher(bed: Plane, job: Job) -> dict:
-    """{solver: {evaluations: SW2}}."""
-    network, spec = bed.teacher(job)
-
-    def make() -> dict:
-        measure, velocity = bed.ruler(job), CopiedModels(network).field("teacher")
-        most = {"heun": 8}  # the worse of the two of second order: no more of it
-        counts = {solver: [n for n in STEPS if n % cost == 0 and n <= most.get(solver, n)]
-                  for solver, cost in EVALUATIONS.items()}
-        return {solver: {n: measure(velocity, n // EVALUATIONS[solver], solver=solver)[0] for n in counted}
-                for solver, counted in counts.items()}
-    return bed.cache("teacher_sw2", {"of": spec, **bed.judged_by()}, make)
-
-
-def measure_student(bed: Plane, job: Job, steps: Sequence[int] = STEPS) -> dict:
-    """What `score_student` gives, of the student of a job."""
-    models, spec = bed.student(job)
-    sizes, reading = bed.sizes, make_recipe(bed.sizes, job.change).reading
-
-    def make() -> dict:
-        field_at = partial(models.field, reading["read_out"])
-        search = bed.search(job, models.field("teacher"))
-        return score_student(bed.ruler(job), search, field_at, steps, sizes.scales, reading["sampling_shift"])
-    more = {"noises": sizes.dial_noises, "goal": sizes.goal_steps, "scales": sizes.scales, "steps": steps}
-    return bed.cache("student_sw2", {"of": spec, **reading, **bed.judged_by(**more)}, make)
-
-
-def score_student(measure: Callable[..., tuple[float, float]], search: tuple[Walk, torch.Tensor],
-                  field_at: FieldAtScale, steps: Sequence[int], scales: Sequence[float],
-                  shift: float = 1.) -> dict:
-    """raw, dialled: {steps: SW2} at scale 1, and at the scales that were chosen; scales: {steps: chosen};
-    deviation: {steps: that of the raw samples over the data's}.
-    """
-    walk, goal = search
-    walk_shifted = partial(walk, shift=shift)
-    chosen = by_steps(find_scales(walk_shifted, goal, field_at, steps, scales, shift))
-    raw = {n: measure(field_at(1.), n, shift) for n in steps}
-    return {"raw": {n: finite(sw2) for n, (sw2, _) in raw.items()},
-            "deviation": {n: finite(deviation) for n, (_, deviation) in raw.items()},
-            "dialled": {n: finite(measure(field_at(scale), n, shift)[0]) for n, scale in chosen.items()},
-            "scales": chosen}
-
-
-def measure_floor(bed: Plane, job: Job, pairs: int) -> dict[str, float]:
-    """SW2 of data against other data: mean, and the band that holds 95 % of the pairs."""
-    def draw(i: int) -> torch.Tensor:
-        return DATA[job.data](bed.sizes.samples, keyed_generator(0, i, Stream.FLOOR))
-
-    def make() -> dict[str, float]:
-        distances = torch.tensor([sliced_wasserstein(draw(2 * i), draw(2 * i + 1), bed.sizes.directions)
-                                  for i in range(pairs)])
-        return {"mean": distances.mean().item(), "low": distances.quantile(.025).item(),
-                "high": distances.quantile(.975).item()}
-    return bed.cache("floor", {"data": job.data, **bed.judged_by(pairs=pairs)}, make)

@@ -5,6 +5,7 @@ others.
 shift at which the pipeline is sampled. `TaughtFlux` trains on images that the teacher generated, as `scfm
 distill` does. A LoRA's backward passes through frozen weights: it counts 1 network evaluation.
 """
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,13 +19,11 @@ from experiments.streams import Stream
 from experiments.testbeds import BatchOf, Field, FieldAtScale, Walk
 from experiments.testbeds.plane import make_recipe, ramp_teacher_ratio
 from scfm.data.fingerprint import fingerprint
-from scfm.data.prompts import read_prompts
 from scfm.method.consistency import keyed_generator
 from scfm.method.distill import SCFMConfig, distill
-from scfm.method.ema import shorten
 from scfm.method.flow import sample, time_grid
 from scfm.models.flux import Flux
-from scfm.models.lora import ADAPTERS, LoraModels, adapter_state, load_adapter_state, set_scale
+from scfm.models.lora import ADAPTERS, LoraModels, adapter_state, load_adapter_state
 from scfm.models.sampling import euler_endpoints, on_device, start_noise
 from scfm.models.source import PipelineSource
 from toy.judge import STOCK, Judge
@@ -32,7 +31,7 @@ from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS, load_flux
 from toy.shapes import draw_captions, draw_images
 
 NAME, PROMPTS = "tiny Flux", WEIGHTS / "prompts.txt"
-Adapter = dict[str, torch.Tensor]                # a LoRA, as `adapter_state` gives it
+Adapter = dict[str, torch.Tensor]  # a LoRA, as `adapter_state` gives it
 
 
 @lru_cache(1)
@@ -54,7 +53,7 @@ def teacher_field() -> Field:
 def make_models(seed: int, rank: int) -> LoraModels:
     """`LoraModels` on a pipeline of their own."""
     velocity, targets = family().velocity, family().lora_targets
-    torch.manual_seed(seed)                                  # PEFT draws A from the global state
+    torch.manual_seed(seed)  # PEFT draws A from the global state
     return LoraModels(load_flux().transformer, velocity, targets, rank)
 
 
@@ -76,17 +75,19 @@ def seeded_walk(captions: Sequence[str], seed: int) -> Walk:
 
 def walk_from(captions: Sequence[str], noise: torch.Tensor) -> Walk:
     """walk(field, steps) -> latents, shaped as `noise` (n, N, C), which has one for each caption."""
+
     def walk(velocity: Field, steps: int) -> torch.Tensor:
         return euler_endpoints(family(), velocity, captions, noise, steps, STOCK, GUIDANCE)
+
     return walk
 
 
 # Trained on drawings
 
 RANK, LEARNING_RATE = 16, 1e-3
-SHIFT_RANGE = (2.5, 4.5)                                     # in training, around the scheduler's own 3
-SEARCH_STEPS = (1, 2, 3, 4, 8)                               # beyond 8 steps: the teacher, untouched
-SEARCH_SCALES = (0., .25, .5, .75, 1., 1.25, 1.5, 2.)
+SHIFT_RANGE = (2.5, 4.5)  # in training, around the scheduler's own 3
+SEARCH_STEPS = (1, 2, 3, 4, 8)  # beyond 8 steps: the teacher, untouched
+SEARCH_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class FluxSizes:
     """updates: of `make_recipe`, which every job replaces; batch: examples of a step; drawings: that are
     trained on; judged: captions of a measurement; dial_noises: of the search for scales.
     """
+
     updates: int = 0
     batch: int = 32
     drawings: int = 2048
@@ -112,7 +114,7 @@ class Drawings:
         images, _ = draw_images(captions, keyed_generator(0, 1, Stream.DRAWINGS))
         self.captions = captions.text
         self.latents = torch.cat([family().encode_images(part) for part in images.split(256)])
-        parts = [family().encode_text(list(self.captions[i:i + 256])) for i in range(0, count, 256)]
+        parts = [family().encode_text(list(self.captions[i : i + 256])) for i in range(0, count, 256)]
         self.text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def cond(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -136,6 +138,7 @@ class Training(NamedTuple):
     """What a method's training is determined by, and the spec of its cell. pairs: of Reflow;
     teacher_ratio_end: where a moving k/N ends, None where it stays.
     """
+
     config: SCFMConfig
     pairs: int
     teacher_ratio_end: float | None
@@ -162,20 +165,34 @@ class TinyFlux:
         def batch_of(generator: torch.Generator, count: int) -> tuple:
             index = torch.randint(len(drawings.latents), (count,), generator=generator)
             return drawings.latents[index], drawings.cond(index)
+
         return batch_of
 
     def training(self, job: Job) -> Training:
         """Of a method, by the job's budget."""
         steps, pairs = plan(self.sizes, job.family, job.budget)
         stages = {"stages": budgets.STAGES} if job.family == "progressive" else {}
-        usual = {"max_train_steps": steps // len(budgets.STAGES) if stages else steps, "shift": SHIFT_RANGE,
-                 "global_batch_size": self.sizes.batch, "learning_rate": LEARNING_RATE}
+        usual = {
+            "max_train_steps": steps // len(budgets.STAGES) if stages else steps,
+            "shift": SHIFT_RANGE,
+            "global_batch_size": self.sizes.batch,
+            "learning_rate": LEARNING_RATE,
+        }
         recipe = make_recipe(self.sizes, usual | job.change)
         config = SCFMConfig(seed=job.seed, **recipe.config)
         ramp = {name: value for name, value in recipe.training.items() if name == "teacher_ratio_end"}
-        spec = {"pipeline": pipeline_fingerprint(), "method": job.family, "pairs": pairs, "rank": RANK,
-                "drawings": self.sizes.drawings, "guidance": GUIDANCE, "shift": STOCK,
-                "config": non_defaults(config), **ramp, **stages}
+        spec = {
+            "pipeline": pipeline_fingerprint(),
+            "method": job.family,
+            "pairs": pairs,
+            "rank": RANK,
+            "drawings": self.sizes.drawings,
+            "guidance": GUIDANCE,
+            "shift": STOCK,
+            "config": non_defaults(config),
+            **ramp,
+            **stages,
+        }
         return Training(config, pairs, ramp.get("teacher_ratio_end"), spec)
 
     def student(self, job: Job) -> tuple[dict[str, Adapter], dict]:
@@ -186,11 +203,12 @@ class TinyFlux:
             batch_of, models = self.batches(job), make_models(job.seed, RANK)
             distill(models, batch_of, config, ramp_teacher_ratio(config, teacher_ratio_end), progress=False)
             return {name: copy_of_lora(models, name) for name in ADAPTERS}
+
         return self.cache("flux", spec, make), spec
 
     def search(self, job: Job, teacher: Field) -> tuple[Walk, torch.Tensor]:
         """From noises with captions of the drawings: no image, none of the judge's captions."""
-        walk = seeded_walk(load_drawings(self.sizes.drawings).captions[:self.sizes.dial_noises], 1000)
+        walk = seeded_walk(load_drawings(self.sizes.drawings).captions[: self.sizes.dial_noises], 1000)
         return walk, walk(teacher, budgets.PAIR_STEPS)
 
     def judge(self, job: Job) -> Callable[..., dict[str, float]]:
@@ -205,6 +223,7 @@ class TinyFlux:
             images = torch.cat([judge.family.decode(part) for part in reached.split(256)])
             marks = judge.score(reached, images)
             return {name: marks[name] for name in ("frechet", "prompt_accuracy", "endpoint")}
+
         return measure
 
 
@@ -234,139 +253,3 @@ def sampled(judge: Judge, velocity: Field, steps: int, sampler: Callable) -> tor
 def with_cond(velocity: Field, cond: dict[str, torch.Tensor]) -> Field:
     """The field with a condition of its own, whatever it is given."""
     return lambda x, t, *_: velocity(x, t, cond)
-
-
-# Trained on images of the teacher
-
-TAUGHT_RANK, GUIDANCE_RANGE = 48, (1., 4.)
-TAUGHT_RECIPE = {"learning_rate": 1e-3, "lr_scheduler": "cosine", "adam_weight_decay": 1e-4,
-                 "max_grad_norm": 10., "shift": (2.5, 4.5)}
-KINDS = {"seen pairs": False, "held-out pairs": True}  # of captions: is their colour-shape pair held out?
-
-
-class Images(NamedTuple):
-    """The teacher's images of the carried captions as latents (n, N, C), decoded and encoded again; and their
-    spec.
-    """
-    latents: torch.Tensor
-    captions: list[str]
-    spec: dict[str, Any]
-
-
-class TaughtFlux:
-    """The `Testbed` of LoRAs that are trained on images of the teacher, as `scfm distill` does it.
-
-    A job's change may name `few` images and the `seed` of that subset, which is also the seed of training.
-    sizes: updates, batch, images and goal_steps; for the search dial_noises, for the judge captions and
-    noises.
-    """
-
-    shift = STOCK
-
-    def __init__(self, cache: CellCache, sizes: Any):
-        self.cache, self.sizes = cache, sizes
-
-    def teacher(self, job: Job) -> tuple[Field, str]:
-        return teacher_field(), pipeline_fingerprint()
-
-    def images(self) -> Images:
-        """All that the teacher generates for training."""
-        captions, steps = read_prompts(PROMPTS)[:self.sizes.images], self.sizes.goal_steps
-        spec = {"pipeline": pipeline_fingerprint(), "captions": captions, "steps": steps,
-                "guidance": GUIDANCE, "shift": STOCK}
-
-        def make() -> torch.Tensor:
-            reached = seeded_walk(captions, 0)(teacher_field(), steps)
-            return torch.cat([family().encode_images(family().decode(part)) for part in reached.split(64)])
-        return Images(self.cache("few_pictures", spec, make), captions, spec)
-
-    def batches(self, job: Job) -> BatchOf:
-        """Latents with their captions, guidance scales drawn from a range; of the job's subset, if it names
-        one.
-        """
-        latents, captions, _ = self.images()
-        if "few" in job.change:
-            index = subset(job.change["few"], job.change["seed"], len(captions))
-            latents, captions = latents[index], [captions[i] for i in index]
-        text, (low, high) = family().encode_text(captions), GUIDANCE_RANGE
-
-        def batch_of(generator: torch.Generator, count: int) -> tuple:
-            index = torch.randint(len(captions), (count,), generator=generator)
-            scale = low + (high - low) * torch.rand(count, generator=generator)
-            return latents[index], {name: part[index] for name, part in text.items()} | {"guidance": scale}
-        return batch_of
-
-    def config(self, change: dict[str, Any]) -> SCFMConfig:
-        """One recipe for all, EMAs as short as the run, with a change."""
-        steps = self.sizes.updates
-        shortened = {"ema_decay_fast": shorten(.99, steps), "ema_decay_slow": shorten(.999, steps)}
-        size = {"max_train_steps": steps, "global_batch_size": self.sizes.batch}
-        return SCFMConfig(**{**TAUGHT_RECIPE, **shortened, **size, **change})
-
-    def search(self, job: Job, teacher: Field) -> tuple[Walk, torch.Tensor]:
-        """From noises with captions of the training: no image, none of the judge's captions."""
-        walk = seeded_walk(read_prompts(PROMPTS)[:self.sizes.dial_noises], 2)
-        return walk, walk(teacher, self.sizes.goal_steps)
-
-    def judge(self, job: Job, kind: str = "held-out pairs") -> Callable[..., dict[str, float]]:
-        """measure(field, steps) -> {"prompt_accuracy", "frechet", "endpoint", "spread"} on captions of a
-        kind; spread: over that of the teacher's images from the same noises.
-        """
-        judge, noises = load_judges(self.sizes.captions, self.sizes.noises)[kind], self.sizes.noises
-        judge.goal = self.goal(kind)
-        teachers_spread = spread(judge.family.decode(judge.goal), noises)
-
-        def measure(velocity: Field, steps: int) -> dict[str, float]:
-            reached = judge.endpoints(velocity, steps, STOCK)
-            images = judge.family.decode(reached)
-            marks = judge.score(reached, images)
-            return {**{name: marks[name] for name in ("prompt_accuracy", "frechet", "endpoint")},
-                    "spread": spread(images, noises) / teachers_spread}
-        return measure
-
-    def goal(self, kind: str) -> torch.Tensor:
-        """Latents that the teacher reaches in all its steps for a judge's captions."""
-        asked, steps = (self.sizes.captions, self.sizes.noises), self.sizes.goal_steps
-        spec = {"pipeline": pipeline_fingerprint(), "kind": kind, "asked": asked, "known": "left out",
-                "steps": steps}
-
-        def make() -> torch.Tensor:
-            return load_judges(*asked)[kind].endpoints(teacher_field(), steps, STOCK)
-        return self.cache("few_flux_goal", spec, make)
-
-
-@lru_cache(1)
-def load_judges(captions: int, noises: int) -> dict[str, Judge]:
-    """{kind: `Judge`} whose goals are not set yet. Their captions are none of those that students are trained
-    on.
-    """
-    known = frozenset(read_prompts(PROMPTS))
-    return {kind: Judge(family(), captions, progress=False, held_out=held_out, noises=noises, known=known)
-            for kind, held_out in KINDS.items()}
-
-
-def subset(size: int, seed: int, count: int) -> torch.Tensor:
-    """Numbers of the images of a subset of `count`: the first ones of its own shuffle, so that the larger
-    sizes hold the smaller. All of them for size 0.
-    """
-    return torch.randperm(count, generator=keyed_generator(seed, 0, Stream.SUBSET))[:size or None]
-
-
-def spread(images: torch.Tensor, noises: int) -> float:
-    """Root mean square deviation of the pixels of a caption's images, which stand together."""
-    return images.unflatten(0, (-1, noises)).var(1).mean().sqrt().item()
-
-
-def fused_field(rank: int, lora: Adapter) -> FieldAtScale:
-    """The field of a LoRA at any scale, fused into the weights: a third faster than beside them."""
-    transformer = make_models(0, rank).transformer
-    load_adapter_state(transformer, "ema_slow", lora)
-    transformer.set_adapter("ema_slow")
-    transformer.fuse_lora(adapter_names=["ema_slow"])
-
-    def field_at(scale: float) -> Field:
-        transformer.unfuse_lora()
-        set_scale(transformer, "ema_slow", scale)  # fuse_lora's own argument would multiply, time after time
-        transformer.fuse_lora(adapter_names=["ema_slow"])
-        return partial(family().velocity, transformer)
-    return field_at

@@ -1,94 +1,82 @@
-"""`scfm dial`: the LoRA's strength for each number of steps."""
+"""`scfm dial`: the best LoRA scale for each number of steps."""
 
-import argparse
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
-from scfm.commands.options import add_options, numbers
-from scfm.data.images import read_folder
-from scfm.data.prompts import read_prompts
+from scfm.commands.options import add_options, make_parser, numbers
+from scfm.inference.config import InferenceConfig, load_captions
 from scfm.inference.model_card import save_lora_scales
-from scfm.inference.step_lora import (
-    InferenceConfig,
-    StepLora,
-    format_scales,
-    search_lora_scales,
-    search_schedules,
-)
-from scfm.training.config import load_settings
+from scfm.inference.search import SCALES, STEPS, Curve, search_lora_scales, search_schedules
+from scfm.inference.step_lora import StepLora, format_scales
+from scfm.method.lora_scale import LoraScales
+from scfm.method.scale_schedule import ScaleSchedule
 
 
-def main(argv):
-    """`scfm dial`: a flag for every field of InferenceConfig, and how finely to look."""
-    parser = argparse.ArgumentParser(
-        prog="scfm dial",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Finds, for each number of steps, the strength of the LoRA whose endpoints lie nearest "
-        "to the "
-        "teacher's own. Stores the table in the LoRA's header, lora_scales.json and README.md "
-        "beside it.",
-    )
-    add_options(parser, InferenceConfig)
-    parser.add_argument("--prompts", default="", help="captions; empty: those of the run, or of its images")
-    parser.add_argument("--count", type=int, default=64, help="captions to look at, one noise for each")
-    parser.add_argument(
-        "--steps", type=numbers(int), default=(1, 2, 3, 4, 8, 16), help="step counts of the table"
-    )
-    parser.add_argument(
-        "--scales", type=numbers(float), default=tuple(i / 4 for i in range(9)), help="strengths to try"
-    )
-    parser.add_argument(
-        "--each",
-        type=numbers(int),
-        default=(),
-        help="step counts of --steps, such as "
-        "2,3,4,8, that get a strength for "
-        "each step "
-        "of a walk as well: some 30 walks "
-        "more for each count; a dial without "
-        "it forgets older ones",
-    )
-    parser.add_argument("--goal_steps", type=int, default=64, help="steps of the teacher's own walks")
-    args = vars(parser.parse_args(argv))
-    path, count, steps, scales, each, goal_steps = (
-        args.pop(k) for k in ("prompts", "count", "steps", "scales", "each", "goal_steps")
-    )
-    if min(count, goal_steps, *steps) < 1:
-        raise ValueError("--count, --goal_steps and --steps: give 1 or more")
-    if not set(each) <= set(steps):
-        raise ValueError(
-            f"--each {','.join(map(str, each))}: give step counts that --steps has too "
-            f"({','.join(map(str, sorted(set(steps))))})"
-        )
-    config = InferenceConfig(**args)
+def main(argv: Sequence[str]) -> int:
+    """`scfm dial`: a flag for every field of InferenceConfig, and how finely to search."""
+    args = dial_parser().parse_args(argv)
+    check_search(args)
+    config = InferenceConfig(**{f.name: getattr(args, f.name) for f in fields(InferenceConfig)}).resolved()
     config.check()
-    captions = read_prompts(path) if path else captions_of_run(config.lora)
-    # fewer captions than asked: more noises for each
-    captions = (captions * -(-count // len(captions)))[:count]
-    step_lora = StepLora(config)
-    scales = tuple(sorted({0.0, *scales}))  # 0 is the teacher: always a choice
-    found, curve = search_lora_scales(
-        step_lora, captions, tuple(sorted(set(steps))), scales, goal_steps, config.seed + 1
-    )
-    own = search_schedules(step_lora, captions, found, sorted(set(each)), goal_steps, config.seed + 1)
-    found = found._replace(schedules=tuple(tuple(round(s, 3) for s in told.scales) for told in own.values()))
-    save_lora_scales(step_lora, found, curve, captions, goal_steps)
-    for n, scale in zip(found.steps, found.scales):
-        print(
-            f"{n:4} steps: strength {scale:<5g}  distance {curve[n, scale]:.4f}  (teacher "
-            f"{curve[n, 0.0]:.4f})"
-        )
-    for n, told in own.items():
-        print(f"{n:4} steps, each its own: {format_scales(told.scales)}  distance {told.distance:.4f}")
-    print(f"stored in {step_lora.path}, lora_scales.json and README.md beside it")
+    captions = load_captions(args.prompts, config.lora, args.num_prompts)
+    step_lora, seed = StepLora(config), config.seed + 1
+    steps, per_step = sorted(set(args.steps)), sorted(set(args.per_step))
+    scales = sorted({0.0, *args.lora_scales})  # 0 is the teacher: always a choice
+    lora_scales, curve = search_lora_scales(step_lora, captions, steps, scales, args.target_steps, seed)
+    schedules = search_schedules(step_lora, captions, lora_scales, per_step, args.target_steps, seed)
+    rounded = tuple(tuple(round(scale, 3) for scale in schedule.scales) for schedule in schedules.values())
+    lora_scales = lora_scales._replace(schedules=rounded)
+    card = save_lora_scales(step_lora, lora_scales, curve, captions, args.target_steps)
+    print_search(lora_scales, curve, schedules)
+    print(f"stored in {step_lora.path}, lora_scales.json and {card.name} beside it")
     return 0
 
 
-def captions_of_run(folder):
-    """The captions that the run was made with: those of its prompts, or of its images. ValueError when it
-    names neither."""
-    told = load_settings(Path(folder) / "config.json") if (Path(folder) / "config.json").is_file() else {}
-    if told.get("prompts"):
-        return read_prompts(told["prompts"])
-    if told.get("train_data_dir"):
-        return [text for _, text in read_folder(told["train_data_dir"])]
-    raise ValueError(f"{folder} does not name its captions: say --prompts FILE")
+def dial_parser() -> ArgumentParser:
+    """The flags of `scfm dial`."""
+    parser = make_parser(
+        "scfm dial",
+        "Finds, for each number of steps, the LoRA scale at which the LoRA's endpoints lie nearest to the "
+        "teacher's own. Stores the table in the LoRA's header, lora_scales.json and the model card beside "
+        "it.",
+    )
+    add_options(parser, InferenceConfig)
+    parser.add_argument("--prompts", default="", help="captions; empty: those of the run, or of its images")
+    parser.add_argument("--num_prompts", type=int, default=64, help="captions compared, one noise for each")
+    parser.add_argument("--steps", type=numbers(int), default=STEPS, help="step counts of the table")
+    parser.add_argument("--lora_scales", type=numbers(float), default=SCALES, help="LoRA scales to try")
+    parser.add_argument(
+        "--per_step",
+        type=numbers(int),
+        default=(),
+        help="step counts of --steps, such as 2,3,4,8, that get a LoRA scale for each step as well: some 30 "
+        "paths more for each count; without it, older ones are forgotten",
+    )
+    parser.add_argument("--target_steps", type=int, default=64, help="steps of the teacher's own path")
+    return parser
+
+
+def check_search(args: Namespace) -> None:
+    """ValueError for a search that cannot be made."""
+    if min(args.num_prompts, args.target_steps, *args.steps, len(args.steps)) < 1:
+        raise ValueError("--num_prompts, --target_steps and --steps: give 1 or more")
+    if min((*args.lora_scales, 0)) < 0:
+        raise ValueError(f"--lora_scales has {min(args.lora_scales):g}: give scales of 0 or more")
+    if not set(args.per_step) <= set(args.steps):
+        raise ValueError(
+            f"--per_step {','.join(map(str, args.per_step))}: give step counts that --steps has too "
+            f"({','.join(map(str, sorted(set(args.steps))))})"
+        )
+
+
+def print_search(lora_scales: LoraScales, curve: Curve, schedules: Mapping[int, ScaleSchedule]) -> None:
+    """The LoRA scale of each step count, and its distance beside the teacher's."""
+    for n, scale in zip(lora_scales.steps, lora_scales.scales, strict=True):
+        print(
+            f"{n:4} steps: LoRA scale {scale:<5g}  distance {curve[n, scale]:.4f}  (teacher "
+            f"{curve[n, 0.0]:.4f})"
+        )
+    for n, schedule in schedules.items():
+        scales = format_scales(schedule.scales)
+        print(f"{n:4} steps, one scale for each: {scales}  distance {schedule.distance:.4f}")

@@ -169,6 +169,10 @@ def shard_error(path: Path) -> str:
             expected = (opened.metadata() or {}).get("checksum")
             actual = checksum(path.name, opened.keys(), opened.get_tensor)
             return "" if expected == actual else "was altered, or is another's"
+    except PermissionError as error:
+        raise PermissionError(
+            f"{path} may not be read ({error.strerror}): ask its owner to open it to you"
+        ) from None
     except (SafetensorError, OSError) as error:
         return f"was cut short, or is no shard ({error})"
 
@@ -183,6 +187,12 @@ def encode_latents(family: Family, shard: Shard) -> dict[str, torch.Tensor]:
             if inspect_image(path)[0] != digest:
                 raise ValueError(f"{path} has changed since its listing was read: run the command again")
         parts.append(family.encode_images(images).cpu())
+        for row, (_, path) in zip(parts[-1], some, strict=True):
+            if not row.isfinite().all():
+                raise FloatingPointError(
+                    f"the VAE gives latents that are not finite for {path} ({family.pipe.dtype}): "
+                    "take --weight_dtype fp32, or another VAE"
+                )
     return {"latents": torch.cat(parts)}
 
 

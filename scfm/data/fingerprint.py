@@ -6,6 +6,13 @@ from pathlib import Path
 
 from scfm.models.source import PipelineSource
 
+PARTS = (
+    "transformer",
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "scheduler",
+)  # all that a generated image depends on
 SMALL = 2**20  # bytes of a file that is read whole
 LOOK, PLACES = 4096, 64  # of a larger one: bytes read at a place, evenly spread places
 

@@ -5,23 +5,29 @@ import io
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
-from scfm.data.prompts import COLUMNS, caption_in, json_lines
+from scfm.data.prompts import COLUMNS, caption_in, json_lines, table_rows, text_lines
 
 Size = tuple[int, int]  # (height, width) in pixels
 # how Pillow says that a file is no image
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-ORIENTATION = 0x0112  # EXIF: how the camera was held
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class UnknownRange(ValueError):
+    """An image whose pixels cannot be brought to 8 bits, as nothing says what their white is."""
 
 
 class ListedImage(NamedTuple):
@@ -35,74 +41,149 @@ class ListedImage(NamedTuple):
     width: int
 
 
-def list_images(folder: str | Path) -> list[ListedImage]:
-    """The images that a folder's metadata.jsonl lists, each opened once. Errors as of `read_folder` and
-    `inspect_image`."""
-    pairs = read_folder(folder)
-    inspected = in_threads(inspect_image, [path for path, _ in pairs])
-    return [
-        ListedImage(path, caption, *facts) for (path, caption), facts in zip(pairs, inspected, strict=True)
-    ]
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """An image file as a person sees it, `as_seen`. source: a path, or the bytes of a file.
 
-
-def read_folder(folder: str | Path) -> list[tuple[Path, str]]:
-    """[(image path, caption)] of an `imagefolder`: metadata.jsonl with file_name and text in each line.
-
-    FileNotFoundError or ValueError that name the file, the line and what is missing.
+    ValueError with the reason when it cannot be read.
     """
-    listing = Path(folder) / "metadata.jsonl"
-    if not listing.is_file():
-        raise FileNotFoundError(
-            f"no {listing.name} in {folder}: write one line an image, "
-            '{"file_name": "cat.png", "text": "a cat"}'
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            opened.load()  # a header may be whole where the pixels are not
+            return as_seen(opened)
+    except BROKEN as error:
+        reason = (
+            str(error)
+            if isinstance(error, UnknownRange)
+            else f"does not open as an image ({type(error).__name__})"
         )
-    pairs = []
-    for number, row in json_lines(listing):
-        where = f"{listing}, line {number}"
-        if not isinstance(row.get("file_name"), str) or not set(COLUMNS) & set(row):
-            raise ValueError(f"{where}: needs file_name and text (it has {', '.join(row) or 'nothing'})")
-        pairs.append((listing.parent / row["file_name"], caption_in(row, where)))
-        if not pairs[-1][0].is_file():
-            raise FileNotFoundError(f"{where}: no image {row['file_name']}")
-    if not pairs:
-        raise ValueError(f"{listing} lists no image")
-    return pairs
+        raise ValueError(reason) from None
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """The image in RGB: upright, on white where it is transparent, 16 bits brought to 8. `UnknownRange` for
+    other pixels."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UnknownRange(
+            f"has pixels of mode {image.mode}, whose range is unknown: save it with 8 or 16 bits a channel"
+        )
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def list_images(folder: str | Path) -> list[ListedImage]:
+    """The images that a folder lists, each opened once. Errors as of `read_folder`; ValueError that names all
+    broken ones."""
+    pairs = read_folder(folder)
+    inspected = in_threads(try_to_inspect, [path for path, _ in pairs])
+    broken = [facts for facts in inspected if isinstance(facts, str)]
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise ValueError(f"{'; '.join(broken[:5])}{more}: mend them, or take them out of metadata.jsonl")
+    facts = [f for f in inspected if not isinstance(f, str)]
+    return [ListedImage(path, caption, *f) for (path, caption), f in zip(pairs, facts, strict=True)]
 
 
 def inspect_image(path: Path) -> tuple[str, int, int]:
-    """(hash of the bytes, height, width) of an image as it is seen upright. ValueError names one that does
-    not open."""
+    """(hash of the bytes, height, width) of an image as it is seen upright. ValueError names one that cannot
+    be read."""
     data = path.read_bytes()
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            turn = opened.getexif().get(ORIENTATION, 1) if "exif" in opened.info else 1
-            size = opened.size if turn < 5 else opened.size[::-1]
-            opened.verify()
-    except BROKEN as error:
-        raise ValueError(
-            f"{path} does not open as an image ({type(error).__name__}): mend it, or take it "
-            f"out of "
-            "metadata.jsonl"
-        ) from None
-    return hashlib.sha256(data).hexdigest(), size[1], size[0]
+        image = open_image(data)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    return hashlib.sha256(data).hexdigest(), image.height, image.width
+
+
+def try_to_inspect(path: Path) -> tuple[str, int, int] | str:
+    """What `inspect_image` gives, or its error in words."""
+    try:
+        return inspect_image(path)
+    except ValueError as error:
+        return str(error)
 
 
 def read_image(path: str | Path, height: int, width: int) -> torch.Tensor:
-    """(3, height, width) in [-1, 1]: upright, scaled to cover the size, then cut in the middle.
+    """(3, height, width) in [-1, 1]: as `open_image` has it, scaled to cover the size, then cut in the
+    middle.
 
     ValueError names a broken file.
     """
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except BROKEN as error:
-        raise ValueError(f"{path} does not open as an image ({type(error).__name__})") from None
+        image = open_image(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
     scale = max(height / image.height, width / image.width)
     if scale != 1:
         size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return pil_to_tensor(image.crop((left, top, left + width, top + height))).float() / 127.5 - 1
+
+
+def read_folder(folder: str | Path) -> list[tuple[Path, str]]:
+    """[(image path, caption)] of an `imagefolder`: metadata.jsonl or metadata.csv with file_name and text in
+    each row, or
+    a .txt file with the caption beside each image.
+
+    FileNotFoundError or ValueError that name the file, the line and what is missing.
+    """
+    folder = Path(folder)
+    listing = folder / "metadata.jsonl"
+    if listing.is_file():
+        rows = json_lines(listing)
+    elif (listing := folder / "metadata.csv").is_file():
+        rows = table_rows(listing)
+    else:
+        return read_side_captions(folder)
+    pairs = []
+    for number, row in rows:
+        where = f"{listing}, line {number}"
+        if not isinstance(row.get("file_name"), str) or not set(COLUMNS) & set(row):
+            raise ValueError(
+                f"{where}: needs file_name and text (it has {', '.join(map(str, row)) or 'nothing'})"
+            )
+        caption = caption_in(row, where)
+        pairs.append((find_image(folder, row["file_name"], where), caption))
+    if not pairs:
+        raise ValueError(f"{listing} lists no image")
+    return pairs
+
+
+def read_side_captions(folder: Path) -> list[tuple[Path, str]]:
+    """[(image path, caption)] of a folder with NAME.txt beside each image, in the order of names."""
+    example = '{"file_name": "cat.png", "text": "a cat"}'
+    images = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    captioned = [path for path in images if path.with_suffix(".txt").is_file()]
+    if not captioned:
+        below = next(iter(sorted(folder.glob("*/**/metadata.jsonl"))), None) if folder.is_dir() else None
+        hint = f"; there is one in {below.parent}: name that folder" if below else ""
+        raise FileNotFoundError(
+            f"no metadata.jsonl in {folder}: write one line an image, {example}, or a cat.txt beside "
+            f"cat.png{hint}"
+        )
+    without = [path.name for path in images if path not in set(captioned)]
+    if without:
+        raise ValueError(
+            f"{folder}: no caption beside {', '.join(without[:5])}: write {Path(without[0]).stem}.txt"
+        )
+    pairs = [(path, " ".join(line for _, line in text_lines(path.with_suffix(".txt")))) for path in captioned]
+    empty = [path.with_suffix(".txt").name for path, caption in pairs if not caption]
+    if empty:
+        raise ValueError(f"{folder}: no words in {', '.join(empty[:5])}")
+    return pairs
+
+
+def find_image(folder: Path, name: str, where: str) -> Path:
+    """The file of this name, also where the disk spells its accents otherwise than the listing (NFC, NFD)."""
+    for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+        if (folder / form).is_file():
+            return folder / form
+    raise FileNotFoundError(f"{where}: no image {name}")
 
 
 def parse_sizes(words: Sequence[str]) -> list[Size]:

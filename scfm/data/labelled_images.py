@@ -1,13 +1,15 @@
 """Labelled images, such as CIFAR-10, from parquet files in the Hugging Face layout."""
 
-import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms import v2
+
+from scfm.data.images import as_seen, open_image
 
 
 class LabelledImages(NamedTuple):
@@ -16,29 +18,54 @@ class LabelledImages(NamedTuple):
 
     pixels: torch.Tensor
     labels: torch.Tensor
-    names: tuple
+    names: tuple[str, ...]
 
 
-def decode(cell, place):
-    """An image of PIL, in RGB, of one cell of the column: {"bytes": ...} or such an image. ValueError that
-    names `place`."""
+def load_labelled_images(
+    data: str | Path, split: str = "train", size: int = 32, columns: tuple[str, str] = ("img", "label")
+) -> LabelledImages:
+    """A folder of parquet files in the layout of the Hugging Face hub, or hub:OWNER/NAME. Needs scfm[data].
+
+    columns: of the image and of its label. FileNotFoundError: no such folder, no file of the split.
+    ValueError: other
+    columns, a file that is no parquet, an image that cannot be read or a label that is none; file and row are
+    named.
+    """
+    if str(data).startswith("hub:"):
+        parts = [(str(data)[4:], *read_hub(str(data)[4:], split, columns))]
+    else:
+        parts = [(path, *read_parquet(path, columns)) for path in parquet_files(data, split)]
+    transform, pixels, labels, names = to_pixels(size), [], [], ()
+    for place, cells, column, names in parts:  # noqa: B007 - the last part's names are those of all
+        for row, (cell, label) in enumerate(zip(cells, column, strict=True)):
+            if not isinstance(label, int) or label < 0:
+                raise ValueError(f"{place}, row {row}: the label {label!r} is no whole number of at least 0")
+            pixels.append(transform(decode(cell, f"{place}, row {row}")))
+            labels.append(label)
+    if not pixels:
+        raise ValueError(f"{data} holds no row of the split {split}")
+    count = max(labels) + 1
+    known = names if len(names) >= count else tuple(map(str, range(count)))
+    return LabelledImages(torch.stack(pixels), torch.tensor(labels), known)
+
+
+def decode(cell: Any, place: str) -> Image.Image:
+    """An image in RGB of one cell of the column: {"bytes": ...} or an image of PIL. ValueError that names
+    `place`."""
     try:
-        return (cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell["bytes"]))).convert(
-            "RGB"
-        )
-    except (UnidentifiedImageError, OSError, SyntaxError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{place} is no image that can be read ({type(error).__name__}): mend it, or leave that row out"
-        ) from None
+        return as_seen(cell) if isinstance(cell, Image.Image) else open_image(bytes(cell["bytes"]))
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"is no image ({type(error).__name__})"
+        raise ValueError(f"{place} {reason}: mend it, or leave that row out") from None
 
 
-def to_pixels(size):
+def to_pixels(size: int) -> Any:
     """The transform of one image: (3, size, size) uint8, the shorter side brought to `size`, the middle of
     the longer one."""
     return v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 
-def parquet_files(folder, split):
+def parquet_files(folder: str | Path, split: str) -> list[Path]:
     """The files {split}-*.parquet in `folder` or below. FileNotFoundError when there is no folder, or no such
     file in it."""
     if not Path(folder).is_dir():
@@ -53,17 +80,17 @@ def parquet_files(folder, split):
     return files
 
 
-def need_columns(found, columns, place):
+def need_columns(names: Sequence[str], columns: Sequence[str], place: str | Path) -> None:
     """ValueError when a column is missing."""
-    missing = [name for name in columns if name not in found]
+    missing = [name for name in columns if name not in names]
     if missing:
         raise ValueError(
-            f"{place} has no column {' and no '.join(missing)}: its columns are {', '.join(found)}"
+            f"{place} has no column {' and no '.join(missing)}: its columns are {', '.join(names)}"
         )
 
 
-def read_parquet(path, columns):
-    """(cells, labels, names) of one file; names from the hub's note in it, () without one. ValueError: no
+def read_parquet(path: Path, columns: tuple[str, str]) -> tuple[list[Any], list[Any], tuple[str, ...]]:
+    """(cells, labels, names) of a file; names from the hub's note in it, () without one. ValueError: no
     parquet, other columns."""
     import pyarrow
     import pyarrow.parquet
@@ -79,41 +106,10 @@ def read_parquet(path, columns):
     return table[columns[0]].to_pylist(), table[columns[1]].to_pylist(), tuple(names)
 
 
-def read_hub(name, split, columns):
+def read_hub(name: str, split: str, columns: tuple[str, str]) -> tuple[Any, Any, tuple[str, ...]]:
     """The same of a data set on the Hugging Face hub, through the library `datasets`."""
     from datasets import load_dataset
 
-    rows = load_dataset(name, split=split)
+    rows: Any = load_dataset(name, split=split)
     need_columns(rows.column_names, columns, name)
     return rows[columns[0]], rows[columns[1]], tuple(getattr(rows.features[columns[1]], "names", ()))
-
-
-def load_labelled_images(data, split="train", size=32, columns=("img", "label")):
-    """`LabelledImages` of a folder of parquet files in the layout of the Hugging Face hub, or of
-    hub:OWNER/NAME. Needs scfm[data].
-
-    columns: of the image and of its label. FileNotFoundError: no such folder, no file of the split.
-    ValueError: other
-    columns, a file that is no parquet, an image that cannot be read or a label that is none; file and row are
-    named.
-    """
-    parts = (
-        [(data[4:], *read_hub(data[4:], split, columns))]
-        if str(data).startswith("hub:")
-        else [(path, *read_parquet(path, columns)) for path in parquet_files(data, split)]
-    )
-    transform, pixels, labels = to_pixels(size), [], []
-    for place, cells, marks, names in parts:
-        for row, (cell, label) in enumerate(zip(cells, marks, strict=True)):
-            if not isinstance(label, int) or label < 0:
-                raise ValueError(f"{place}, row {row}: the label {label!r} is no whole number of at least 0")
-            pixels.append(transform(decode(cell, f"{place}, row {row}")))
-            labels.append(label)
-    if not pixels:
-        raise ValueError(f"{data} holds no row of the split {split}")
-    count = max(labels) + 1
-    return LabelledImages(
-        torch.stack(pixels),
-        torch.tensor(labels),
-        names if len(names) >= count else tuple(map(str, range(count))),
-    )

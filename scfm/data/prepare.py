@@ -2,6 +2,8 @@
 a run."""
 
 import gc
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -9,9 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scfm.data.cache import CachedDataset, CachePlan
+from scfm.data.fingerprint import PARTS, fingerprint
 from scfm.data.images import ListedImage, Size, list_images, parse_sizes, read_folder
 from scfm.data.prompts import read_prompts
 from scfm.data.teacher_images import begin_listing, generate_images, listing_rows
+from scfm.files import expand_user
 from scfm.method.distill import setting
 from scfm.models.loading import DTYPES, Parts, load_pipeline, require_bitsandbytes
 from scfm.models.source import PipelineSource
@@ -59,6 +63,9 @@ class DataConfig:
     )
     cache: bool = setting(True, "encode images and captions")
     cache_dir: str = setting("", "where to; empty: the folder cache beside the images")
+
+    def __post_init__(self) -> None:
+        expand_user(self)
 
     def check(self) -> None:
         """ValueError for values that cannot work. Looks at nothing but the settings."""
@@ -145,6 +152,12 @@ def read_inputs(config: DataConfig, source: PipelineSource) -> Inputs:
     return Inputs([captions[i % len(captions)] for i in range(config.num_images or len(captions))], [])
 
 
+def fingerprint_of(inputs: Inputs) -> str:
+    """A hash of captions, and of images by their bytes, in their order."""
+    content = [inputs.captions, [(image.caption, image.digest) for image in inputs.images]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
 class Made(NamedTuple):
     """What `make_data` made or found. folder: of the images; images, captions: how many; cache: its folder
     ("" for none)."""
@@ -203,8 +216,9 @@ def generate_missing(
     how = config.teacher_steps, config.teacher_guidance_scale, config.seed
     skeleton = source.skeleton
     skeleton.scheduler = source.scheduler()
-    rows = listing_rows(make_families(config, source, skeleton), inputs.captions, *how)
-    missing = begin_listing(Path(config.output_dir), rows, state.is_main_process)
+    pipeline = fingerprint(source, *PARTS)
+    rows = listing_rows(make_families(config, source, skeleton), inputs.captions, *how, pipeline)
+    missing = begin_listing(Path(config.output_dir), rows)
     state.wait_for_everyone()  # all have seen what is missing, before the first image is new
     families = load_families(config, source, state, "all") if missing else None
     if families:
@@ -216,6 +230,7 @@ def generate_missing(
             config.batch_size,
             progress,
             (state.process_index, state.num_processes),
+            pipeline,
         )
     state.wait_for_everyone()
     return families

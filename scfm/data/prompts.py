@@ -1,16 +1,21 @@
 """Captions from a text file, a JSON-lines file, or a data set."""
 
 import codecs
+import csv
+import io
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
 COLUMNS = ("text", "prompt", "caption")  # where a caption may stand
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The captions of a text file, one a line, of a .jsonl file, or of `datasets:NAME[:SPLIT[:COLUMN]]`.
+    """The captions of a text file, one a line, of a .jsonl, .csv or .tsv file, or of
+    `datasets:NAME[:SPLIT[:COLUMN]]`.
 
     FileNotFoundError, or ValueError that names the file and the line, also when there is no caption in it.
     """
@@ -23,19 +28,53 @@ def read_prompts(path: str | Path) -> list[str]:
             f".jsonl file, or "
             "datasets:NAME"
         )
-    if path.suffix in (".json", ".jsonl"):
+    suffix = path.suffix.lower()
+    if suffix in (".json", ".jsonl"):
         captions = [caption_in(row, f"{path}, line {number}") for number, row in json_lines(path)]
+    elif suffix in (".csv", ".tsv"):
+        captions = [caption_in(row, f"{path}, line {number}") for number, row in table_rows(path)]
+    elif suffix in ("", ".txt", ".text", ".caption", ".prompts", ".md"):
+        captions = comments_left_out(path)
     else:
-        captions = [line for _, line in text_lines(path) if not line.startswith("#")]
+        raise ValueError(
+            f"{path}: a {suffix} file is no list of captions: give .txt (one a line), .jsonl, .csv or .tsv"
+        )
     if not captions:
         raise ValueError(f"{path} holds no caption: write one a line")
     return captions
+
+
+def comments_left_out(path: Path) -> list[str]:
+    """The lines of a text file but those that begin with #; says how many those were."""
+    lines = [line for _, line in text_lines(path)]
+    captions = [line for line in lines if not line.startswith("#")]
+    if len(captions) < len(lines):
+        log.warning(
+            "%s: %d lines that begin with # are left out as comments", path, len(lines) - len(captions)
+        )
+    return captions
+
+
+def table_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row by column) of a .csv file, or of a .tsv one, whose first line names the columns."""
+    delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
+    try:
+        text = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    for row in reader:
+        yield reader.line_num, row
 
 
 def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """(number, text) of the lines of a UTF-8 file that are not blank."""
     for number, line in enumerate(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
         try:
+            if b"\0" in line:
+                raise ValueError(
+                    f"{path}, line {number}: holds NUL bytes, as UTF-16 does: save the file as UTF-8"
+                )
             if line.strip():
                 yield number, line.decode().strip()
         except UnicodeDecodeError as error:

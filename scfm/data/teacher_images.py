@@ -1,16 +1,17 @@
 """The teacher's image of each caption, in a folder that says how each came about."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from scfm.data.images import Size, in_chunks
+from scfm.data.images import BROKEN, Size, in_chunks, in_threads
 from scfm.data.prompts import json_lines
 from scfm.files import atomic_write
 from scfm.method.consistency import Stream, keyed_generator
@@ -18,6 +19,7 @@ from scfm.models.sampling import euler_endpoints, start_noise, stock_shift
 from scfm.types import Family
 
 Row = dict[str, Any]  # a line of metadata.jsonl
+MARK = "scfm"  # the text chunk in which an image says of which row it is
 
 
 def generate_images(
@@ -30,6 +32,7 @@ def generate_images(
     batch_size: int = 16,
     progress: bool = True,
     process: tuple[int, int] = (0, 1),
+    pipeline: str = "",
 ) -> Path:
     """The teacher's image of each caption as `folder`/00000.png and so on, with `metadata.jsonl` beside them.
 
@@ -37,6 +40,7 @@ def generate_images(
     steps, guidance: obeyed as given; the shift is that of the stock pipeline.
     batch_size: images generated together.
     process: (number, count) of the processes that share the work, which may run at once.
+    pipeline: its fingerprint, which each row remembers.
     Resumes: whole images stay. Returns the folder. ValueError when it was begun with other captions, steps,
     guidance,
     seed or sizes.
@@ -45,8 +49,8 @@ def generate_images(
     by_size: Mapping[Size, Family] = (
         families if isinstance(families, Mapping) else {(families.height, families.width): families}
     )
-    rows = listing_rows(by_size, captions, steps, guidance, seed)
-    missing = begin_listing(folder, rows, process[0] == 0)
+    rows = listing_rows(by_size, captions, steps, guidance, seed, pipeline)
+    missing = begin_listing(folder, rows)
     alike = [
         [i for i, row in enumerate(rows) if (row["height"], row["width"]) == size] for size in sorted(by_size)
     ]
@@ -57,9 +61,7 @@ def generate_images(
         for chunk in mine:
             for i, image in zip(chunk, generate(by_size, [rows[i] for i in chunk], chunk), strict=True):
                 if i in missing:
-                    atomic_write(
-                        folder / rows[i]["file_name"], lambda new, image=image: image.save(new, format="png")
-                    )
+                    write_image(folder / rows[i]["file_name"], image, rows[i])
                     bar.update(1)
     return folder
 
@@ -71,7 +73,12 @@ def drawn_size(sizes: Sequence[Size], number: int, seed: int) -> Size:
 
 
 def listing_rows(
-    families: Mapping[Size, Family], captions: Sequence[str], steps: int, guidance: float, seed: int
+    families: Mapping[Size, Family],
+    captions: Sequence[str],
+    steps: int,
+    guidance: float,
+    seed: int,
+    pipeline: str = "",
 ) -> list[Row]:
     """The lines of metadata.jsonl: how each image comes about."""
     # in whatever order they were named
@@ -91,29 +98,71 @@ def listing_rows(
                 "width": width,
             }
         )
+        if pipeline:
+            rows[-1]["pipeline"] = pipeline
         negative_prompt = getattr(family, "negative_prompt", "")
         if negative_prompt:
             rows[-1]["negative_prompt"] = negative_prompt
     return rows
 
 
-def begin_listing(folder: Path, rows: Sequence[Row], first: bool = True) -> set[int]:
-    """The numbers of the images that are missing. The first process writes the list of all, or finds its own
-    there.
+def begin_listing(folder: Path, rows: Sequence[Row]) -> set[int]:
+    """The numbers of the images that are missing or damaged. The first process writes the list of all, or
+    finds its own.
 
-    ValueError when the list that is there is another one.
+    An image counts only when it carries the mark of its row. ValueError when the list that is there is
+    another one, or when
+    a file of an image's name is not of this command.
     """
     listing, text = folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+    states = in_threads(lambda row: state_of(folder / row["file_name"], row), rows)
     if listing.is_file():
         if listing.read_text(encoding="utf-8") != text:
             raise ValueError(
-                f"{folder} was begun with other captions or settings "
-                f"({difference(listing, rows)}): "
+                f"{folder} was begun with other captions or settings ({difference(listing, rows)}): "
                 "take another folder"
             )
-    elif first:
+    elif "whole" in states or "damaged" in states:
+        raise ValueError(
+            f"{folder} holds numbered images, but no metadata.jsonl that says what they are: take another "
+            f"folder"
+        )
+    foreign = [row["file_name"] for row, state in zip(rows, states, strict=True) if state == "foreign"]
+    if foreign:
+        raise ValueError(
+            f"{folder}/{foreign[0]} was not made by this command, and would be overwritten: take another "
+            f"folder"
+        )
+    if not listing.is_file():
         atomic_write(listing, lambda new: new.write_text(text, encoding="utf-8"))
-    return {i for i, row in enumerate(rows) if not (folder / row["file_name"]).is_file()}
+    return {i for i, state in enumerate(states) if state != "whole"}
+
+
+def mark_of(row: Row) -> str:
+    """What an image carries of its row."""
+    return hashlib.sha256(json.dumps(row).encode()).hexdigest()[:24]
+
+
+def state_of(path: Path, row: Row) -> str:
+    """Of an image file: "missing", "whole" (of this row), "damaged" (a PNG cut short), or "foreign"."""
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size == 0:
+        return "damaged"
+    try:
+        with Image.open(path) as opened:
+            mark = opened.info.get(MARK)
+            opened.verify()
+    except BROKEN:
+        return "damaged"
+    return "whole" if mark == mark_of(row) else "foreign"
+
+
+def write_image(path: Path, image: Image.Image, row: Row) -> None:
+    """A PNG file that says of which row it is."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(MARK, mark_of(row))
+    atomic_write(path, lambda new: image.save(new, format="png", pnginfo=info))
 
 
 def difference(listing: Path, rows: Sequence[Row]) -> str:
@@ -150,4 +199,11 @@ def generate(
         len(rows),
     )
     images = family.decode(endpoints.to(family.pipe.device)).cpu().float()
+    for row, latents, image in zip(rows, endpoints, images, strict=True):
+        if not (latents.isfinite().all() and image.isfinite().all()):
+            part = "VAE" if latents.isfinite().all() else "transformer"
+            raise FloatingPointError(
+                f"the {part} gives values that are not finite for {row['file_name']} ({family.pipe.dtype}): "
+                "take --weight_dtype fp32"
+            )
     return [to_pil_image((image + 1) / 2) for image in images]

@@ -1,10 +1,12 @@
 """FID, CLIP score and other metrics of images, and why one is unavailable."""
+
 import importlib
 import io
 import os
 import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -13,150 +15,234 @@ from safetensors.torch import load_file
 from scfm.method.metrics import frechet_distance
 from scfm.models.loading import no_loading_bars
 
+Batches: TypeAlias = Iterable[tuple[torch.Tensor, Sequence[str] | None]]
+"""(images (b, 3, H, W) uint8, captions or None), as from `scfm.evaluation.image_store.image_batches`."""
+MetricFunction: TypeAlias = Callable[
+    [torch.Tensor, Sequence[str] | None], tuple[torch.Tensor | None, Mapping[str, torch.Tensor]]
+]
+"""What a user's own function takes and gives: see `CustomMetric`."""
 
-class ImageMetric(NamedTuple):
-    """Something that looks at images. name: its own; distance: what a Frechet distance on its features is called, or None.
 
-    look(batches) -> (features (n, D) or None, {name of a score: mean}); batches yields (images (b, 3, H, W) uint8, captions
-    or None). Where there are no captions, scores of captions are left out.
+class Measured(NamedTuple):
+    """What a metric says of images. features: (n, D), or None; scores: the mean of each over the images."""
+
+    features: torch.Tensor | None
+    scores: dict[str, float]
+
+
+class ImageMetric(Protocol):
+    """What measures images.
+
+    name: its own
+    distance: what a Frechet distance on its features is called, or None where it has no features
+
+    Where there are no captions, scores of captions are left out.
     """
-    name: str
-    distance: str
-    look: object
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def distance(self) -> str | None: ...
+
+    def measure(self, batches: Batches) -> Measured: ...
 
 
 class MetricUnavailable(Exception):
     """Weights that could not be loaded, in one line that says why."""
 
 
-def frechet(features, others):
+class InceptionMetric:
+    """FID, by the 2048 features of the Inception network that it was defined with, as torch-fidelity and
+    torchmetrics have it.
+
+    path: its weights, a state dict as .safetensors or .pth (read without unpickling code); empty: downloaded
+    once by torch.hub
+    Raises `MetricUnavailable`.
+    """
+
+    name, distance = "Inception", "FID"
+
+    def __init__(self, path: str = "", device: str | torch.device = "cpu") -> None:
+        self.device = device
+        try:
+            self.network = load_inception(path).to(device)
+        except ImportError as error:
+            raise not_installed(error) from None
+        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+            raise MetricUnavailable(
+                f"Inception's weights could not be loaded from {path or 'the hub'} ({first_line(error)})"
+            ) from None
+
+    @torch.no_grad()
+    def measure(self, batches: Batches) -> Measured:
+        """The features of images; there is no score."""
+        return Measured(torch.cat([self.network(images.to(self.device)).cpu() for images, _ in batches]), {})
+
+
+def load_inception(path: str) -> torch.nn.Module:
+    """The network with the weights of a file, or of the hub.
+
+    torch-fidelity unpickles whatever file it is given: so it gets one that was written here.
+    """
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    buffer: Any = io.BytesIO()
+    torch.save(inception_state(path), buffer)
+    buffer.seek(0)
+    return NoTrainInceptionV3("inception-v3-compat", ["2048"], buffer)
+
+
+def inception_state(path: str) -> dict[str, torch.Tensor]:
+    """The state dict in a file, or torch-fidelity's own from the hub, which stays in torch's cache."""
+    if path:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
+
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not cached.is_file():
+        raise OSError("HF_HUB_OFFLINE is set and they are not in torch's cache; name a file with --inception")
+    return torch.hub.load_state_dict_from_url(url, progress=False, map_location="cpu", weights_only=True)
+
+
+class CLIPMetric:
+    """The CLIP score, 100 cos(image, caption), by torchmetrics.
+
+    folder: of a CLIP model, or its name on the hub
+    Raises `MetricUnavailable`.
+    """
+
+    name, distance = "CLIP", None
+
+    def __init__(self, folder: str, device: str | torch.device = "cpu") -> None:
+        self.device = device
+        try:
+            self.metric = load_clip_score(folder, device)
+        except ImportError as error:
+            raise not_installed(error) from None
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise MetricUnavailable(f"CLIP could not be loaded from {folder} ({first_line(error)})") from None
+
+    @torch.no_grad()
+    def measure(self, batches: Batches) -> Measured:
+        """The score of images with their captions; there are no features."""
+        self.metric.reset()
+        for images, captions in batches:
+            self.metric.update(images.to(self.device), list(captions or ()))
+        return Measured(None, {"CLIP score": self.metric.compute().item()})
+
+
+def load_clip_score(folder: str, device: str | torch.device) -> Any:
+    """torchmetrics' CLIPScore with the model and the processor in a folder."""
+    from torchmetrics.multimodal import CLIPScore
+    from transformers import CLIPModel, CLIPProcessor
+
+    with no_loading_bars():
+        loaded: Any = CLIPModel.from_pretrained(folder, use_safetensors=True)
+        processor = CLIPProcessor.from_pretrained(folder)
+    model = loaded.to(device)
+
+    def parts() -> Any:
+        return CLIPEncoders(model), TruncatingProcessor(processor, model)
+
+    return CLIPScore(parts).to(device)
+
+
+class CLIPEncoders(torch.nn.Module):
+    """A CLIPModel whose two encoders give plain tensors: transformers 5 wraps them, torchmetrics 1.9 expects
+    them plain."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, *inputs: Any) -> torch.Tensor:
+        """(n, D) of preprocessed images."""
+        return unwrapped(self.model.get_image_features(*inputs))
+
+    def get_text_features(self, *inputs: Any) -> torch.Tensor:
+        """(n, D) of tokens."""
+        return unwrapped(self.model.get_text_features(*inputs))
+
+
+def unwrapped(output: Any) -> torch.Tensor:
+    """The tensor in what an encoder of transformers gives."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+class TruncatingProcessor:
+    """A CLIPProcessor that cuts long captions before their end mark; torchmetrics would cut the mark off."""
+
+    def __init__(self, processor: Any, model: Any) -> None:
+        self.processor, self.longest = processor, model.config.text_config.max_position_embeddings
+
+    def __call__(self, **inputs: Any) -> Any:
+        if "text" in inputs:
+            inputs |= {"truncation": True, "max_length": self.longest}
+        return self.processor(**inputs)
+
+
+class CustomMetric:
+    """A function of the user's own, `module:name`.
+
+    It is called as name(images (b, 3, H, W) in [-1, 1], captions or None) and gives (features (b, D) or None,
+    {score: (b,) numbers, nan where there is none}). ValueError when there is no such function.
+    """
+
+    def __init__(self, where: str) -> None:
+        module, _, name = where.partition(":")
+        self.name, self.distance = where, f"Frechet distance on {where}"
+        try:
+            self.function: MetricFunction = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"--custom_metric {where}: no such function ({error}); say module:function"
+            ) from None
+
+    @torch.no_grad()
+    def measure(self, batches: Batches) -> Measured:
+        """What the function says of images, in batches."""
+        parts = [self.function(images.float() / 127.5 - 1, captions) for images, captions in batches]
+        names = parts[0][1] if parts else ()
+        scores = {n: torch.cat([scores[n].double() for _, scores in parts]).nanmean().item() for n in names}
+        features = [features for features, _ in parts if features is not None]
+        return Measured(torch.cat(features) if features else None, scores)
+
+
+def find_metrics(
+    custom_metric: str, inception: str, clip: str, device: str | torch.device = "cpu"
+) -> tuple[list[ImageMetric], dict[str, str]]:
+    """(metrics, {name: why it is missing}), by the settings of that name; "none" leaves one out."""
+    metrics: list[ImageMetric] = [CustomMetric(custom_metric)] if custom_metric else []
+    missing: dict[str, str] = {}
+    for name, metric_class, place in (
+        ("Inception (FID)", InceptionMetric, inception),
+        ("CLIP score", CLIPMetric, clip),
+    ):
+        if place == "none":
+            missing[name] = "left out, as asked"
+            continue
+        try:
+            metrics.append(metric_class(place, device))
+        except MetricUnavailable as reason:
+            missing[name] = str(reason)
+    return metrics, missing
+
+
+def frechet(features: torch.Tensor | None, others: torch.Tensor | None) -> float | None:
     """`frechet_distance`, or None where one of the two is missing or has fewer than 2 rows."""
     if features is None or others is None or min(len(features), len(others)) < 2:
         return None
     return frechet_distance(features, others)
 
 
-def first_line(error):
-    """What a library said, in one line."""
+def first_line(error: Exception) -> str:
+    """The message of a library's error, in one line."""
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def inception(path="", device="cpu"):
-    """The `ImageMetric` of FID: the 2048 features of the Inception network that FID was defined with, by torch-fidelity and torchmetrics.
-
-    path: its weights, a state dict as .safetensors or .pth (read without unpickling code); empty: downloaded once by
-    torch.hub. Raises `MetricUnavailable`.
-    """
-    try:
-        from torchmetrics.image.fid import NoTrainInceptionV3
-        state = inception_state(path)
-        buffer = io.BytesIO()               # torch-fidelity unpickles whatever it is given: so it gets what we have just written
-        torch.save(state, buffer)
-        buffer.seek(0)
-        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], buffer).to(device)
-    except ImportError as error:
-        raise MetricUnavailable(f"{error.name or error} is not installed: pip install 'scfm[evaluate]'") from None
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        raise MetricUnavailable(f"Inception's weights could not be loaded from {path or 'the hub'} ({first_line(error)})") from None
-
-    @torch.no_grad()
-    def look(batches):
-        return torch.cat([network(images.to(device)).cpu() for images, _ in batches]), {}
-    return ImageMetric("Inception", "FID", look)
-
-
-def inception_state(path):
-    """The state dict in a file, or torch-fidelity's own from the hub (kept in torch's cache)."""
-    if not path:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
-        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not cached.is_file():
-            raise OSError("HF_HUB_OFFLINE is set and they are not in torch's cache; name a file with --inception")
-        return torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, progress=False, map_location="cpu", weights_only=True)
-    if str(path).endswith(".safetensors"):
-        return load_file(str(path))
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def clip(name, device="cpu"):
-    """The `ImageMetric` of the CLIP score, 100 cos(image, caption), by torchmetrics. name: folder, or hub name. Raises `MetricUnavailable`."""
-    try:
-        from torchmetrics.multimodal import CLIPScore
-        from transformers import CLIPModel, CLIPProcessor
-        with no_loading_bars():
-            model = CLIPModel.from_pretrained(name, use_safetensors=True).to(device)
-            processor = CLIPProcessor.from_pretrained(name)
-        metric = CLIPScore(lambda: (CLIPEncoders(model), TruncatingProcessor(processor, model))).to(device)
-    except ImportError as error:
-        raise MetricUnavailable(f"{error.name or error} is not installed: pip install 'scfm[evaluate]'") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise MetricUnavailable(f"CLIP could not be loaded from {name} ({first_line(error)})") from None
-
-    @torch.no_grad()
-    def look(batches):
-        metric.reset()
-        for images, captions in batches:
-            metric.update(images.to(device), list(captions))
-        return None, {"CLIP score": metric.compute().item()}
-    return ImageMetric("CLIP", None, look)
-
-
-class CLIPEncoders(torch.nn.Module):
-    """A CLIPModel whose two towers give plain tensors: transformers 5 wraps them, torchmetrics 1.9 expects them plain."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def get_image_features(self, *inputs):
-        return plain(self.model.get_image_features(*inputs))
-
-    def get_text_features(self, *inputs):
-        return plain(self.model.get_text_features(*inputs))
-
-
-def plain(out):
-    return out if isinstance(out, torch.Tensor) else out.pooler_output
-
-
-class TruncatingProcessor:
-    """A CLIPProcessor that cuts long captions before their end mark; torchmetrics would cut the mark off."""
-
-    def __init__(self, processor, model):
-        self.processor, self.longest = processor, model.config.text_config.max_position_embeddings
-
-    def __call__(self, **inputs):
-        if "text" in inputs:
-            inputs |= {"truncation": True, "max_length": self.longest}
-        return self.processor(**inputs)
-
-
-def custom_metric(where):
-    """The `ImageMetric` of a function of yours, `module:name`: name(images (b, 3, H, W) in [-1, 1], captions or None) ->
-    (features (b, D) or None, {score: (b,) numbers, nan where there is none}). ValueError when there is no such function."""
-    module, _, name = where.partition(":")
-    try:
-        judge = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--custom_metric {where}: no such function ({error}); say module:function") from None
-
-    @torch.no_grad()
-    def look(batches):
-        said = [judge(images.float() / 127.5 - 1, captions) for images, captions in batches]
-        names = said[0][1] if said else ()
-        scores = {k: torch.cat([scores[k].double() for _, scores in said]).nanmean().item() for k in names}
-        return (None if said[0][0] is None else torch.cat([features for features, _ in said])), scores
-    return ImageMetric(where, f"Frechet distance on {where}", look)
-
-
-def find_metrics(config, device="cpu"):
-    """([ImageMetric], {name: why it is missing}) of a config with `inception`, `clip` and `judge`; "none" leaves one out."""
-    eyes, missing = [custom_metric(config.custom_metric)] if config.custom_metric else [], {}
-    for name, make, place in (("Inception (FID)", inception, config.inception), ("CLIP score", clip, config.clip)):
-        try:
-            if place == "none":
-                raise MetricUnavailable("left out, as asked")
-            eyes.append(make(place, device))
-        except MetricUnavailable as reason:
-            missing[name] = str(reason)
-    return eyes, missing
+def not_installed(error: ImportError) -> MetricUnavailable:
+    """That a library is not installed, and how to install it."""
+    return MetricUnavailable(f"{error.name or error} is not installed: pip install 'scfm[evaluate]'")

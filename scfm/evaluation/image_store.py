@@ -1,146 +1,157 @@
-"""Generated images and what they depend on, kept so that an evaluation resumes."""
+"""Folders of generated images that remember what they depend on, so that an evaluation resumes."""
+
 import json
 import math
 import statistics
-import time
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from scfm.data.images import read_image
+from scfm.data.images import in_chunks, read_image
+from scfm.evaluation.samplers import Sampler
 from scfm.files import atomic_write
 from scfm.models.sampling import start_noise
+from scfm.types import Family
+
+SETTINGS = "settings.json"
+DISTANCE = "squared_distance"  # of an image's latents to the teacher's, as text in the PNG file
 
 
-def begin(folder, told, what):
-    """Writes `told` into folder/settings.json, or checks that it is what the folder was begun with. ValueError otherwise."""
+def init_store(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Makes a folder of images with settings.json, or sees that it has been made with the same settings.
+
+    ValueError when it was made with others, or by somebody else.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path, told = folder / "settings.json", json.loads(json.dumps(told))
+    path, new = folder / SETTINGS, json.loads(json.dumps(settings))
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
-        other = sorted(k for k in {*told, *old} if told.get(k) != old.get(k))
-        if other:
-            raise ValueError(f"{folder} holds {what} of another {', '.join(other)}: take another --output_dir, or delete it")
-    write_json(path, told)
+        old = old if isinstance(old, dict) else {}
+        changed = sorted(name for name in {*new, *old} if new.get(name) != old.get(name))
+        if changed:
+            raise ValueError(
+                f"{folder} holds images of another {', '.join(changed)}: take another --output_dir, or "
+                "delete it"
+            )
+    elif any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise ValueError(
+            f"{folder} is not empty, and has no {SETTINGS} of an evaluation: take another --output_dir"
+        )
+    write_json(path, new)
 
 
-def write_json(path, told):
-    atomic_write(path, lambda new: new.write_text(json.dumps(told, indent=1), encoding="utf-8"))
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record, whole or not at all."""
+    text = json.dumps(record, indent=1)
+    atomic_write(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
-def generate_set(sampler, family, captions, folder, seed, batch=8, goal=None, done=lambda count: None):
-    """Generates what is missing of a sampler's images: folder/00000.png and so on, one for each caption.
+def image_path(folder: Path, number: int) -> Path:
+    """The file of the image of this number: 00000.png and so on."""
+    return folder / f"{number:05d}.png"
 
-    The noise is keyed by seed and number, so any part can be made again. An image carries the mean squared distance of its
-    latents to the teacher's, read from the folder `goal`; the teacher's own latents (goal None) are kept beside its images.
+
+def missing_images(folder: Path, count: int) -> list[int]:
+    """The numbers of those of the first `count` images that are not there."""
+    return [number for number in range(count) if not image_path(folder, number).is_file()]
+
+
+def generate_set(
+    sampler: Sampler,
+    family: Family,
+    captions: Sequence[str],
+    folder: Path,
+    seed: int,
+    batch_size: int = 8,
+    teacher: Path | None = None,
+    done: Callable[[int], object] | None = None,
+) -> Path:
+    """Generates what is missing of a sampler's images, one for each caption; returns their folder.
+
+    seed: with an image's number the key of its noise, so that any part can be made again
+    teacher: folder of the teacher's images; None: these are the teacher's, and their latents stay beside them
+    done: is told how many images have been made
+
+    An image carries the mean squared distance of its latents to the teacher's.
     """
-    begin(folder, sampler.settings, "images")
-    missing = [i for i in range(len(captions)) if not (folder / f"{i:05d}.png").is_file()]
-    for chunk in (missing[k:k + batch] for k in range(0, len(missing), batch)):
-        latents, images = make(sampler, family, captions, chunk, seed)
-        for k, i in enumerate(chunk):
-            told, path = {}, folder / f"{i:05d}.png"
-            if latents is not None and goal is None:
-                kept = {"latents": latents[k].float().cpu().contiguous()}
-                atomic_write(path.with_suffix(".safetensors"), lambda new: save_file(kept, str(new)))
-            elif latents is not None:
-                theirs = load_file(goal / f"{i:05d}.safetensors")["latents"]
-                told = {"distance": repr((latents[k].float().cpu() - theirs).double().square().mean().item())}
-            save_image(images[k], path, told)
-        done(len(chunk))
+    init_store(folder, sampler.settings)
+    for numbers in in_chunks(missing_images(folder, len(captions)), batch_size):
+        latents, images = generate_images(sampler, family, captions, numbers, seed)
+        for k, number in enumerate(numbers):
+            text, path = {}, image_path(folder, number)
+            if latents is not None and teacher is None:
+                save_latents(latents[k], path.with_suffix(".safetensors"))
+            elif latents is not None and teacher is not None:
+                target = load_file(image_path(teacher, number).with_suffix(".safetensors"))["latents"]
+                distance = (latents[k].float().cpu() - target).double().square().mean().item()
+                text = {DISTANCE: repr(distance)}
+            save_image(images[k], path, text)
+        if done:
+            done(len(numbers))
     return folder
 
 
 @torch.no_grad()
-def make(sampler, family, captions, numbers, seed):
+def generate_images(
+    sampler: Sampler, family: Family, captions: Sequence[str], numbers: Sequence[int], seed: int
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(latents (n, ...) or None, images (n, 3, H, W) in [-1, 1]) of the captions of these numbers."""
-    texts = [captions[i] for i in numbers]
-    if sampler.latents is None:
-        return None, sampler.images(texts, numbers)
-    latents = sampler.latents(texts, start_noise(family, numbers, seed))
-    return latents, family.decode(latents)
+    texts = [captions[number] for number in numbers]
+    if sampler.latents is not None:
+        latents = sampler.latents(texts, start_noise(family, numbers, seed))
+        return latents, family.decode(latents)
+    if sampler.images is None:
+        raise TypeError(f"{sampler.name} has neither latents nor images")
+    return None, sampler.images(texts, numbers)
 
 
-def save_image(image, path, told):
-    """A PNG file, whole or not at all, with a dict of words in it."""
-    words = PngImagePlugin.PngInfo()
-    for key, value in told.items():
-        words.add_text(key, value)
+def save_latents(latents: torch.Tensor, path: Path) -> None:
+    """Writes the latents of one image, whole or not at all."""
+    tensors = {"latents": latents.float().cpu().contiguous()}
+    atomic_write(path, lambda new: save_file(tensors, str(new)))
+
+
+def save_image(image: torch.Tensor, path: Path, text: Mapping[str, str]) -> None:
+    """Writes an image (3, H, W) in [-1, 1] as a PNG file, whole or not at all, with named texts in it."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in text.items():
+        info.add_text(name, value)
     pixels = to_pil_image((image.float().cpu() + 1) / 2)
-    atomic_write(path, lambda new: pixels.save(new, format="png", pnginfo=words))
+    atomic_write(path, lambda new: pixels.save(new, format="png", pnginfo=info))
 
 
-def batches(paths, captions=None, size=None, batch=32):
-    """(images (b, 3, H, W) uint8, captions or None) of image files; size (H, W): scaled to cover it and cut."""
-    for k in range(0, len(paths), batch):
-        if size:
-            images = torch.stack([((read_image(p, *size) + 1) * 127.5).round().byte() for p in paths[k:k + batch]])
-        else:
-            images = torch.stack([pil_to_tensor(Image.open(p).convert("RGB")) for p in paths[k:k + batch]])
-        yield images, captions[k:k + batch] if captions else None
+def image_batches(
+    paths: Sequence[Path],
+    captions: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 32,
+) -> Iterator[tuple[torch.Tensor, Sequence[str] | None]]:
+    """(images (b, 3, H, W) uint8, captions or None) of image files.
+
+    size: (H, W), to which they are scaled and cut; None: as they are
+    """
+    for numbers in in_chunks(range(len(paths)), batch_size):
+        images = torch.stack([read_bytes(paths[number], size) for number in numbers])
+        yield images, captions[numbers[0] : numbers[-1] + 1] if captions else None
 
 
-def distance_in(folder, count):
-    """Root mean square, over all images, of the distances that the images carry; None where they carry none."""
-    told = [Image.open(folder / f"{i:05d}.png").text.get("distance") for i in range(count)]
-    return None if None in told else math.sqrt(statistics.fmean(map(float, told)))
+def read_bytes(path: Path, size: tuple[int, int] | None) -> torch.Tensor:
+    """(3, H, W) uint8 of an image file."""
+    if size:
+        return ((read_image(path, *size) + 1) * 127.5).round().byte()
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB"))
 
 
-def latency(sampler, family, captions, seed, repeats, device):
-    """What one image costs, prompt to pixels at batch 1: dict of seconds (median after a warm-up), seconds inside the network,
-    evaluations of the network, and the device."""
-    seconds, inside = [], []
-    with watched(sampler.network, device) as seen:
-        for k in range(repeats + 1):
-            seen.update(evaluations=0, seconds=0.)
-            began = now(device)
-            make(sampler, family, captions, [k % len(captions)], seed)
-            seconds.append(now(device) - began)
-            inside.append(seen["seconds"])
-    return {"seconds": round(statistics.median(seconds[1:]), 5), "network_seconds": round(statistics.median(inside[1:]), 5),
-            "evaluations": seen["evaluations"], "repeats": repeats, "device": name_of(device)}
-
-
-@contextmanager
-def watched(network, device):
-    """Counts the rows that the network is asked about, and the seconds it takes; guided by a second row, an image counts 2."""
-    seen = {"evaluations": 0, "seconds": 0., "began": 0.}
-
-    def before(module, args, kwargs):
-        seen["began"] = now(device)
-
-    def after(module, args, kwargs, out):
-        seen["seconds"] += now(device) - seen["began"]
-        seen["evaluations"] += len(out[0])
-    hooks = [network.register_forward_pre_hook(before, with_kwargs=True), network.register_forward_hook(after, with_kwargs=True)]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def now(device):
-    if str(device).startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def name_of(device):
-    if str(device).startswith("cuda"):
-        return torch.cuda.get_device_name()
-    count = torch.get_num_threads()
-    return f"CPU, {count} thread{'s' * (count > 1)}"
-
-
-def known_latency(sampler, family, captions, folder, seed, repeats, device):
-    """The latency noted in the folder if it was taken on this device in as many repeats, else a fresh one."""
-    path = folder / "latency.json"
-    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if (told.get("device"), told.get("repeats")) != (name_of(device), repeats):
-        told = latency(sampler, family, captions, seed, repeats, device)
-        write_json(path, told)
-    return told
+def stored_distance(folder: Path, count: int) -> float | None:
+    """Root mean square, over all images, of the distances that they carry; None where one carries none."""
+    squares = []
+    for number in range(count):
+        with Image.open(image_path(folder, number)) as image:
+            squares.append(image.info.get(DISTANCE))
+    return None if None in squares else math.sqrt(statistics.fmean(map(float, squares)))

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from scfm.models.lora import WEIGHT_NAME
 
-# how a tensor of a text encoder begins: as diffusers saves it, or as kohya's trainer does (lora_te, lora_te1, ...)
+# how the name of a text encoder's tensor begins: as diffusers writes it, or as kohya's trainer does
 TEXT_ENCODER = re.compile(r"text_encoder(?:_(?P<diffusers>\d))?\.|lora_te(?P<kohya>\d)?_")
 # they remark on text encoders that a step LoRA leaves alone
 REMARKING = [logging.getLogger(f"diffusers.loaders.{part}") for part in ("lora_base", "peft")]
@@ -28,7 +28,9 @@ def lora_file(path: str | Path) -> Path:
         files = sorted(path.glob("*.safetensors"))
         path = files[0] if len(files) == 1 else path / WEIGHT_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"no LoRA and no pipeline at {path}: give a .safetensors file, or a folder with one")
+        raise FileNotFoundError(
+            f"no LoRA and no pipeline at {path}: give a .safetensors file, or a folder with one"
+        )
     names = tensor_names(path)
     if not any("lora" in name.lower() for name in names):
         raise ValueError(f"{path} holds no LoRA: none of its {len(names)} tensors is named so")
@@ -36,7 +38,7 @@ def lora_file(path: str | Path) -> Path:
 
 
 def tensor_names(path: str | Path) -> list[str]:
-    """The names of the tensors in a safetensors file, none of which is read. ValueError for another format."""
+    """The names of the tensors in a safetensors file; none is read. ValueError for another format."""
     try:
         with safe_open(str(path), framework="pt") as opened:
             return list(opened.keys())
@@ -45,14 +47,17 @@ def tensor_names(path: str | Path) -> list[str]:
 
 
 def changed_text_encoders(path: str | Path) -> list[str]:
-    """The text encoders that a LoRA file changes, as the pipeline calls them: text_encoder, text_encoder_2."""
+    """The text encoders that a LoRA file changes, by their names in the pipeline."""
     matches = [TEXT_ENCODER.match(name) for name in tensor_names(path)]
     numbers = {match["diffusers"] or match["kohya"] or "1" for match in matches if match}
     return ["text_encoder" if number == "1" else f"text_encoder_{number}" for number in sorted(numbers)]
 
 
 def load_adapter(pipe: Any, path: str | Path, name: str) -> None:
-    """Loads a LoRA file into a pipeline as adapter `name`. ValueError when nothing in it fits the transformer."""
+    """Loads a LoRA file into a pipeline as adapter `name`.
+
+    ValueError when nothing in it fits the transformer.
+    """
     path, kind = Path(path), type(pipe).__name__
     try:
         with silenced(REMARKING):

@@ -29,8 +29,10 @@ FROM_RUN = (
 
 @dataclass
 class InferenceConfig:
-    """What `scfm sample`, `dial`, `evaluate` and `export` share. Empty or negative values are those of the run,
-    which `resolved` fills in."""
+    """What `scfm sample`, `dial`, `evaluate` and `export` share.
+
+    What is empty or negative is left open; `resolved` fills it in from the LoRA's run.
+    """
 
     lora: str = setting("", "folder of the LoRA, as scfm distill writes it")
     pretrained_model_name_or_path: str = setting(
@@ -69,7 +71,7 @@ class InferenceConfig:
     def resolved(self: Config) -> Config:
         """A new config in which everything that was left open is filled in; the same object if it has been.
 
-        What is to differ is changed before: `dataclasses.replace` of the result gives one that is not resolved.
+        Settings are changed before: `dataclasses.replace` of the result gives one that is not resolved.
         """
         if self.is_resolved:
             return self
@@ -93,8 +95,10 @@ class InferenceConfig:
             self.quantize = ""
 
     def check(self) -> None:
-        """FileNotFoundError or ValueError names what is missing, before anything is loaded. Nothing is changed:
-        a config that is not resolved is checked as it would be."""
+        """FileNotFoundError or ValueError names what is missing, before anything is loaded.
+
+        Changes nothing: of a config that is not resolved, that is checked which it resolves to.
+        """
         config = self.resolved()
         if not config.lora or not config.weights.is_file():
             raise FileNotFoundError(
@@ -117,8 +121,9 @@ class InferenceConfig:
 
 
 def load_captions(prompts: str, lora: str, count: int) -> list[str]:
-    """`count` captions of a file, or where `prompts` is empty of the LoRA's run, going round if they are fewer.
+    """`count` captions of a file, going round if it has fewer.
 
+    prompts: the file; empty: those of the run in the folder `lora`
     FileNotFoundError or ValueError when there are none.
     """
     captions = read_prompts(prompts) if prompts else run_captions(lora)

@@ -1,146 +1,282 @@
-"""The README of a step LoRA, for people who use it in stock diffusers."""
+"""The model card of a step LoRA, for people who use it in stock diffusers."""
+
+import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from scfm.files import atomic_write
-from scfm.inference.step_lora import InferenceConfig, format_scales
-from scfm.models.lora import WEIGHT_NAME
+from scfm.inference.config import InferenceConfig
+from scfm.inference.search import Curve
+from scfm.inference.step_lora import StepLora, format_scales
+from scfm.method.lora_scale import LoraScales
 from scfm.models.lora_file import read_lora_scales, write_lora_scales
+
+MARKER = "<!-- written by scfm, which will write it again; take this line out to keep what you change -->"
 
 CARD = """# A step LoRA for {pipeline}
 
-Made by self-distillation with scfm, the method of [arXiv 2510.17858](https://arxiv.org/abs/2510.17858). {table}
+Made by self-distillation with scfm, the method of [arXiv 2510.17858](https://arxiv.org/abs/2510.17858).
+{table}
 With stock diffusers, for {n} step{s}:
 
 ```python
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift={shift:g}, use_dynamic_shifting=False)
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+    pipe.scheduler.config, shift={shift:g}, use_dynamic_shifting=False
+)
 pipe.load_lora_weights("{folder}", adapter_name="step")
-{turn}
-pipe(prompt, {negative_prompt}num_inference_steps={n}, sigmas=[1 - i / {n} for i in range({n})], guidance_scale={guidance:g},
-     height={height}, width={width}, max_sequence_length={max_sequence_length}{callback})
+{set_scale}
+images = pipe(
+    prompt,
+    {arguments},
+).images
 ```
 
-The scheduler must walk this grid: left alone it may choose another one, by the image's size or its own shift.
+The scheduler must follow this grid: left alone it may choose another one, by the image's size or its own
+shift.
 
 ## How it was made
 
-{made}
+{history}
 
 ## Limits
 
 {limits}
+
+{marker}
 """
 
-TABLE = """The strength depends on the number of steps:
+TABLE = """The best LoRA scale depends on the number of steps:
 
-| steps | weight | distance to the teacher's endpoint | the teacher's own, in as many steps |
+| steps | LoRA scale | distance to the teacher's endpoint | the teacher's own, in as many steps |
 |---|---|---|---|
 {rows}
 
-The weights were chosen on {captions} prompts, one noise each, as those whose endpoints lie nearest (root mean square, in
-latents) to the teacher's {goal_steps}-step endpoints from the same noise, never growing with the steps.
+The scales were chosen on {captions} prompts, one noise each, as those whose endpoints lie nearest (root mean
+square, in latents) to the teacher's {target_steps}-step endpoints from the same noise, never growing with the
+steps.
 """
 
-ONE = 'pipe.set_adapters(["step"], [{scale:g}])'
-EACH = """scales = {scales}                 # a strength for each step
+ONE_SCALE = 'pipe.set_adapters(["step"], [{scale:g}])'
+SCALE_PER_STEP = """scales = {scales}  # a LoRA scale for each step
 
-def turn(pipe, step, timestep, tensors):
+
+def set_scale(pipe, step, timestep, tensors):
     pipe.set_adapters(["step"], [scales[(step + 1) % {n}]])
     return tensors
+
 
 pipe.set_adapters(["step"], [scales[0]])"""
 
 
-def card(folder):
-    """The model card, as text, of the LoRA in a run's folder; says what the files there say. FileNotFoundError without a LoRA."""
+def render_card(folder: str | Path) -> str:
+    """The model card of the LoRA in a run's folder: what the files there say, and no more. FileNotFoundError
+    without a LoRA."""
     folder = Path(folder)
-    config = InferenceConfig(lora=str(folder))
-    config.check()
-    run, choice, told, begun = (read_record(folder / name) for name in ("config.json", "selection.json", "lora_scales.json", "run.json"))
-    dial = read_lora_scales(folder / WEIGHT_NAME)
-    n = min(dial.steps, key=lambda s: abs(s - 4)) if dial else 4
-    scales = dial.per_step(n) if dial else (1.,) * n
-    each = len(set(scales)) > 1
+    config = InferenceConfig(lora=str(folder)).resolved()
+    if not config.weights.is_file():
+        raise FileNotFoundError(f"no LoRA at {config.weights}")
+    lora_scales = read_lora_scales(config.weights)
+    run = read_record(folder / "config.json")
+    history = [
+        *data_lines(config, run),
+        *training_lines(run, read_record(folder / "selection.json")),
+        *environment_lines(read_record(folder / "run.json")),
+    ]
     return CARD.format(
-        pipeline=Path(config.pretrained_model_name_or_path).name, table=table_of(dial, told), n=n, s="s" * (n > 1), shift=config.inference_shift,
-        folder=folder.resolve().name, turn=EACH.format(scales=list(scales), n=n) if each else ONE.format(scale=scales[0]),
-        callback=",\n     callback_on_step_end=turn" * each, guidance=config.guidance_scale, height=config.height,
-        width=config.width, max_sequence_length=config.max_sequence_length,
-        negative_prompt=f"negative_prompt={config.negative_prompt!r}, " * bool(config.negative_prompt),
-        made="\n".join(f"- {line}" for line in history(config, run, choice, begun)),
-        limits="\n".join(f"- {line}" for line in limits(config, run, dial)))
+        pipeline=Path(config.pretrained_model_name_or_path).name,
+        table=scale_table(lora_scales, read_record(folder / "lora_scales.json")),
+        shift=config.inference_shift,
+        folder=folder.resolve().name,
+        history="\n".join(f"- {line}" for line in history),
+        limits="\n".join(f"- {line}" for line in limit_lines(config, lora_scales)),
+        marker=MARKER,
+        **example(config, lora_scales),
+    )
 
 
-def table_of(dial, told):
-    """The card's table; a sentence when no dial was found yet."""
-    if dial is None:
-        return "No strength was tuned: 1 is what training aimed at; fewer steps may want more, more steps less.\n"
-    curve = {(row["steps"], row["scale"]): f"{row['distance']:.4f}" for row in told.get("curve", ())}
-    rows = [f"| {n} | {s:g} | {curve.get((n, s), '-')} | {curve.get((n, 0), '-')} |" for n, s in zip(dial.steps, dial.scales)]
-    text = TABLE.format(rows="\n".join(rows), captions=told.get("captions", "the run's"),
-                        goal_steps=told.get("goal_steps", "many"))
-    own = "; ".join(f"{len(scales)} steps: {format_scales(scales)}" for scales in dial.schedules)
-    return text + f"\nA weight for each step, from the noise on, came as near or nearer on the same prompts. {own}.\n" * bool(own)
+def example(config: InferenceConfig, lora_scales: LoraScales | None) -> dict[str, Any]:
+    """What the card's code depends on: 4 steps, or the searched number that is nearest, at their LoRA
+    scale."""
+    n = min(lora_scales.steps, key=lambda steps: abs(steps - 4)) if lora_scales else 4
+    scales = lora_scales.per_step(n) if lora_scales else (1.0,)
+    if len(set(scales)) == 1:
+        code, more = ONE_SCALE.format(scale=scales[0]), []
+    else:
+        code, more = SCALE_PER_STEP.format(scales=list(scales), n=n), ["callback_on_step_end=set_scale"]
+    return {"n": n, "s": "s" * (n > 1), "set_scale": code, "arguments": call_arguments(config, n, more)}
 
 
-def history(config, run, choice, begun):
-    """What the records say about the making, a sentence each."""
-    knows = lambda *names: all(name in run for name in names)
-    if knows("prompts", "train_data_dir"):
+def call_arguments(config: InferenceConfig, steps: int, more: Sequence[str] = ()) -> str:
+    """What a stock pipeline's call is given after the prompt, one argument a line."""
+    negative_prompt = [f"negative_prompt={config.negative_prompt!r}"] * bool(config.negative_prompt)
+    arguments = [
+        *negative_prompt,
+        f"num_inference_steps={steps}",
+        f"sigmas=[1 - i / {steps} for i in range({steps})]",
+        f"guidance_scale={config.guidance_scale:g}",
+        f"height={config.height}",
+        f"width={config.width}",
+        f"max_sequence_length={config.max_sequence_length}",
+        *more,
+    ]
+    return ",\n    ".join(arguments)
+
+
+def scale_table(lora_scales: LoraScales | None, search: Mapping[str, Any]) -> str:
+    """The card's table of LoRA scales; a sentence where none were searched."""
+    if lora_scales is None:
+        return (
+            "No LoRA scale was searched: training aimed at 1; fewer steps may want more, more steps less.\n"
+        )
+    distances = {(row["steps"], row["scale"]): f"{row['distance']:.4f}" for row in search.get("curve", ())}
+    pairs = zip(lora_scales.steps, lora_scales.scales, strict=True)
+    rows = [
+        f"| {n} | {s:g} | {distances.get((n, s), '-')} | {distances.get((n, 0), '-')} |" for n, s in pairs
+    ]
+    text = TABLE.format(
+        rows="\n".join(rows),
+        captions=search.get("captions", "the run's"),
+        target_steps=search.get("target_steps", "many"),
+    )
+    schedules = "; ".join(f"{len(scales)} steps: {format_scales(scales)}" for scales in lora_scales.schedules)
+    if schedules:
+        text += f"\nA scale for each step came as near or nearer on the same prompts. {schedules}.\n"
+    return text
+
+
+def data_lines(config: InferenceConfig, run: Mapping[str, Any]) -> list[str]:
+    """What the run was made from, a sentence each, as far as its config.json says so."""
+    lines = []
+    if has(run, "prompts", "train_data_dir"):
         data = "the teacher's own images" if run["prompts"] else "a folder of images with captions"
         listing = Path(run["train_data_dir"] or Path(config.lora) / "images") / "metadata.jsonl"
-        count = f" ({sum(map(bool, map(str.strip, listing.read_text(encoding='utf-8').splitlines())))} of them)" if listing.is_file() else ""
-        sizes = [f"{config.height}x{config.width}", *run.get("more_sizes", ())]
-        yield f"Base: {Path(config.pretrained_model_name_or_path).name}. Data: {data}{count}, {' and '.join(sizes)} pixels."
-    if run.get("prompts") and knows("teacher_steps", "teacher_guidance_scale"):
-        yield f"The teacher generated them in {run['teacher_steps']} steps at guidance scale {run['teacher_guidance_scale']:g}."
-    if knows("max_train_steps", "global_batch_size", "learning_rate", "seed", "rank", "lora_alpha"):
-        yield (f"{choice.get('train_steps', run['max_train_steps'])} training steps at batch size {run['global_batch_size']}, learning rate {run['learning_rate']:g}, "
-               f"seed {run['seed']}; LoRA rank {run['rank']}, alpha {run['lora_alpha'] or run['rank']}.")
-    if knows("algorithm", "teacher_ratio", "ema_target_scale", "shift"):
-        yield (f"Algorithm {run['algorithm']}, {run['teacher_ratio']:g} of the rows spoken by the teacher, EMAs at scale "
-               f"{run['ema_target_scale']:g}, time shift {run['shift'][0]:g} to {run['shift'][1]:g}.")
-    if knows("guidance_mode"):
-        mode = {"kept": "is kept: sample with it", "distilled": "is in the weights: sample at guidance scale 1"}
-        yield f"Guidance {mode[run['guidance_mode']]}."
-    if "selected" in choice:
-        yield f"Of student, fast and slow EMA {choice['selected']} is the one saved: its endpoints lie nearest to the teacher's."
-    if begun.get("commit"):
-        yield f"Code: commit {begun['commit'][:12]}{', with changes of its own' if begun.get('changed') else ''}."
-    libraries = [f"{name} {begun[name]}" for name in ("scfm", "torch", "diffusers", "transformers", "peft") if name in begun]
+        images = listing.read_text(encoding="utf-8").split("\n") if listing.is_file() else []
+        count = f" ({sum(bool(line.strip()) for line in images)} of them)" if images else ""
+        sizes = " and ".join([f"{config.height}x{config.width}", *run.get("more_sizes", ())])
+        pipeline = Path(config.pretrained_model_name_or_path).name
+        lines.append(f"Base: {pipeline}. Data: {data}{count}, {sizes} pixels.")
+    if run.get("prompts") and has(run, "teacher_steps", "teacher_guidance_scale"):
+        lines.append(
+            f"The teacher generated them in {run['teacher_steps']} steps at guidance scale "
+            f"{run['teacher_guidance_scale']:g}."
+        )
+    return lines
+
+
+def training_lines(run: Mapping[str, Any], selection: Mapping[str, Any]) -> list[str]:
+    """How the run was trained, a sentence each, as far as its config.json and selection.json say so."""
+    lines = []
+    if has(run, "max_train_steps", "global_batch_size", "learning_rate", "seed", "rank", "lora_alpha"):
+        lines.append(
+            f"{selection.get('train_steps', run['max_train_steps'])} training steps at batch size "
+            f"{run['global_batch_size']}, learning rate {run['learning_rate']:g}, seed {run['seed']}; "
+            f"LoRA rank {run['rank']}, alpha {run['lora_alpha'] or run['rank']}."
+        )
+    if has(run, "algorithm", "teacher_ratio", "ema_target_scale", "shift"):
+        lines.append(
+            f"Algorithm {run['algorithm']}, teacher ratio {run['teacher_ratio']:g}, EMAs at LoRA scale "
+            f"{run['ema_target_scale']:g}, time shift {run['shift'][0]:g} to {run['shift'][1]:g}."
+        )
+    if has(run, "guidance_mode"):
+        how = {
+            "kept": "is kept: sample with it",
+            "distilled": "is in the weights: sample at guidance scale 1",
+        }
+        lines.append(f"Guidance {how[run['guidance_mode']]}.")
+    if has(selection, "selected"):
+        lines.append(
+            f"Of student, fast and slow EMA {selection['selected']} is the one saved: its endpoints lie "
+            "nearest to the teacher's."
+        )
+    return lines
+
+
+def environment_lines(environment: Mapping[str, Any]) -> list[str]:
+    """The code and the libraries that the run used, a sentence each, as far as its run.json says so."""
+    lines = []
+    if environment.get("commit"):
+        changed = ", with changes of its own" if environment.get("changed") else ""
+        lines.append(f"Code: commit {environment['commit'][:12]}{changed}.")
+    names = ("scfm", "torch", "diffusers", "transformers", "peft")
+    libraries = [f"{name} {environment[name]}" for name in names if name in environment]
     if libraries:
-        yield f"Versions: {', '.join(libraries)}; on {begun.get('device', 'a device that is not recorded')}."
+        device = environment.get("device", "a device that is not recorded")
+        lines.append(f"Versions: {', '.join(libraries)}; on {device}.")
+    return lines
 
 
-def limits(config, run, dial):
-    """What the LoRA was not made for."""
-    yield f"Made and tuned at {config.height} x {config.width} pixels and shift {config.inference_shift:g}; others were not tried."
-    if dial:
-        yield f"Tuned for {dial.steps[0]} to {dial.steps[-1]} Euler steps. Second-order solvers do not suit it."
-    yield "It has its teacher's faults; at a strength too high for the steps, its images spread further than the teacher's."
+def limit_lines(config: InferenceConfig, lora_scales: LoraScales | None) -> list[str]:
+    """What the LoRA was not made for, a sentence each."""
+    lines = [
+        f"Made for {config.height} x {config.width} pixels and shift {config.inference_shift:g}; others were "
+        "not tried."
+    ]
+    if lora_scales:
+        lines.append(
+            f"LoRA scales were searched for {lora_scales.steps[0]} to {lora_scales.steps[-1]} Euler steps. "
+            "Second-order solvers do not suit it."
+        )
+    lines.append(
+        "It has its teacher's faults; at a LoRA scale too high for the steps, its images spread further than "
+        "the teacher's."
+    )
+    return lines
 
 
-def read_record(path):
+def has(record: Mapping[str, Any], *names: str) -> bool:
+    """Whether a record has all these entries."""
+    return all(name in record for name in names)
+
+
+def read_record(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def write_card(folder):
-    """Writes `card(folder)` as README.md of the run's folder; returns the path."""
-    path = Path(folder) / "README.md"
-    text = card(folder)
+def card_path(folder: str | Path) -> Path:
+    """Where the card of a folder goes: README.md, or the first of MODEL_CARD.md, MODEL_CARD_2.md, ... where
+    somebody else's stand before it."""
+    later = (f"MODEL_CARD_{k}.md" for k in itertools.count(2))
+    paths = (Path(folder) / name for name in itertools.chain(("README.md", "MODEL_CARD.md"), later))
+    return next(path for path in paths if not path.exists() or is_ours(path))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether scfm wrote this card: a line of it says so."""
+    return path.is_file() and MARKER in path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def write_card(folder: str | Path) -> Path:
+    """Writes the model card into a run's folder, over none but our own; returns its path."""
+    text, path = render_card(folder), card_path(folder)
     atomic_write(path, lambda new: new.write_text(text, encoding="utf-8"))
     return path
 
 
-def save_lora_scales(step_lora, dial, curve, captions, goal_steps):
-    """Writes the dial into the LoRA's header, the whole curve into lora_scales.json and the card into README.md beside it."""
-    folder = step_lora.path.parent
-    record = {"captions": len(captions), "goal_steps": goal_steps, "shift": dial.shift, "seed": step_lora.config.seed,
-              "guidance": step_lora.config.guidance_scale, "lora_scales": dict(zip(dial.steps, dial.scales)),
-              "schedules": dial.schedules, "curve": [{"steps": n, "scale": s, "distance": round(d, 6)} for (n, s), d in sorted(curve.items())]}
-    write_lora_scales(step_lora.path, dial)
-    atomic_write(folder / "lora_scales.json", lambda new: new.write_text(json.dumps(record, indent=1), encoding="utf-8"))
-    write_card(folder)
+def save_lora_scales(
+    step_lora: StepLora, lora_scales: LoraScales, curve: Curve, captions: Sequence[str], target_steps: int
+) -> Path:
+    """Writes the LoRA scales into the LoRA's header, the whole curve into lora_scales.json, and the model
+    card beside it; returns the path of the card."""
+    record = {
+        "captions": len(captions),
+        "target_steps": target_steps,
+        "shift": lora_scales.shift,
+        "seed": step_lora.config.seed,
+        "guidance": step_lora.config.guidance_scale,
+        "lora_scales": dict(zip(lora_scales.steps, lora_scales.scales, strict=True)),
+        "schedules": lora_scales.schedules,
+        "curve": [
+            {"steps": n, "scale": scale, "distance": round(distance, 6)}
+            for (n, scale), distance in sorted(curve.items())
+        ],
+    }
+    text = json.dumps(record, indent=1)
+    write_lora_scales(step_lora.path, lora_scales)
+    path = step_lora.path.with_name("lora_scales.json")
+    atomic_write(path, lambda new: new.write_text(text, encoding="utf-8"))
+    return write_card(path.parent)

@@ -58,14 +58,13 @@ def search_schedules(
     seed: int = 1,
     progress: bool = True,
 ) -> dict[int, ScaleSchedule]:
-    """{steps: a LoRA scale for each step}, searched by `search_per_step` from the one that `lora_scales` has for
-    all.
+    """{steps: a LoRA scale for each step}, by `search_per_step`, which starts from that of `lora_scales`.
 
     Captions, targets and noises are those of `search_lora_scales` with the same arguments. Each step count
     takes some 30 paths.
     """
     noise, target = step_lora.target_endpoints(captions, target_steps, seed)
-    with tqdm(desc="searching a scale for each step", unit="path", disable=not progress) as bar:
+    with tqdm(desc="searching a scale for each step", unit="path", disable=not (progress and steps)) as bar:
 
         def distance(scales: Scales) -> float:
             bar.update(1)

@@ -48,9 +48,7 @@ class StepLora:
         self.source = source or PipelineSource(config.pretrained_model_name_or_path)
         bind_family(self.source, config, self.source.skeleton)  # refuses before anything is loaded
         dtype = DTYPES[config.weight_dtype]
-        self.pipe, _ = load_pipeline(
-            self.source, dtype, device or default_device(), quantize=config.quantize
-        )
+        self.pipe, _ = load_pipeline(self.source, dtype, device or default_device(), quantize=config.quantize)
         self.family = bind_family(self.source, config, self.pipe)
         self.stock_scheduler = self.pipe.scheduler
         self.pipe.scheduler = fixed_shift(self.stock_scheduler, config.inference_shift)
@@ -92,9 +90,7 @@ class StepLora:
             field = per_step_field(self.at_scale, time_grid(steps, config.inference_shift), scale)
         else:
             field = self.at_scale(scale)
-        return euler_endpoints(
-            self.family, field, captions, noise, steps, config.inference_shift, guidance
-        )
+        return euler_endpoints(self.family, field, captions, noise, steps, config.inference_shift, guidance)
 
     def target_endpoints(
         self, captions: Sequence[str], steps: int, seed: int

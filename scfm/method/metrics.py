@@ -6,18 +6,27 @@
 __all__ = ['sliced_wasserstein', 'moments', 'matrix_root', 'frechet_distance', 'endpoint_distance', 'curvature']
 
 # %% ../../nbs/learn/04_metrics.ipynb #c03
+from collections.abc import Sequence
+
 import torch
 
 from .flow import sample
+from ..types import Condition, VelocityField
 
 # %% ../../nbs/learn/04_metrics.ipynb #c09
-def sliced_wasserstein(a, b, directions=64, seed=0):
-    """SW2, a number: root of the mean, over fixed random directions, of the squared 1-D Wasserstein-2 distance.
+def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 64, seed: int = 0) -> float:
+    """The sliced Wasserstein-2 distance of two clouds, in the units of the data.
 
-    `a`, `b`: (n, D), the same shape (else ValueError), in the units of the data. The directions depend on `seed` and D alone,
-    so that two numbers of one table are comparable. Sliced Wasserstein: Bonneel et al., 2015."""
+    a, b: (n, D), of the same shape
+    directions: number of random directions, over which the squared 1-D distance is averaged
+    seed: of the directions, which depend on it and on D alone, so that the numbers of a table are comparable
+    returns: the root of that mean
+
+    ValueError when the shapes differ or are not (n, D). Sliced Wasserstein: Bonneel et al., 2015.
+    """
     if a.ndim != 2 or a.shape != b.shape:
-        raise ValueError(f"two clouds of one shape (n, D) are needed, not {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"two clouds of one shape (n, D) are needed, not {tuple(a.shape)} "
+                         f"and {tuple(b.shape)}")
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(a.shape[1], directions, generator=generator).to(a)           # (D, directions)
     theta = theta / theta.norm(dim=0)
@@ -25,24 +34,35 @@ def sliced_wasserstein(a, b, directions=64, seed=0):
     return gaps.square().mean().sqrt().item()
 
 # %% ../../nbs/learn/04_metrics.ipynb #c20
-def moments(features):
-    """Mean (D,) and covariance (D, D) of features (n, D), in float64. ValueError for fewer than 2 rows."""
+def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and covariance of features.
+
+    features: (n, D) with n >= 2
+    returns: (D,) and (D, D), in float64
+
+    ValueError for another shape or fewer features.
+    """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features (n, D) with n >= 2 are needed, not {tuple(features.shape)}")
     features = features.double()
-    return features.mean(0), features.T.cov().reshape(features.shape[1], -1)         # cov of one row is a number
+    return features.mean(0), features.T.cov().reshape(features.shape[1], -1)       # for D = 1 cov is a number
 
 # %% ../../nbs/learn/04_metrics.ipynb #c23
-def matrix_root(matrix):
-    """The symmetric root of a positive semi-definite matrix (D, D); eigenvalues that rounding made negative count as 0."""
+def matrix_root(matrix: torch.Tensor) -> torch.Tensor:
+    """The symmetric root of a positive semi-definite matrix (D, D); eigenvalues below 0 count as 0."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
-def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): a number, squared, as is the custom for FID.
+def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The Frechet distance of two sets of features, |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
 
-    `a`: (n, D), `b`: (m, D), features; computed in float64. To be called FID only when the features are Inception's
-    (Heusel et al., arXiv 1706.08500). ValueError when n or m < 2 or when the dimensions differ."""
+    a: (n, D) with n >= 2
+    b: (m, D) with m >= 2
+    returns: the distance, squared, as is the custom for FID; computed in float64
+
+    To be called FID only when the features are Inception's (Heusel et al., arXiv 1706.08500). ValueError when
+    n or m is below 2 or when the dimensions differ.
+    """
     (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
     if mean_a.shape != mean_b.shape:
         raise ValueError(f"features of one dimension are needed, not {len(mean_a)} and {len(mean_b)}")
@@ -52,23 +72,34 @@ def frechet_distance(a, b):
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 # %% ../../nbs/learn/04_metrics.ipynb #c33
-def endpoint_distance(a, b):
-    """Root mean square of a - b over all entries, a number: how far a student lands from its teacher.
+def endpoint_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Root mean square of a - b over all entries: how far a student lands from its teacher.
 
-    `a`, `b`: (B, ...), row i of both started from the same noise. ValueError when the shapes differ."""
+    a, b: (B, ...), each pair of examples from the same noise
+    returns: the distance, in the units of the data
+
+    ValueError when the shapes differ.
+    """
     if a.shape != b.shape:
-        raise ValueError(f"rows are compared one by one: {tuple(a.shape)} is not {tuple(b.shape)}")
+        raise ValueError(f"examples are compared one by one: {tuple(a.shape)} is not {tuple(b.shape)}")
     return (a - b).double().square().mean().sqrt().item()
 
 # %% ../../nbs/learn/04_metrics.ipynb #c44
 @torch.no_grad()
-def curvature(field, noise, times, cond=None):
-    """How far Euler's trajectories are from straight, a number: the mean over rows and time of |v - chord|^2.
+def curvature(field: VelocityField, noise: torch.Tensor, times: torch.Tensor | Sequence[float],
+              cond: Condition = None) -> float:
+    """How far Euler's trajectories are from straight: the mean of |v - chord|^2 over examples and time.
 
-    The chord is (first point - last point) / (first time - last time), v the velocity of each step, |.|^2 the sum over all
-    dimensions. 0 for a straight flow. `field`, `noise` (B, ...), `times` (N + 1,), `cond` as for `scfm.method.flow.sample`; N calls.
-    A step counts by its duration, so that a shift of the grid does not change what is measured; N = 1 gives 0 for any field.
-    Straightness S of rectified flow, arXiv 2209.03003."""
+    field: the velocity field, called N times
+    noise: (B, ...)
+    times: N + 1 decreasing times
+    cond: the field's condition
+    returns: the curvature, 0 for a straight flow and for N = 1
+
+    The chord is (first point - last point) / (first time - last time), v the velocity of each step, |.|^2 the
+    sum over all dims but the first. A step counts by its duration, so that a shift of the grid leaves what is
+    measured as it is. Straightness S of rectified flow, arXiv 2209.03003.
+    """
     path = sample(field, noise, times, cond, trajectory=True).flatten(2).double()    # (N + 1, B, D)
     times = torch.as_tensor(times).to(path)
     dt = (times[:-1] - times[1:])[:, None, None]                                     # (N, 1, 1)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
@@ -21,125 +21,186 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..method.flow import sample, time_grid
+from ..types import Condition, VelocityField
 
 # %% ../../nbs/learn/09_unet.ipynb #c06
 class Size(NamedTuple):
-    """patch: pixels a side that become channels; widths: channels of each level; layers: residual blocks of a level; attention: levels."""
+    """A network's size.
+
+    patch: pixels a side that become channels
+    widths: channels of each level
+    layers: residual blocks of a level
+    attention: the levels that have it
+    dropout: share of activations dropped in training
+    """
     patch: int
-    widths: tuple
+    widths: tuple[int, ...]
     layers: int
-    attention: tuple
+    attention: tuple[int, ...]
     dropout: float = 0.
 
 
-SIZES = {"tiny": Size(2, (16, 16), 1, ()),                                    # for tests, not for images
-         "nano": Size(2, (48, 64, 64), 1, (1,)),
-         "small": Size(1, (64, 96, 128), 1, (2,)),
-         "full": Size(1, (128, 256, 256, 256), 2, (1,), .1)}                  # widths, depth and attention of DDPM++
+SIZES = {
+    "tiny": Size(2, (16, 16), 1, ()),                         # for tests, not for images
+    "nano": Size(2, (48, 64, 64), 1, (1,)),
+    "small": Size(1, (64, 96, 128), 1, (2,)),
+    "full": Size(1, (128, 256, 256, 256), 2, (1,), .1),       # widths, depth and attention of DDPM++
+}
 
 # %% ../../nbs/learn/09_unet.ipynb #c08
 class LabelStepEmbedding(nn.Module):
-    """Stands in for the label's embedding where the network is told a step size too: words (B, 2) -> (B, D), a sum of two."""
+    """Replaces the label's embedding where the step size is an input too: the sum of an embedding of each.
 
-    def __init__(self, labels, levels, wide):
+    labels: number of labels
+    levels: number of step sizes
+    dim: of the embedding
+    """
+
+    def __init__(self, labels: int, levels: int, dim: int) -> None:
         super().__init__()
-        self.label, self.level = nn.Embedding(labels, wide), nn.Embedding(levels, wide)
+        self.label, self.level = nn.Embedding(labels, dim), nn.Embedding(levels, dim)
 
-    def forward(self, words):
-        return self.label(words[:, 0]) + self.level(words[:, 1])
+    def forward(self, cond: torch.Tensor) -> torch.Tensor:
+        """Label and level of each example, (B, 2) int64 -> (B, dim)."""
+        return self.label(cond[:, 0]) + self.level(cond[:, 1])
 
 
 class UNetFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A velocity field on images: network(x (B, 3, H, H), t (B,), cond) -> (B, 3, H, H).
 
-    cond: labels (B,) int64, where `classes` means "not told"; None tells nobody. With levels > 0 the network is told a step
-    size too: cond (B, 2), label and level. size: a key of `SIZES`. `bf16`: autocast. ValueError for an unknown size.
-    A model of diffusers like any other: it is part of a pipeline, and LoRA can be added to it (chapter `21_pixels`).
+    size: a key of `SIZES`
+    classes: number of labels; the label `classes` means none
+    levels: number of step sizes, where these are an input too; 0 where they are not
+    resolution: H, in pixels
+
+    cond is (B,) int64, labels, or with levels > 0 (B, 2), label and level; None is no label. The attribute
+    `bf16` switches autocast on. A model of diffusers like any other: it is part of a pipeline and can have a
+    LoRA (chapter `21_pixels`). ValueError for an unknown size.
     """
     _supports_gradient_checkpointing = True
 
     @register_to_config
-    def __init__(self, size="nano", classes=10, levels=0, resolution=32):
+    def __init__(self, size: str = "nano", classes: int = 10, levels: int = 0, resolution: int = 32) -> None:
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size={size!r}: one of {', '.join(SIZES)}")
         patch, widths, layers, attention, dropout = SIZES[size]
         kind = ["Attn" if i in attention else "" for i in range(len(widths))]
         self.patch, self.classes, self.levels, self.bf16 = patch, classes, levels, False
-        self.unet = UNet2DModel(resolution // patch, 3 * patch ** 2, 3 * patch ** 2, block_out_channels=widths, layers_per_block=layers,
-                                down_block_types=[f"{k}DownBlock2D" for k in kind], dropout=dropout,
-                                up_block_types=[f"{k}UpBlock2D" for k in reversed(kind)], norm_num_groups=16,
-                                attn_norm_num_groups=16,                    # with scale and shift diffusers leaves the middle attention without one
-                                resnet_time_scale_shift="scale_shift",      # after the norm, which would remove a plain shift in groups of a channel
-                                attention_head_dim=min(32, widths[-1]), num_class_embeds=classes + 1)
+        self.unet = UNet2DModel(
+            resolution // patch, 3 * patch ** 2, 3 * patch ** 2, layers_per_block=layers, dropout=dropout,
+            block_out_channels=widths, num_class_embeds=classes + 1, attention_head_dim=min(32, widths[-1]),
+            down_block_types=tuple(f"{k}DownBlock2D" for k in kind),
+            up_block_types=tuple(f"{k}UpBlock2D" for k in reversed(kind)), norm_num_groups=16,
+            # after the norm, which would remove a plain shift in groups of a channel
+            resnet_time_scale_shift="scale_shift",
+            # with scale and shift diffusers leaves the middle attention without a norm
+            attn_norm_num_groups=16)
         if levels:
-            self.unet.class_embedding = LabelStepEmbedding(classes + 1, levels, 4 * widths[0])
+            self.unet.add_module("class_embedding", LabelStepEmbedding(classes + 1, levels, 4 * widths[0]))
 
-    def forward(self, x, t, cond=None):
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Condition = None) -> torch.Tensor:
+        """The velocity (B, 3, H, H) at x (B, 3, H, H) and t (B,), in x's dtype."""
         if cond is None:
             cond = torch.full((len(x),), self.classes, device=x.device)
+        folded = F.pixel_unshuffle(x.to(self.unet.dtype), self.patch)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            said = self.unet(F.pixel_unshuffle(x.to(self.unet.dtype), self.patch), 1000 * t, class_labels=cond).sample
-        return F.pixel_shuffle(said.to(x.dtype), self.patch)
+            velocity = self.unet(folded, 1000 * t, class_labels=cond).sample
+        return F.pixel_shuffle(velocity.to(x.dtype), self.patch)
 
     @property
-    def init_kwargs(self):
-        """What `UNetFlow` was made with: size, classes, levels, resolution."""
+    def init_kwargs(self) -> dict[str, Any]:
+        """The arguments that this network was made with: size, classes, levels, resolution."""
         return {name: self.config[name] for name in ("size", "classes", "levels", "resolution")}
 
 # %% ../../nbs/learn/09_unet.ipynb #c15
-def drop_labels(labels, share, nobody, generator=None):
-    """Labels (B,), each replaced by `nobody` with probability `share`, so that the network also learns to go without."""
-    return labels.where(torch.rand(len(labels), generator=generator) >= share, nobody)
+def drop_labels(labels: torch.Tensor, share: float, null_label: int,
+                generator: torch.Generator | None = None) -> torch.Tensor:
+    """Labels, some of them hidden, so that the network also learns to go without.
 
-
-def guided(field, scale, nobody=10):
-    """The field at guidance scale `scale`: V_none + scale (V_label - V_none). 1: the field itself; else two evaluations.
-
-    field(x, t, cond) with cond: labels (B,). Classifier-free guidance, arXiv 2207.12598.
+    labels: (B,) int64
+    share: probability that a label is hidden, in [0, 1]
+    null_label: what a hidden label becomes
+    generator: of the CPU
+    returns: (B,) int64
     """
-    def said(x, t, cond):
-        none = field(x, t, torch.full_like(cond, nobody))
+    return labels.where(torch.rand(len(labels), generator=generator) >= share, null_label)
+
+
+def guided(field: VelocityField, scale: float, null_label: int = 10) -> VelocityField:
+    """The field at a guidance scale, V_none + scale (V_label - V_none), in two evaluations.
+
+    field: its condition is labels (B,)
+    scale: guidance scale; 1 is the field itself
+    null_label: the label that means none
+
+    Classifier-free guidance, arXiv 2207.12598.
+    """
+    def velocity(x: torch.Tensor, t: torch.Tensor, cond: Condition = None) -> torch.Tensor:
+        none = field(x, t, torch.full_like(cond, null_label))
         return none + scale * (field(x, t, cond) - none)
-    return field if scale == 1 else said
+    return field if scale == 1 else velocity
 
 # %% ../../nbs/learn/09_unet.ipynb #c18
-def field_of(network, steps):
-    """The network as field(x, t, labels) for a walk of `steps` steps: one that is told a step size is told the nearest 1 / 2^level."""
+def field_of(network: UNetFlow, steps: int) -> VelocityField:
+    """The network as a field whose condition is labels (B,), for a sampler of `steps` steps.
+
+    Where the step size is an input of the network, it gets the nearest 1 / 2^level.
+    """
     if not network.levels:
         return network
     level = min(network.levels - 1, round(math.log2(steps)))
-    return lambda x, t, labels: network(x, t, torch.stack([labels, torch.full_like(labels, level)], 1))
+
+    def velocity(x: torch.Tensor, t: torch.Tensor, cond: Condition = None) -> torch.Tensor:
+        return network(x, t, torch.stack([cond, torch.full_like(cond, level)], 1))
+    return velocity
 
 
 @torch.no_grad()
-def generate(network, labels, noise, steps, solver="euler", guidance=1., shift=1., batch=500):
-    """Images (N, 3, H, W) that `steps` steps of `solver` reach from noise (N, 3, H, W) with labels (N,), in parts of `batch`."""
-    field = guided(field_of(network, steps), guidance, network.classes)
-    return torch.cat([sample(field, z, time_grid(steps, shift), words, solver)
-                      for z, words in zip(noise.split(batch), labels.split(batch))])
+def generate(network: UNetFlow, labels: torch.Tensor, noise: torch.Tensor, steps: int, solver: str = "euler",
+             guidance: float = 1., shift: float = 1., batch_size: int = 500) -> torch.Tensor:
+    """Images that the network's flow reaches from noise.
+
+    labels: (N,) int64
+    noise: (N, 3, H, W)
+    steps: number of steps
+    solver: a key of `scfm.method.flow.SOLVERS`
+    guidance: guidance scale
+    shift: time shift of the grid
+    batch_size: images of one forward
+    returns: (N, 3, H, W), in [-1, 1] as the data are, but not clamped
+    """
+    field, times = guided(field_of(network, steps), guidance, network.classes), time_grid(steps, shift)
+    batches = zip(noise.split(batch_size), labels.split(batch_size), strict=True)
+    return torch.cat([sample(field, start, times, cond, solver) for start, cond in batches])
 
 # %% ../../nbs/learn/09_unet.ipynb #c21
-def save_flow(network, path, dtype=torch.float32, notes=None):
-    """The weights in `dtype` as one safetensors file, with what `UNetFlow` needs and `notes` in its header."""
+def save_flow(network: UNetFlow, path: str | Path, dtype: torch.dtype = torch.float32,
+              notes: dict[str, Any] | None = None) -> None:
+    """Writes the network as one safetensors file; replaces a file that is there.
+
+    dtype: of the weights in the file
+    notes: goes into the file's header, beside the arguments of `UNetFlow`
+    """
     tensors = {name: w.detach().to("cpu", dtype).contiguous() for name, w in network.state_dict().items()}
-    save_file(tensors, f"{path}.part", metadata={"network": json.dumps(network.init_kwargs), "notes": json.dumps(notes or {})})
+    header = {"network": json.dumps(network.init_kwargs), "notes": json.dumps(notes or {})}
+    save_file(tensors, f"{path}.part", metadata=header)
     os.replace(f"{path}.part", path)
 
 
-def header_of(path):
-    """The free text entries of a safetensors file, a dict."""
+def header_of(path: str | Path) -> dict[str, str]:
+    """The free text entries of a safetensors file."""
     with safe_open(str(path), framework="pt") as opened:
         return opened.metadata() or {}
 
 
-def load_flow(path):
-    """The network of a file of `save_flow`, in float32. FileNotFoundError; ValueError for a file of something else."""
+def load_flow(path: str | Path) -> UNetFlow:
+    """The network of a file of `save_flow`, in float32. FileNotFoundError; ValueError for another file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file: give the flow.safetensors of a run of scfm pretrain")
-    told = header_of(path).get("network")
-    if told is None:
+    init_kwargs = header_of(path).get("network")
+    if init_kwargs is None:
         raise ValueError(f"{path} is no flow on images: its header does not say what the network is")
-    network = UNetFlow(**json.loads(told))
+    network = UNetFlow(**json.loads(init_kwargs))
     network.load_state_dict({name: w.float() for name, w in load_file(str(path)).items()})
     return network.eval()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ def save_checkpoint(output_dir: str | Path, step: int, state: dict[str, Any], li
     written.
     """
     folder = Path(output_dir) / "checkpoints"
-    new, final = folder / "new", folder / f"{step:06d}"
-    if final.exists():  # the same step of the same run: the same state
+    new, final = folder / f".new-{uuid.uuid4().hex[:8]}", folder / f"{step:06d}"
+    if final.exists():  # the same step of the same run: the same state (`set_aside` has seen to later ones)
         return final
-    shutil.rmtree(new, ignore_errors=True)
     try:
         new.mkdir(parents=True)
         with open(new / "state.pt", "wb") as file:
@@ -39,6 +39,16 @@ def save_checkpoint(output_dir: str | Path, step: int, state: dict[str, Any], li
     for old in all_checkpoints(output_dir)[:-limit]:
         shutil.rmtree(old)
     return final
+
+
+def set_aside(output_dir: str | Path, step: int) -> list[Path]:
+    """Renames the run's own checkpoints beyond `step`, of which a run that goes back to it makes others;
+    returns the new names."""
+    moved = []
+    for path in all_checkpoints(output_dir):
+        if int(path.name) > step:
+            moved.append(path.rename(path.with_name(f"set-aside-{path.name}-{uuid.uuid4().hex[:8]}")))
+    return moved
 
 
 def all_checkpoints(output_dir: str | Path) -> list[Path]:

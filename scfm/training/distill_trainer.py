@@ -2,14 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from scfm.data.cache import CachedDataset, batch_indices
+from scfm.data.fingerprint import fingerprint
 from scfm.data.images import Size
-from scfm.data.prepare import Inputs, check_processes, make_data, make_families, read_inputs
+from scfm.data.prepare import (
+    Inputs,
+    check_processes,
+    fingerprint_of,
+    make_data,
+    make_families,
+    read_inputs,
+)
 from scfm.method.consistency import Jumps, Stream, keyed_generator
 from scfm.method.distill import Batch, jumps_from_config, make_emas, make_optimizer
 from scfm.models.check import LAYERS
@@ -21,7 +29,7 @@ from scfm.models.source import PipelineSource
 from scfm.training.checkpoint import find_checkpoint, load_checkpoint
 from scfm.training.config import DistillConfig, init_output_dir
 from scfm.training.selection import select_and_save, validation_image
-from scfm.training.trainer import StepPlan, Trainer
+from scfm.training.trainer import StepPlan, Trainer, make_accelerator
 from scfm.types import Family
 
 
@@ -38,13 +46,18 @@ class DistillTrainer(Trainer):
     def __init__(self, config: DistillConfig, progress: bool = True) -> None:
         config.check()
         log_with = None if config.report_to == "none" else config.report_to
-        super().__init__(config, Accelerator(log_with=log_with, project_dir=config.output_dir), progress)
+        super().__init__(config, make_accelerator(log_with=log_with, project_dir=config.output_dir), progress)
         check_processes(self.accelerator)
         self.source, data = PipelineSource(config.pretrained_model_name_or_path), config.data_config()
         inputs = self.check_inputs(read_inputs(data, self.source))  # before a folder of ours is made
+        marks = {
+            "transformer": fingerprint(self.source, "transformer", "scheduler"),
+            "data": fingerprint_of(inputs),
+        }
         self.resume_from = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         with self.accelerator.main_process_first():
-            init_output_dir(self.output_dir, config)
+            self.lock()
+            init_output_dir(self.output_dir, config, marks)
         dataset = make_data(data, self.source, inputs, self.accelerator, progress)[1]
         assert dataset is not None  # a run's own data are always cached
         self.dataset: CachedDataset = dataset
@@ -67,6 +80,11 @@ class DistillTrainer(Trainer):
         velocities(family, config.guidance_mode)
         if config.quantize:
             require_bitsandbytes()
+        if config.report_to != "none" and find_spec(config.report_to) is None:
+            raise ValueError(
+                f"report_to {config.report_to} needs it installed: pip install {config.report_to}, or "
+                f"--report_to none"
+            )
         check_layers(config.lora_layers, source, family)
         return inputs
 
@@ -118,7 +136,8 @@ class DistillTrainer(Trainer):
         count = self.config.global_batch_size // self.accelerator.num_processes
         mine = torch.arange(count) + count * self.accelerator.process_index
         size = self.dataset.size_of[index[mine]]
-        alike = [mine[size == s] for s in size.unique().tolist()]
+        present: list[int] = size.unique().tolist()
+        alike = [mine[size == s] for s in present]
         return [part for places in alike for part in places.split(self.config.micro_batch_size or count)]
 
     def batches(
@@ -205,7 +224,9 @@ def finalize(trainer: DistillTrainer) -> dict[str, Any] | None:
     """The record of `select_and_save`: the first process compares and writes the LoRA, the others have
     nothing left to do."""
     trainer.accelerator.end_training()
-    return select_and_save(trainer) if trainer.is_main else None
+    record = select_and_save(trainer) if trainer.is_main else None
+    trainer.close()
+    return record
 
 
 def distill_pipeline(config: DistillConfig, progress: bool = True) -> dict[str, Any] | None:

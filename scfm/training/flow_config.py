@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from scfm.files import expand_user
 from scfm.method.distill import SCFMConfig, is_int, setting, validate
 from scfm.models.unet import SIZES
 
@@ -65,6 +66,9 @@ class FlowConfig(SCFMConfig):
     eval_num_steps: tuple = setting(
         (1, 2, 4, 8, 64), "step counts of validation, rising; the others are compared with the last"
     )
+
+    def __post_init__(self) -> None:
+        expand_user(self)
 
     def check(self) -> None:
         """ValueError with the setting, its value and the mend. Looks at nothing but the settings."""

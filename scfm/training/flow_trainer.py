@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -28,7 +27,7 @@ from scfm.models.unet import UNetFlow, drop_labels, generate, load_flow, save_fl
 from scfm.training.checkpoint import latest, load_checkpoint
 from scfm.training.config import init_output_dir
 from scfm.training.flow_config import LEVELS, FlowConfig
-from scfm.training.trainer import StepPlan, Trainer
+from scfm.training.trainer import StepPlan, Trainer, make_accelerator
 
 
 class FlowModels:
@@ -113,10 +112,11 @@ class FlowTrainer(Trainer):
         self, config: FlowConfig, progress: bool = True, images: LabelledImages | None = None
     ) -> None:
         config.check()
-        super().__init__(config, Accelerator(), progress)
+        super().__init__(config, make_accelerator(), progress)
         self.images = images or load_labelled_images(config.train_data_dir)
         torch.manual_seed(config.seed)
         with self.accelerator.main_process_first():
+            self.lock()
             init_output_dir(self.output_dir, config)
         self.models = make_models(config, self.images, self.accelerator.device)
         self.optimizer, self.scheduler = make_optimizer(self.models, config)

@@ -1,5 +1,7 @@
 """What every training run has: one loop, gradients of several processes, validation, checkpoints, resume."""
 
+import atexit
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -9,9 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
+from scfm.files import lock_folder, unlock_folder
 from scfm.method.consistency import Jumps
 from scfm.method.distill import Batch, StepOutput, TimeBins, train_step, training_loop
-from scfm.training.checkpoint import latest, save_checkpoint
+from scfm.training.checkpoint import latest, save_checkpoint, set_aside
+from scfm.training.config import as_json
+
+log = logging.getLogger(__name__)
+OPTIMIZER_SETTINGS = ("learning_rate", "adam_weight_decay", "max_grad_norm", "lr_scheduler")
+
+
+def make_accelerator(**more: Any) -> Accelerator:
+    """An Accelerator that the environment of somebody's `accelerate config` cannot make accumulate or change
+    precision."""
+    return Accelerator(gradient_accumulation_steps=1, mixed_precision="no", **more)
 
 
 class StepPlan(NamedTuple):
@@ -69,11 +82,19 @@ class Trainer(ABC):
     def validate(self) -> torch.Tensor | None:
         """Writes what people look at during the run; returns an image (3, H, W) for the trackers, or None."""
 
+    def lock(self) -> None:
+        """Takes the folder for this run. ValueError when another process trains in it."""
+        if self.is_main:
+            lock_folder(self.output_dir)
+            atexit.register(unlock_folder, self.output_dir)
+
     def train(self, until: int | None = None, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Steps up to `until` (config.max_train_steps when None), or until should_stop() holds in any process
         after a step."""
-        until = self.config.max_train_steps if until is None else until
+        last_step: int = self.config.max_train_steps if until is None else until
         clock = time.perf_counter()
+        if self.is_main:
+            set_aside(self.output_dir, self.global_step)  # of a run that went back to an earlier one
 
         def after(step: int, output: StepOutput) -> bool:
             nonlocal clock
@@ -84,7 +105,7 @@ class Trainer(ABC):
             return last
 
         training_loop(
-            self.train_step, until, self.global_step, after, self.progress, self.output_dir.name, self.bins
+            self.train_step, last_step, self.global_step, after, self.progress, self.output_dir.name, self.bins
         )
 
     def train_step(self, step: int) -> StepOutput:
@@ -159,6 +180,7 @@ class Trainer(ABC):
     def save(self) -> Path:
         """Writes a checkpoint; returns its folder."""
         state = self.state_dict() | {
+            "config": as_json(self.config),
             "step": self.global_step,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -168,9 +190,40 @@ class Trainer(ABC):
 
     def restore(self, state: dict[str, Any]) -> int:
         """Goes on from the state of a checkpoint; returns the number of steps done."""
+        if state["step"] > self.config.max_train_steps:
+            raise ValueError(
+                f"max_train_steps={self.config.max_train_steps}: the checkpoint is at {state['step']} already"
+            )
         self.load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.follow_config(state["config"])
         self.bins.total, self.bins.count = state["bins"]
         self.global_step = state["step"]
         return self.global_step
+
+    def follow_config(self, old: dict[str, Any]) -> None:
+        """The optimizer's settings are those of this run's config, whatever run the checkpoint is of."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = config.learning_rate
+            group["weight_decay"] = config.adam_weight_decay
+        self.scheduler.base_lrs = [config.learning_rate] * len(self.scheduler.base_lrs)
+        rates = [
+            base * rate(self.scheduler.last_epoch)
+            for base, rate in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        ]
+        self.scheduler._last_lr = rates
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        changed = [name for name in OPTIMIZER_SETTINGS if old.get(name) != getattr(config, name)]
+        if changed and self.is_main:
+            values = "; ".join(
+                f"{name} {old.get(name)} before, {getattr(config, name)} from here" for name in changed
+            )
+            log.warning("the checkpoint is of a run with another %s (%s)", ", ".join(changed), values)
+
+    def close(self) -> None:
+        """Lets another process have the folder."""
+        if self.is_main:
+            unlock_folder(self.output_dir)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import scfm.method.distill
 import scfm.training.distill_trainer
+import scfm.training.trainer
 from scfm.training.checkpoint import all_checkpoints, latest
 from scfm.cli import main
 from scfm.commands.signals import signals_noted
@@ -134,7 +135,7 @@ def test_two_processes_resume_bit_for_bit(of_two, images, tmp_path):
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scfm.training.distill_trainer.Accelerator, "num_processes", 3)
+    monkeypatch.setattr(scfm.training.trainer.Accelerator, "num_processes", 3)
     assert main(["distill", *flags(settings(images, tmp_path / "run"))]) == 2
     assert "global_batch_size 4 cannot be dealt evenly to 3 processes" in capsys.readouterr().err
 

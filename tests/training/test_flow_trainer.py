@@ -73,7 +73,7 @@ def test_sampling_is_that_of_the_stock_scheduler():
     with torch.no_grad():
         for t in scheduler.timesteps:
             x = scheduler.step(network(x, (t / 1000).expand(3), labels), t, x).prev_sample
-    assert torch.allclose(generate(network, labels, noise, 5, batch=2), x, atol=1e-5)
+    assert torch.allclose(generate(network, labels, noise, 5, batch_size=2), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", list(SIZES))
@@ -299,7 +299,7 @@ def test_the_folder_of_another_run_is_refused(run, tmp_path, images):
     ({"train_data_dir": ""}, "say --train_data_dir FOLDER"), ({"size": "big"}, "one of tiny, nano, small, full"), ({"method": "reflow"}, "scfm or shortcut"),
     ({"method": "shortcut"}, "needs --shift 1,1"), ({"teacher_ratio": .4}, "there is no teacher"),
     ({"algorithm": "dual"}, "take one_ema"), ({"label_dropout": 1.}, "in .0, 1"), ({"lr_warmup_steps": -1}, "0 for none"),
-    ({"weight_dtype": "fp16"}, "fp32 or bf16"), ({"eval_num_steps": (0, 4)}, "as 1,4,64"), ({"non_shortcut_ratio": 1.5}, "a share of the rows")])
+    ({"weight_dtype": "fp16"}, "fp32 or bf16"), ({"eval_num_steps": (0, 4)}, "as 1,4,64"), ({"non_shortcut_ratio": 1.5}, "a share of the examples")])
 def test_a_mistake_is_named_with_its_mend(told, message):
     with pytest.raises(ValueError, match=f"{next(iter(told))}=.*{message}"):
         FlowConfig(**{**QUICK, **told}).check()

@@ -1,0 +1,77 @@
+"""The README of an export, for people who use it in stock diffusers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scfm.inference.model_card import call_arguments
+from scfm.models.loading import DTYPES
+
+if TYPE_CHECKING:
+    from scfm.inference.export import ExportConfig
+
+CARD = """# {title}
+
+Exported by scfm from the step LoRA `{lora}` for {pipeline}: step LoRA at scale {scale:g}{style}, for {n}
+step{s}.
+
+```python
+{code}
+images = pipe(
+    prompt,
+    {arguments},
+).images
+```
+
+The LoRA scale is right for {n} step{s} and cannot be changed any more; another number of steps wants another
+export. {checked}
+"""
+
+FUSED = """import torch
+from {module} import {kind}
+
+# its scheduler has the shift {shift:g}
+pipe = {kind}.from_pretrained("{folder}", torch_dtype=torch.{dtype})"""
+
+MERGED = """from diffusers import FlowMatchEulerDiscreteScheduler
+
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+    pipe.scheduler.config, shift={shift:g}, use_dynamic_shifting=False
+)
+pipe.load_lora_weights("{folder}")"""
+
+CHECKED = """Checked when it was written: pixels (0 to 1) differ from those of the separate parts by
+{mean:.1e} in the mean and {largest:.1e} at most, where two captions' images differ by {two_captions:.1e}."""
+
+
+def export_card(config: "ExportConfig", scale: float, gap: Mapping[str, float], pipeline_class: type) -> str:
+    """The README.md of an export, as text.
+
+    scale: of the step LoRA
+    gap: what `scfm.inference.export.differences` says
+    pipeline_class: a stock one is loaded by its common base, as diffusers finds it
+    """
+    outside = not pipeline_class.__module__.startswith("diffusers.")
+    code = (MERGED if config.style_lora else FUSED).format(
+        module=pipeline_class.__module__ if outside else "diffusers",
+        kind=pipeline_class.__name__ if outside else "DiffusionPipeline",
+        folder=Path(config.output_dir).name,
+        shift=config.inference_shift,
+        dtype=str(DTYPES[config.weight_dtype]).removeprefix("torch."),
+    )
+    style, title = "", "A pipeline with its step LoRA fused in"
+    if config.style_lora:
+        style = f" and `{Path(config.style_lora).name}` at {config.style_lora_scale:g}"
+        title = "A step LoRA and a style LoRA in one file"
+    return CARD.format(
+        title=title,
+        lora=Path(config.lora).resolve().name,
+        pipeline=Path(config.pretrained_model_name_or_path).name,
+        scale=scale,
+        style=style,
+        n=config.steps,
+        s="s" * (config.steps > 1),
+        code=code,
+        arguments=call_arguments(config, config.steps),
+        checked=CHECKED.format(**gap),
+    )
