@@ -3,6 +3,7 @@ that runs."""
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -52,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `scfm`. Exit codes: 0 done, 1 failed, 2 a mistake in what was asked, 130 interrupted,
     143 ended."""
     bound_spinning()
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a caption that the terminal cannot show must not end the command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="scfm",

@@ -77,21 +77,21 @@ class FluxSizes:
 Sizes = dict[str, PlaneSizes | FluxSizes]
 FULL: Sizes = {"plane": PlaneSizes(), "flux": FluxSizes()}
 SMOKE: Sizes = {
-    "plane": PlaneSizes(dict.fromkeys(DATA, 2), 8, 8, 32, 4, 4, 4, (0.0, 1.0), 2, looks=(4, 8)),
+    "plane": PlaneSizes(dict.fromkeys(DATA, 2), 8, 8, 32, 4, 4, 4, (0.0, 1.0), floor_pairs=2, looks=(4, 8)),
     "flux": FluxSizes((1, 2), (1, 2), 2, 2, 4, 2, 2, 4, (0.0, 1.0)),
 }
 METRIC = "sliced-Wasserstein-2; floor: data against data"
 NOTES = (
-    "Plane: constant learning rate 3e-4, batch 256, shift 1 to 2, decays not shortened, raw student read "
-    "out, unless it says otherwise.",
+    "Plane: constant learning rate 3e-4, batches of 256, shift 1 to 2, decays not shortened, raw student "
+    "read out, unless it says otherwise.",
     "A LoRA has the learning rate 1e-3. t_skip: at equal evaluations, so 4 and 8 have 5/7 and 5/11 of the "
-    "updates; self grids below it are left out.",
-    "When stalled: both EMAs are set to the student once its distance to the slow EMA has not grown for 60 "
-    "updates.",
+    "training steps; self grids below it are left out.",
+    "When stalled: both EMAs are set to the student once its distance to the slow EMA has not grown for "
+    "60 training steps.",
     "Most sensitive: the mean over 2, 3, 4 and 8 steps of log(worst / best), dialled, over the values of "
-    "the coarse grids; three seeds of the default "
-    "say what chance does, and a setting below twice that is not told from it.",
-    "Tiny Flux: decays shortened to the updates, unless it says otherwise; student and slow EMA are both "
+    "the coarse grids; three seeds of the default say what chance does, and a setting below twice that is "
+    "not told from it.",
+    "Tiny Flux: decays shortened to the training, unless it says otherwise; student and slow EMA are both "
     "measured.",
 )
 

@@ -46,7 +46,7 @@ from toy.plane import DATA
 FLUX = tiny_flux.NAME
 PARTS = ("plane", FLUX)
 FULL = Sizes(**vars(plane.BUDGETED_SIZES))
-SMOKE = Sizes(**vars(replace(plane.SMOKE_SIZES, dial_noises=2)), seeds=1, floor_pairs=4)
+SMOKE = Sizes(**vars(plane.BUDGETED_SMOKE_SIZES), seeds=1, floor_pairs=4)
 BASELINES = {
     "Reflow": "reflow",
     "progressive": "progressive",
@@ -57,26 +57,26 @@ BASELINES = {
 NEED_A_STEP = ("shortcut", "meanflow")
 METRIC = "plane: sliced-Wasserstein-2; floor: data against data; spread: standard deviation over seeds"
 NOTES = (
-    "One learning rate and one schedule for all methods; EMA decays shortened to the updates; slow EMA read "
-    "out.",
-    "Chosen by trials on the checkerboard, 600,000 evaluations: three features of the step size; MeanFlow's "
-    "weight.",
+    "One learning rate and one schedule for all methods; EMA decays shortened to the training; slow EMA "
+    "read out.",
+    "Chosen by trials on the checkerboard, 600,000 evaluations: three features of the step size; "
+    "MeanFlow's weight.",
     "In SCFM's favour: its damped recipe (models .5, k/N .2) was chosen by ablations on the checkerboard, "
     "seed 0, with the same samples that judge here; the learning rates are those of our SCFM runs (plane "
     "3e-4, tiny Flux 1e-3), and the rivals' were not searched.",
-    "SCFM alone is read on a dial, a strength for each step count, whose criterion is the coupling itself, "
+    "SCFM alone is read on a dial, a scale for each step count, whose criterion is the coupling itself, "
     "on other noises.",
     "Tiny Flux: Frechet distances of few images are mostly their floor; one seed; accuracy and coupling "
     "stand in the record beside them.",
-    "SCFM with a strength for each step (`stepwise`) was thought of after seed 0 had been seen and before "
+    "SCFM with a scale for each step (`stepwise`) was thought of after seed 0 had been seen and before "
     "seeds 1 and 2 had; its search takes 79,488 to 85,344 evaluations (12 counted), the dial's 92,416, in "
-    "whose place it stands. Up to 8 steps: pairs share one at 8. Beyond 8 steps it had at first the best of "
-    "five strengths from 0 to 2, which was far off at 16; a parabola through the same five, one strength "
-    "for the whole walk, took its place after all seeds had been seen.",
-    "SCFM, tuned, puts together what bench/variants.py found on seed 0 at the medium budget, all three "
+    "whose place it stands. Up to 8 steps: pairs share one at 8. Beyond 8 steps it had at first the best "
+    "of five scales from 0 to 2, which was far off at 16; a parabola through the same five, one scale for "
+    "the whole walk, took its place after all seeds had been seen.",
+    "SCFM, tuned, puts together what the study `variants` found on seed 0 at the medium budget, all three "
     "sets; seeds 1 and 2 had no say.",
     "SCFM's raw curves stand at the budget that includes the search for the dial, which they do not need.",
-    "Progressive: `own stage` walks n steps with the network of the smallest stage with at least n; the "
+    "Progressive: `own stage` takes n steps with the network of the smallest stage with at least n; the "
     "teacher beyond 16.",
 )
 

@@ -16,8 +16,6 @@ from experiments.streams import Stream
 from experiments.testbeds import BatchOf, Field
 from experiments.testbeds.tiny_flux import (
     RANK,
-    SEARCH_SCALES,
-    SEARCH_STEPS,
     Adapter,
     FluxSizes,
     TinyFlux,
@@ -41,7 +39,7 @@ from scfm.method.baselines import (
 from scfm.method.consistency import keyed_generator
 from scfm.method.distill import SCFMConfig
 from scfm.method.flow import EVALUATIONS, sample
-from scfm.method.lora_scale import STEPS, LoraScales
+from scfm.method.lora_scale import LoraScales
 from scfm.models.lora import LoraModels, copy_adapter
 from toy.judge import STOCK
 from toy.pipelines import GUIDANCE
@@ -144,18 +142,19 @@ def measure_method(bed: TinyFlux, job: Job) -> dict:
     two.
     """
     loras, spec = train_method(bed, job)
-    search = [SEARCH_STEPS, SEARCH_SCALES, bed.sizes.dial_noises]
+    sizes = bed.sizes
+    search = [sizes.search_steps, sizes.search_scales, sizes.dial_noises]
 
     def make() -> dict:
         models = make_models(job.seed, RANK)
         return method_curves(bed, job, models, loras)
 
-    spec = {"of": spec, "judged": bed.sizes.judged, "steps": STEPS, "dial": search}
+    spec = {"of": spec, "judged": sizes.judged, "steps": sizes.steps, "dial": search}
     return bed.cache("flux_scores", spec, make)
 
 
 def method_curves(bed: TinyFlux, job: Job, models: LoraModels, loras: dict[Any, Adapter]) -> dict:
-    measure = bed.judge(job)
+    measure, curve = bed.judge(job), partial(curve_of, steps=bed.sizes.steps)
 
     def field(name: Any, scale: float = 1.0) -> Field:
         return models.teacher if name is None else load_lora(models, loras[name])(scale)
@@ -185,13 +184,12 @@ def scale_of_steps(
 ) -> dict[int, float]:
     """{steps: scale}; 0 beyond the search: the teacher itself."""
     walk, goal = bed.search(job, teacher)
-    found: LoraScales = find_scales(walk, goal, field_at, SEARCH_STEPS, SEARCH_SCALES, STOCK)
-    return {n: found.scale(n) if n <= max(SEARCH_STEPS) else 0.0 for n in STEPS}
+    steps, scales = bed.sizes.search_steps, bed.sizes.search_scales
+    found: LoraScales = find_scales(walk, goal, field_at, steps, scales, STOCK)
+    return {n: found.scale(n) if n <= max(steps) else 0.0 for n in bed.sizes.steps}
 
 
-def curve(
-    name: str, measure: Callable[[int], dict[str, float]], steps: Iterable[int] = STEPS
-) -> dict[str, dict]:
+def curve_of(name: str, measure: Callable[[int], dict[str, float]], steps: Iterable[int]) -> dict[str, dict]:
     """{name: {NFE: Frechet}, "name accuracy": ..., "name coupling": ...} of measure(NFE) -> marks."""
     marks = {n: measure(n) for n in steps}
     return {name + kind: {n: mark[metric] for n, mark in marks.items()} for kind, metric in KINDS.items()}
@@ -204,18 +202,15 @@ def measure_teacher(bed: TinyFlux, job: Job) -> dict:
     def make() -> dict:
         measure, curves = bed.judge(job), {}
         for solver, cost in EVALUATIONS.items():
+            counted = [n for n in bed.sizes.steps if n % cost == 0]
             by_solver = partial(sample, solver=solver)
-            curves |= curve(
-                solver,
-                lambda n, c=cost, s=by_solver: measure(velocity, n // c, s),
-                [n for n in STEPS if n % cost == 0],
-            )
-        return curves | curve("multistep", lambda n: measure(velocity, n, multistep))
+            curves |= curve_of(solver, lambda n, c=cost, s=by_solver: measure(velocity, n // c, s), counted)
+        return curves | curve_of("multistep", lambda n: measure(velocity, n, multistep), bed.sizes.steps)
 
     spec = {
         "pipeline": fingerprint,
         "judged": bed.sizes.judged,
-        "steps": STEPS,
+        "steps": bed.sizes.steps,
         "guidance": GUIDANCE,
         "shift": STOCK,
     }

@@ -1,6 +1,6 @@
 """The study `compare` on the plane: each few-step method from the plane's teachers, with all weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from experiments.budgets import PAIR_STEPS, STAGES
 from experiments.runner import CellCache, Job, non_defaults
 from experiments.scales import schedule_distance, scheduled_field, uniform_curve
 from experiments.streams import Stream
+from experiments.testbeds import FieldAtScale, Walk
 from experiments.testbeds.plane import (
     COUPLED,
     Plane,
@@ -40,7 +41,7 @@ from scfm.method.baselines import (
 from scfm.method.consistency import keyed_generator
 from scfm.method.distill import CopiedModels, SCFMConfig
 from scfm.method.flow import time_grid
-from scfm.method.lora_scale import STEPS, choose_lora_scales
+from scfm.method.lora_scale import choose_lora_scales
 from scfm.method.scale_schedule import parabola_min, search_per_step
 from toy.plane import DATA, MLP, with_step
 
@@ -65,9 +66,13 @@ def schedule_search(sizes: PlaneSizes) -> tuple[int, tuple[float, ...], int]:
     """
     noises = sizes.dial_noises * 3 // 4
     scales = tuple(torch.linspace(min(sizes.scales), max(sizes.scales), TABLE_SCALES).tolist())
-    walks = {n: 1 + 3 * (1 + 2 * min(n, 4)) if n > 1 else 4 for n in SCHEDULED}  # where no scale comes near 0
-    searched = sum(n * count for n, count in walks.items())
-    return noises, scales, noises * (sum(STEPS) * TABLE_SCALES + searched + sizes.goal_steps)
+    searched = sum(n * walks_of_search(n) for n in SCHEDULED if n in sizes.steps)
+    return noises, scales, noises * (sum(sizes.steps) * TABLE_SCALES + searched + sizes.goal_steps)
+
+
+def walks_of_search(n: int) -> int:
+    """How many walks of n steps `search_per_step` takes, where no scale comes near 0."""
+    return 1 + 3 * (1 + 2 * min(n, 4)) if n > 1 else 4
 
 
 def spent(sizes: PlaneSizes, method: str, budget: int) -> int:
@@ -163,12 +168,12 @@ def measure_rival(bed: Plane, job: Job) -> dict:
     def make() -> dict:
         found = {}
         for curve, sampler in samplers(job.family, networks, base, job.seed).items():
-            marks = {n: measure(sampler, n) for n in STEPS}
+            marks = {n: measure(sampler, n) for n in bed.sizes.steps}
             found[curve] = {n: mark["sw2"] for n, mark in marks.items()}
             found[f"{curve} coupling"] = {n: mark["endpoint"] for n, mark in marks.items()}
         return found
 
-    more = {"steps": STEPS, "coupled": COUPLED, "goal": bed.sizes.goal_steps}
+    more = {"steps": bed.sizes.steps, "coupled": COUPLED, "goal": bed.sizes.goal_steps}
     return bed.cache("few_step_sw2", {"of": spec, **bed.judged_by(**more)}, make)
 
 
@@ -179,8 +184,8 @@ def measure_scfm(bed: Plane, job: Job) -> dict:
     def make() -> dict:
         field_at = partial(models.field, "ema_slow")
         return {
-            "raw coupling": {n: distance(field_at(1.0), n) for n in STEPS},
-            "dialled coupling": {n: distance(field_at(value["scales"][n]), n) for n in STEPS},
+            "raw coupling": {n: distance(field_at(1.0), n) for n in bed.sizes.steps},
+            "dialled coupling": {n: distance(field_at(value["scales"][n]), n) for n in bed.sizes.steps},
         }
 
     more = {"coupled": COUPLED, "goal": bed.sizes.goal_steps, "scales": value["scales"]}
@@ -196,7 +201,8 @@ def measure_schedules(bed: Plane, job: Job, models: CopiedModels, spec: dict) ->
 
     def make() -> dict:
         field_at = partial(models.field, "ema_slow")
-        found = find_schedules(*bed.search(job, models.field("teacher"), noises), field_at, scales)
+        search = bed.search(job, models.field("teacher"), noises)
+        found = find_schedules(search, field_at, bed.sizes.steps, scales)
         marks = {n: measure(scheduled_field(field_at, schedule), n) for n, schedule in found.items()}
         return {
             "stepwise": {n: mark["sw2"] for n, mark in marks.items()},
@@ -204,7 +210,7 @@ def measure_schedules(bed: Plane, job: Job, models: CopiedModels, spec: dict) ->
         }
 
     more = {
-        "steps": STEPS,
+        "steps": bed.sizes.steps,
         "coupled": COUPLED,
         "goal": bed.sizes.goal_steps,
         "noises": noises,
@@ -216,11 +222,11 @@ def measure_schedules(bed: Plane, job: Job, models: CopiedModels, spec: dict) ->
 
 
 def find_schedules(
-    walk: Callable, goal: torch.Tensor, field_at: Callable, scales: tuple[float, ...]
+    search: tuple[Walk, torch.Tensor], field_at: FieldAtScale, steps: Sequence[int], scales: Sequence[float]
 ) -> dict[int, tuple[float, ...]]:
     """{steps: a scale for each step}."""
-    distance = schedule_distance(walk, goal, field_at)
-    curve = uniform_curve(distance, STEPS, scales)
+    distance = schedule_distance(*search, field_at)
+    curve = uniform_curve(distance, steps, scales)
     chosen = choose_lora_scales(curve)
     return {
         n: search_per_step(distance, n, s).scales if n in SCHEDULED else (between(curve, n, s),) * n
@@ -244,9 +250,9 @@ def measure_multistep(bed: Plane, job: Job) -> dict:
     def make() -> dict:
         score, noise = bed.cloud(job), bed.references(job).noise
         velocity = CopiedModels(network).field("teacher")
-        return {"multistep": {n: score(multistep(velocity, noise, time_grid(n)))[0] for n in STEPS}}
+        return {"multistep": {n: score(multistep(velocity, noise, time_grid(n)))[0] for n in bed.sizes.steps}}
 
-    return bed.cache("multistep_sw2", {"of": spec, **bed.judged_by(steps=STEPS)}, make)
+    return bed.cache("multistep_sw2", {"of": spec, **bed.judged_by(steps=bed.sizes.steps)}, make)
 
 
 def measure(cache: CellCache, job: Job, sizes: Sizes) -> dict:

@@ -42,17 +42,16 @@ TUNING = {"non_shortcut_ratio": 1.0}  # every example's target is noise - data: 
 TRAININGS = {"scfm": {}, "tuned": TUNING}
 NOTES = (
     "Pooled t intervals of few against all: the runs with all images are taken to vary as those with few do.",
-    "Subsets are drawn apart and may share images; at 100 of 256 they do, and their intervals are a little "
-    "too narrow.",
+    "Subsets are drawn apart and may share images; at 100 of 256 they do, and their intervals are a "
+    "little too narrow.",
     "All are judged on the same captions, noises or data: the intervals do not cover another choice of "
     "these.",
-    "Read out: the slow EMA. Times of fine-tuning: drawn evenly and shifted as in SCFM's rows.",
+    "Read out: the slow EMA. Times of fine-tuning: drawn evenly and shifted as in SCFM's examples.",
     "Three words. As good: the whole interval lies below a margin that was fixed before the runs (5 % of "
-    "what all give for sw2 and endpoint, .05 of "
-    "coverage and spread, .01 of accuracy). Lost: Holm's procedure over the tests of a size, 2.5 % for all "
-    "together. Otherwise: cannot tell.",
+    "what all give for sw2 and endpoint, .05 of coverage and spread, .01 of accuracy). Lost: Holm's "
+    "procedure over the tests of a size, 2.5 % for all together. Otherwise: cannot tell.",
     "Each student has a dial of its own, found without images.",
-    "Both: fewer updates than bench/plane.py and the carried LoRA have.",
+    "Both: fewer training steps than the study `plane` and the carried LoRA have.",
 )
 
 

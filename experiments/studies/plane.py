@@ -27,7 +27,6 @@ from experiments.studies.plane_cells import measure_choosers, measure_teacher_sh
 from experiments.studies.plane_report import gather, plot, plot_ablations, table, targets
 from experiments.testbeds.plane import FEWER, SMOKE_SIZES, Plane, PlaneSizes
 from experiments.testbeds.plane_measures import measure_floor, measure_student, measure_teacher
-from scfm.method.lora_scale import STEPS
 from toy.plane import DATA
 
 RECIPES = {
@@ -39,16 +38,16 @@ ABLATED = "checkerboard"  # the set of the ablations
 PARTS = ("main", "ablations")
 METRIC = "sliced-Wasserstein-2; floor: data against data; spread: standard deviation over seeds"
 NOTES = (
-    "Kept small for a slow machine: 2000 updates of a student, 14000 of the checkerboard's teacher, 5000 of "
-    "the others.",
-    "EMA decays: the paper's, shortened to the updates (scfm.method.ema.shorten). Students are read out "
+    "Kept small for a slow machine: 2000 training steps of a student, 14000 of the checkerboard's "
+    "teacher, 5000 of the others.",
+    "EMA decays: the paper's, shortened to the training (scfm.method.ema.shorten). Students are read out "
     "from the slow EMA.",
-    "Ablations: one set, one seed, 1000 updates unless the label says otherwise, up to 8 steps, one thing "
-    "changed.",
+    "Ablations: one set, one seed, 1000 training steps unless the label says otherwise, up to 8 steps, "
+    "one thing changed.",
     "The recipe with k/N .2 was added after k/N .4 had missed two aims, by the ablations (checkerboard, "
     "seed 0).",
-    "A target is met at or below 1.05 times the rival, or below the upper end of the noise band of one pair "
-    "of samples.",
+    "A target is met at or below 1.05 times the rival, or below the upper end of the noise band of one "
+    "pair of samples.",
     "All curves of one set and seed share noises and reference; Heun was measured up to 8 evaluations only.",
 )
 
@@ -134,7 +133,7 @@ def measure(cache: CellCache, job: Job, sizes: Sizes) -> dict:
         "choosers": measure_choosers,
         "teacher shift": measure_teacher_shift,
     }
-    student = partial(measure_student, steps=STEPS if job.part == "main" else FEWER)
+    student = partial(measure_student, steps=() if job.part == "main" else FEWER)
     return named.get(job.family, student)(bed, job)
 
 

@@ -30,13 +30,12 @@ experiments/results/variants.json and variants.png.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from experiments.recipes import BUDGETS, DAMPED, SMOKE_BUDGETS
 from experiments.runner import CellCache, Job, make_parser, run_info, run_jobs, write_record
-from experiments.studies.variants_cells import measure_on_flux, measure_on_plane
+from experiments.studies.variants_cells import SMOKE_TABLE, Table, measure_on_flux, measure_on_plane
 from experiments.studies.variants_report import gather, plot, text
 from experiments.testbeds import plane, tiny_flux
 from toy.plane import DATA
@@ -74,7 +73,6 @@ VARIANTS = {
     "undamped, these grids, each step": PAPERS | GRIDS | {"dial": "each step"},
     "undamped, these grids, k/N .6": PAPERS | GRIDS | {"teacher_ratio": 0.6},
 }
-SMOKE_SIZES = replace(plane.SMOKE_SIZES, dial_noises=2)
 SEEDS = {"base, seed 1": 1, "base, seed 2": 2}  # of training alone: the teacher and what judges stay
 # the others came no 5 % nearer on the plane
 ON_FLUX = (
@@ -92,16 +90,18 @@ ON_FLUX = (
 )
 SHIFTS = {"one": {"plane": (1.0, 1.0), FLUX: (3.0, 3.0)}, "wider": {"plane": (1.0, 3.0), FLUX: (2.0, 6.0)}}
 NOTES = (
-    "One seed of each variant, one budget; what a strength for each step costs to find beyond the dial is "
+    "One seed of each variant, one budget; what a scale for each step costs to find beyond the dial is "
     "not taken from its budget (some 430 evaluations a noise, 55,000 on the plane and 7,000 on the tiny "
     "Flux).",
-    "Jumps of 4: two evaluations more a row, so fewer updates of the same budget, and no self grid of 2.",
+    "Jumps of 4: two evaluations more an example, so fewer training steps of the same budget, and no self "
+    "grid of 2.",
     "On the tiny Flux only what came 5 % nearer on the plane was tried, the rest cannot win; `the three` "
     "were put together after each had been seen alone.",
-    "Undamped: added when all others had been seen, because bench/compare.py had it nearer than the base on "
-    "the tiny Flux; k/N .4 unless it says otherwise; .6 because bench/ablations.py had it ahead there.",
+    "Undamped: added when all others had been seen, because the study `compare` had it nearer than the "
+    "base on the tiny Flux; k/N .4 unless it says otherwise; .6 because the study `ablations` had it "
+    "ahead there.",
     "A k/N that moves goes evenly from the first number to the second over the training; it and pure "
-    "teacher rows (the slow EMA says nothing on them) were added last.",
+    "teacher rows (the slow EMA has no part in their targets) were added last.",
     "The base was chosen by ablations on the checkerboard, seed 0, with the same samples that judge here.",
 )
 
@@ -141,11 +141,13 @@ def jobs(
     return found
 
 
-def measure(cache: CellCache, job: Job, sizes: plane.PlaneSizes, flux_sizes: tiny_flux.FluxSizes) -> dict:
+def measure(
+    cache: CellCache, job: Job, sizes: plane.PlaneSizes, flux_sizes: tiny_flux.FluxSizes, table: Table
+) -> dict:
     """The measurement of a job, on its testbed."""
     if job.part == "plane":
-        return measure_on_plane(plane.Plane(cache, sizes), job)
-    return measure_on_flux(tiny_flux.TinyFlux(cache, flux_sizes), job)
+        return measure_on_plane(plane.Plane(cache, sizes), job, table)
+    return measure_on_flux(tiny_flux.TinyFlux(cache, flux_sizes), job, table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,9 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes, flux_sizes, budget = plane.BUDGETED_SIZES, tiny_flux.FluxSizes(), BUDGETS["medium"]
     sets, labels = tuple(DATA), ("base", *SEEDS, *list(VARIANTS)[1:])
     if args.smoke:
-        sizes, flux_sizes, budget = SMOKE_SIZES, tiny_flux.SMOKE_SIZES, SMOKE_BUDGETS["small"]
+        sizes, flux_sizes, budget = plane.BUDGETED_SMOKE_SIZES, tiny_flux.SMOKE_SIZES, SMOKE_BUDGETS["small"]
         sets, labels = ("moons",), ("base", "base, seed 1", "k/N .1", "each step")
-    work = partial(measure, sizes=sizes, flux_sizes=flux_sizes)
+    table = SMOKE_TABLE if args.smoke else Table()
+    work = partial(measure, sizes=sizes, flux_sizes=flux_sizes, table=table)
     results = run_jobs(jobs(sizes, flux_sizes, budget, sets, labels), work, args)
     record = {
         "notes": NOTES,

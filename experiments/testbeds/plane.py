@@ -3,7 +3,7 @@ determines it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,7 +39,8 @@ TEACHER_UPDATES = {"checkerboard": 14_000, "moons": 5000, "8 gaussians": 5000}
 @dataclass(frozen=True)
 class PlaneSizes:
     """teacher_updates, updates: training steps of the teachers, by set, and of a student; batch: examples of
-    a step; samples, directions: of SW2; dial_noises, goal_steps, scales: of the search for scales.
+    a step; samples, directions: of SW2; dial_noises, goal_steps, scales: of the search for scales; steps:
+    that are measured.
     """
 
     teacher_updates: dict = field(default_factory=lambda: dict(TEACHER_UPDATES))
@@ -50,16 +51,18 @@ class PlaneSizes:
     dial_noises: int = 512
     goal_steps: int = 128
     scales: tuple = SCALES
+    steps: tuple = STEPS
 
 
 # where the search for scales is paid for from a budget
 BUDGETED_SIZES = PlaneSizes(dial_noises=128, scales=SCALES[::2])
 SMOKE_SIZES = PlaneSizes(dict.fromkeys(DATA, 2), 2, 8, 64, 8, 8, 4, (0.0, 1.0))
+BUDGETED_SMOKE_SIZES = replace(SMOKE_SIZES, dial_noises=2, steps=(1, 3, 4, 8, 16))
 
 
 def search_cost(sizes: PlaneSizes) -> int:
     """Evaluations that finding a scale for each number of steps takes."""
-    return budgets.search_cost(sizes.dial_noises, STEPS, sizes.scales, sizes.goal_steps)
+    return budgets.search_cost(sizes.dial_noises, sizes.steps, sizes.scales, sizes.goal_steps)
 
 
 def plan(sizes: PlaneSizes, method: str, budget: int) -> tuple[int, int]:

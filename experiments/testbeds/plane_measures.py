@@ -37,10 +37,11 @@ def measure_teacher(bed: Plane, job: Job) -> dict:
     return bed.cache("teacher_sw2", {"of": spec, **bed.judged_by()}, make)
 
 
-def measure_student(bed: Plane, job: Job, steps: Sequence[int] = STEPS) -> dict:
-    """What `score_student` gives, of the student of a job."""
+def measure_student(bed: Plane, job: Job, steps: Sequence[int] = ()) -> dict:
+    """What `score_student` gives, of the student of a job. steps: others than those of the testbed."""
     models, spec = bed.student(job)
     sizes, reading = bed.sizes, make_recipe(bed.sizes, job.change).reading
+    steps = steps or sizes.steps
 
     def make() -> dict:
         field_at = partial(models.field, reading["read_out"])

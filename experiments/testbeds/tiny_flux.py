@@ -22,6 +22,7 @@ from scfm.data.fingerprint import fingerprint
 from scfm.method.consistency import keyed_generator
 from scfm.method.distill import SCFMConfig, distill
 from scfm.method.flow import sample, time_grid
+from scfm.method.lora_scale import STEPS
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels, adapter_state, load_adapter_state
 from scfm.models.sampling import euler_endpoints, on_device, start_noise
@@ -86,14 +87,13 @@ def walk_from(captions: Sequence[str], noise: torch.Tensor) -> Walk:
 
 RANK, LEARNING_RATE = 16, 1e-3
 SHIFT_RANGE = (2.5, 4.5)  # in training, around the scheduler's own 3
-SEARCH_STEPS = (1, 2, 3, 4, 8)  # beyond 8 steps: the teacher, untouched
-SEARCH_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
 class FluxSizes:
     """updates: of `make_recipe`, which every job replaces; batch: examples of a step; drawings: that are
-    trained on; judged: captions of a measurement; dial_noises: of the search for scales.
+    trained on; judged: captions of a measurement; dial_noises, search_steps, search_scales: of the search for
+    scales, beyond which the teacher stands; steps: that are measured.
     """
 
     updates: int = 0
@@ -101,9 +101,20 @@ class FluxSizes:
     drawings: int = 2048
     judged: int = 256
     dial_noises: int = 16
+    search_steps: tuple = (1, 2, 3, 4, 8)
+    search_scales: tuple = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    steps: tuple = STEPS
 
 
-SMOKE_SIZES = FluxSizes(batch=2, drawings=8, judged=2, dial_noises=1)
+SMOKE_SIZES = FluxSizes(
+    batch=2,
+    drawings=8,
+    judged=2,
+    dial_noises=1,
+    search_steps=(1, 3),
+    search_scales=(0.0, 0.5, 1.0),
+    steps=(1, 3, 4),
+)
 
 
 class Drawings:
@@ -229,7 +240,7 @@ class TinyFlux:
 
 def search_cost(sizes: FluxSizes) -> int:
     """Evaluations that the search for scales takes."""
-    return budgets.search_cost(sizes.dial_noises, SEARCH_STEPS, SEARCH_SCALES, budgets.PAIR_STEPS)
+    return budgets.search_cost(sizes.dial_noises, sizes.search_steps, sizes.search_scales, budgets.PAIR_STEPS)
 
 
 def plan(sizes: FluxSizes, method: str, budget: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from os.path import expanduser
 
 from scfm.commands.options import add_options, make_parser, numbers
 from scfm.inference.config import InferenceConfig, load_captions
@@ -42,7 +43,9 @@ def dial_parser() -> ArgumentParser:
         "it.",
     )
     add_options(parser, InferenceConfig)
-    parser.add_argument("--prompts", default="", help="captions; empty: those of the run, or of its images")
+    parser.add_argument(
+        "--prompts", type=expanduser, default="", help="captions; empty: those of the run, or of its images"
+    )
     parser.add_argument("--num_prompts", type=int, default=64, help="captions compared, one noise for each")
     parser.add_argument("--steps", type=numbers(int), default=STEPS, help="step counts of the table")
     parser.add_argument("--lora_scales", type=numbers(float), default=SCALES, help="LoRA scales to try")

@@ -64,7 +64,34 @@ def use_settings_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
         unknown = sorted(set(settings) - known)
         if unknown:
             raise ValueError(f"{path} has settings that do not exist: {', '.join(unknown)} (see --help)")
+        for action in parser._actions:
+            if action.dest in settings:
+                check_type(path, action.dest, settings[action.dest], action.default)
         parser.set_defaults(**settings)
+
+
+def check_type(path: str, name: str, value: Any, default: Any) -> None:
+    """ValueError when a value in a settings file is not of the kind that the setting's default is.
+
+    Numbers may stand in quotes (YAML reads 2e-5 as a word); the flag's own parser sees to them.
+    """
+    place = f"{path}: {name} is {value!r}"
+    if value is None:
+        raise ValueError(f"{place}: leave the line out to take the default")
+    if isinstance(default, bool) != isinstance(value, bool):
+        raise ValueError(
+            f"{place}: write true or false without quotes"
+            if isinstance(default, bool)
+            else f"{place}: no yes or no"
+        )
+    if isinstance(default, tuple) != isinstance(value, tuple):
+        raise ValueError(
+            f"{place}: write a list, as [1, 2]"
+            if isinstance(default, tuple)
+            else f"{place}: one value, no list"
+        )
+    if isinstance(default, str) and not isinstance(value, str):
+        raise ValueError(f'{place}: write it in quotes, "{value}"')
 
 
 def parse_config(

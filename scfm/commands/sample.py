@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import fields
+from os.path import expanduser
 
 from scfm.commands.options import add_options, make_parser, numbers
 from scfm.data.prompts import read_prompts
@@ -42,7 +43,7 @@ def sample_parser() -> ArgumentParser:
     )
     add_options(parser, InferenceConfig)
     parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
-    parser.add_argument("--prompts", default="", help="text file of captions instead")
+    parser.add_argument("--prompts", type=expanduser, default="", help="text file of captions instead")
     parser.add_argument("--steps", type=int, default=4, help="Euler steps, one network evaluation each")
     parser.add_argument(
         "--lora_scale",
@@ -50,7 +51,9 @@ def sample_parser() -> ArgumentParser:
         help="scale of the LoRA, or one for each step, such as .9,1.2,1.5 with --steps 3; what the LoRA's "
         "file says when not given, 0: the base without it",
     )
-    parser.add_argument("--output", default="image.png", help="PNG file; several images become a grid")
+    parser.add_argument(
+        "--output", type=expanduser, default="image.png", help="PNG file; several images become a grid"
+    )
     return parser
 
 

@@ -122,16 +122,15 @@ def begin_listing(folder: Path, rows: Sequence[Row]) -> set[int]:
                 f"{folder} was begun with other captions or settings ({difference(listing, rows)}): "
                 "take another folder"
             )
-    elif "whole" in states or "damaged" in states:
+    there = [row["file_name"] for row, state in zip(rows, states, strict=True) if state != "missing"]
+    if there and not listing.is_file():
         raise ValueError(
-            f"{folder} holds numbered images, but no metadata.jsonl that says what they are: take another "
-            f"folder"
+            f"{folder} holds {there[0]}, but no metadata.jsonl that says what it is: take another folder"
         )
     foreign = [row["file_name"] for row, state in zip(rows, states, strict=True) if state == "foreign"]
     if foreign:
         raise ValueError(
-            f"{folder}/{foreign[0]} was not made by this command, and would be overwritten: take another "
-            f"folder"
+            f"{folder}/{foreign[0]} was not made by this command, and would be overwritten: take another folder"
         )
     if not listing.is_file():
         atomic_write(listing, lambda new: new.write_text(text, encoding="utf-8"))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,9 @@ def parse_external_model(text: str) -> ExternalModel:
             f"none of {', '.join(OWN_NAMES)}"
         )
     options = parse_options(rest, f"--external_model {name}")
-    model = ExternalModel(name, Path(path), **options)
+    model = ExternalModel(name, Path(path).expanduser(), **options)
     if not model.is_pipeline:
-        return ExternalModel(name, lora_file(path), **options)
+        return replace(model, path=lora_file(model.path))
     if "lora_scale" in options:
         raise ValueError(f"--external_model {name}: a pipeline has no lora_scale")
     return model

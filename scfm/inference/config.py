@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from scfm.data.images import read_folder
 from scfm.data.prompts import read_prompts
+from scfm.files import expand_user
 from scfm.inference.adapters import lora_file
 from scfm.method.distill import setting
 from scfm.models.loading import DTYPES, require_bitsandbytes
@@ -62,6 +63,9 @@ class InferenceConfig:
     seed: int = setting(0, "of the noise")
 
     is_resolved = False  # no annotation: an attribute, not a setting
+
+    def __post_init__(self) -> None:
+        expand_user(self)
 
     @property
     def weights(self) -> Path:

@@ -5,6 +5,8 @@ __all__ = ['Flux']
 
 # %% ../../nbs/learn/21_flux.ipynb #c03
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
@@ -12,22 +14,26 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 # %% ../../nbs/learn/21_flux.ipynb #c06
 class Flux:
-    """FLUX.1 (dev and its fine-tunes): everything in which it differs from other families, bound to one image size.
+    """FLUX.1 (dev and its fine-tunes): all in which it differs from other families, for one image size.
 
-    pipe: a diffusers.FluxPipeline. height, width in pixels. max_sequence_length: length of the T5 sequence (512 for
-    FLUX.1-dev at most). Raises ValueError for a size that does not fit the VAE and the patches, or a
-    transformer without embedded guidance.
+    pipe: a diffusers.FluxPipeline
+    height, width: of the images, in pixels
+    max_sequence_length: length of the T5 sequence, at most 512 for FLUX.1-dev
+
+    ValueError for a size that does not fit the VAE and the patches, or a transformer that has no embedded
+    guidance.
     """
     pipeline_class = FluxPipeline
-    uses_cfg = False           # the guidance scale is an input of the network
-    extra_text_tokens = 0                 # what CLIP adds to the text sequence: it speaks through the pooled vector alone
+    uses_cfg = False                # the guidance scale is an input of the network
+    extra_text_tokens = 0           # of CLIP, which gives the pooled vector alone
 
     # All linear layers: attention, feed-forward, adaptive norms, embedders and output (the paper's choice).
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-                    "net.0.proj", "net.2", "linear", "linear_1", "linear_2", "proj_mlp", "proj_out", "x_embedder",
-                    "context_embedder")
+    lora_targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "net.0.proj", "net.2", "linear", "linear_1", "linear_2", "proj_mlp", "proj_out", "x_embedder",
+        "context_embedder")
 
-    def __init__(self, pipe, height, width, max_sequence_length=512):
+    def __init__(self, pipe: Any, height: int, width: int, max_sequence_length: int = 512) -> None:
         step = 2 * pipe.vae_scale_factor
         if height % step or width % step or height < step or width < step:
             raise ValueError(f"{height} x {width} pixels do not divide into patches of {step}: "
@@ -35,42 +41,44 @@ class Flux:
         if not pipe.transformer.config.guidance_embeds:
             raise ValueError("this Flux has no embedded guidance (schnell is a few-step model already): "
                              "take FLUX.1-dev or a fine-tune of it")
-        self.pipe, self.height, self.width, self.max_sequence_length = pipe, height, width, max_sequence_length
+        self.pipe, self.height, self.width = pipe, height, width
+        self.max_sequence_length = max_sequence_length
         self.grid = height // step, width // step           # tokens down, tokens across
         self.channels = pipe.transformer.config.in_channels
 
     @property
-    def latent_shape(self):
+    def latent_shape(self) -> tuple[int, ...]:
         """Of one image: (N, C)."""
         return self.grid[0] * self.grid[1], self.channels
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Image tokens of one image."""
         return self.latent_shape[0]
 
     @property
-    def time_dtype(self):
+    def time_dtype(self) -> torch.dtype:
         """What the time embedding is fed in: Flux casts t to the dtype of its weights first."""
         return self.pipe.transformer.dtype
 
     @property
-    def dynamic_shift(self):
-        """The time shift that the stock pipeline would take at this size; None where its scheduler has a fixed one."""
-        told = self.pipe.scheduler.config
-        if not told.use_dynamic_shifting:
+    def dynamic_shift(self) -> float | None:
+        """The stock pipeline's time shift at this size; None where its scheduler has a fixed one."""
+        config = self.pipe.scheduler.config
+        if not config.use_dynamic_shifting:
             return None
-        return math.exp(calculate_shift(self.latent_shape[0], told.base_image_seq_len, told.max_image_seq_len,
-                                        told.base_shift, told.max_shift))
+        return math.exp(calculate_shift(self.latent_shape[0], config.base_image_seq_len,
+                                        config.max_image_seq_len, config.base_shift, config.max_shift))
 
     @torch.no_grad()
-    def encode_text(self, captions):
-        """What the transformer reads of n captions: dict of tokens (n, L, D) and pooled (n, P), on the CPU."""
-        tokens, pooled, _ = self.pipe.encode_prompt(list(captions), list(captions), max_sequence_length=self.max_sequence_length)
+    def encode_text(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The text inputs of n captions: tokens (n, L, D) and pooled (n, P), on the CPU."""
+        tokens, pooled, _ = self.pipe.encode_prompt(list(captions), list(captions),
+                                                    max_sequence_length=self.max_sequence_length)
         return {"tokens": tokens.cpu(), "pooled": pooled.cpu()}
 
     @torch.no_grad()
-    def encode_images(self, images):
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """(n, 3, height, width) in [-1, 1] -> latents (n, N, C), the mean of the VAE's posterior."""
         vae = self.pipe.vae
         latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
@@ -78,23 +86,31 @@ class Flux:
         return self.pipe._pack_latents(latents, *latents.shape)
 
     @torch.no_grad()
-    def decode(self, latents):
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, N, C) -> images (n, 3, height, width) in [-1, 1]."""
         vae = self.pipe.vae
         latents = self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(latents.to(vae.dtype)).sample.clamp(-1, 1)
 
-    def velocity(self, transformer, x, t, cond):
-        """noise - data at x (B, N, C) and t (B,). cond: dict of tokens, pooled and guidance (B,), the guidance scale."""
+    def velocity(self, transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor,
+                 cond: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The velocity noise - data, (B, N, C).
+
+        transformer: the pipeline's, or a wrapped one
+        x: (B, N, C)
+        t: (B,) in [0, 1]
+        cond: tokens, pooled, and guidance (B,), the guidance scales
+        """
         dtype = cond["tokens"].dtype
         text_ids = torch.zeros(cond["tokens"].shape[1], 3, device=x.device, dtype=dtype)
-        out = transformer(hidden_states=x.to(dtype), timestep=t.to(dtype), guidance=cond["guidance"].to(dtype),
-                          pooled_projections=cond["pooled"], encoder_hidden_states=cond["tokens"], txt_ids=text_ids,
+        out = transformer(hidden_states=x.to(dtype), timestep=t.to(dtype),
+                          guidance=cond["guidance"].to(dtype), pooled_projections=cond["pooled"],
+                          encoder_hidden_states=cond["tokens"], txt_ids=text_ids,
                           img_ids=self.positions(x.device, dtype), return_dict=False)[0]
         return out.to(x.dtype)
 
-    def positions(self, device, dtype):
+    def positions(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """(N, 3): zero, row, column of each token."""
         rows, columns = self.grid
         ids = torch.zeros(rows, columns, 3, device=device, dtype=dtype)
@@ -102,18 +118,25 @@ class Flux:
         ids[..., 2] += torch.arange(columns, device=device, dtype=dtype)
         return ids.reshape(-1, 3)
 
-    def sample_stock(self, captions, noise, steps, guidance, shift=None):
-        """What the stock pipeline makes from the same noise (n, N, C): (n, 3, H, W) in [-1, 1].
+    def sample_stock(self, captions: Sequence[str], noise: torch.Tensor, steps: int, guidance: float,
+                     shift: float | None = None) -> torch.Tensor:
+        """The stock pipeline's images, (n, 3, height, width) in [-1, 1], from the same noise.
 
-        It is given the plain grid as sigmas, else it would choose its own; its scheduler adds the shift.
+        captions: n of them
+        noise: (n, N, C)
+        steps: number of steps, on the plain grid, which is given as sigmas; the scheduler adds the shift
+        guidance: guidance scale
+        shift: the time shift; the scheduler's own when None
         """
-        kept = self.pipe.scheduler
+        scheduler = self.pipe.scheduler
         if shift is not None:           # set_shift would do nothing where the shift is dynamic
-            self.pipe.scheduler = type(kept).from_config(kept.config, shift=shift, use_dynamic_shifting=False)
+            self.pipe.scheduler = type(scheduler).from_config(scheduler.config, shift=shift,
+                                                              use_dynamic_shifting=False)
         try:
-            images = self.pipe(list(captions), height=self.height, width=self.width, num_inference_steps=steps,
-                                 sigmas=[1 - i / steps for i in range(steps)], guidance_scale=guidance, latents=noise,
-                                 max_sequence_length=self.max_sequence_length, output_type="pt").images
+            images = self.pipe(list(captions), height=self.height, width=self.width,
+                               num_inference_steps=steps, sigmas=[1 - i / steps for i in range(steps)],
+                               guidance_scale=guidance, latents=noise,
+                               max_sequence_length=self.max_sequence_length, output_type="pt").images
         finally:
-            self.pipe.scheduler = kept
+            self.pipe.scheduler = scheduler
         return images * 2 - 1

@@ -4,29 +4,38 @@
 __all__ = ['SD3']
 
 # %% ../../nbs/learn/21_sd3.ipynb #c03
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from diffusers import StableDiffusion3Pipeline
 
 # %% ../../nbs/learn/21_sd3.ipynb #c06
 class SD3:
-    """Stable Diffusion 3 and 3.5: everything in which they differ from other families, bound to one image size.
+    """Stable Diffusion 3 and 3.5: all in which they differ from other families, for one image size.
 
-    pipe: a diffusers.StableDiffusion3Pipeline, with or without its third text encoder. height, width in pixels.
-    max_sequence_length: length of T5's part of the text, at most 512. negative: the negative prompt, empty as a rule. Raises ValueError
-    for a size that does not fit the VAE and the patches, or that is larger than the transformer's table of positions, and for a
-    number of tokens that does not fit.
+    pipe: a diffusers.StableDiffusion3Pipeline, with or without its third text encoder
+    height, width: of the images, in pixels
+    max_sequence_length: length of T5's part of the text, 1 to 512
+    negative_prompt: empty as a rule
+
+    ValueError for a size that does not fit the VAE and the patches, or is larger than the transformer's table
+    of positions, and for a length that does not fit.
     """
     pipeline_class = StableDiffusion3Pipeline
-    uses_cfg = True            # by a second evaluation, not by an input of the network
+    uses_cfg = True                 # by a second evaluation, not by an input of the network
     time_dtype = torch.float32      # what the time embedding computes in, whatever the weights are
-    dynamic_shift = None                # the scheduler has a fixed one
-    extra_text_tokens = 77                # of the two CLIPs, side by side, before those of T5
+    dynamic_shift = None            # the scheduler has a fixed one
+    extra_text_tokens = 77          # of the two CLIPs, side by side, before those of T5
 
-    # All linear layers: attention, feed-forward, adaptive norms, embedders and output. The patches enter by a convolution.
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-                    "net.0.proj", "net.2", "linear", "linear_1", "linear_2", "proj_out", "context_embedder")
+    # All linear layers: attention, feed-forward, adaptive norms, embedders and output. The patches enter by a
+    # convolution.
+    lora_targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "net.0.proj", "net.2", "linear", "linear_1", "linear_2", "proj_out", "context_embedder")
 
-    def __init__(self, pipe, height, width, max_sequence_length=256, negative_prompt=""):
+    def __init__(self, pipe: Any, height: int, width: int, max_sequence_length: int = 256,
+                 negative_prompt: str = "") -> None:
         patch, largest = pipe.transformer.config.patch_size, pipe.transformer.config.pos_embed_max_size
         step = patch * pipe.vae_scale_factor
         if height % step or width % step or height < step or width < step:
@@ -37,76 +46,98 @@ class SD3:
                              f"take at most {largest * step} a side")
         if not 1 <= max_sequence_length <= 512:
             raise ValueError(f"max_sequence_length is {max_sequence_length}: the pipeline takes 1 to 512")
-        self.pipe, self.height, self.width, self.max_sequence_length, self.negative_prompt = pipe, height, width, max_sequence_length, negative_prompt
+        self.pipe, self.height, self.width = pipe, height, width
+        self.max_sequence_length, self.negative_prompt = max_sequence_length, negative_prompt
 
     @property
-    def latent_shape(self):
+    def latent_shape(self) -> tuple[int, ...]:
         """Of one image: (C, rows, columns)."""
         factor = self.pipe.vae_scale_factor
         return self.pipe.transformer.config.in_channels, self.height // factor, self.width // factor
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Image tokens of one image."""
         _, rows, columns = self.latent_shape
         return rows * columns // self.pipe.transformer.config.patch_size ** 2
 
     @torch.no_grad()
-    def encode_text(self, captions):
-        """What the transformer reads of n captions, on the CPU: dict of tokens (n, L, D), pooled (n, P), and the same of
-        the negative prompt, empty_tokens and empty_pooled, which are views of one row."""
-        tokens, pooled = self.encode(list(captions))
-        nothing, nothing_pooled = self.encode([self.negative_prompt])     # by itself: the same bits in whatever company
-        return {"tokens": tokens, "pooled": pooled, "empty_tokens": nothing.expand_as(tokens),
-                "empty_pooled": nothing_pooled.expand_as(pooled)}
+    def encode_text(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The text inputs of n captions, on the CPU.
 
-    def encode(self, captions):
-        tokens, _, pooled, _ = self.pipe.encode_prompt(captions, captions, captions, do_classifier_free_guidance=False,
+        returns: tokens (n, L, D) and pooled (n, P), and the same of the negative prompt, empty_tokens and
+            empty_pooled, which are views of one row
+        """
+        tokens, pooled = self.encode(list(captions))
+        empty_tokens, empty_pooled = self.encode([self.negative_prompt])   # alone: the same bits in any batch
+        return {"tokens": tokens, "pooled": pooled, "empty_tokens": empty_tokens.expand_as(tokens),
+                "empty_pooled": empty_pooled.expand_as(pooled)}
+
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (n, L, D) and pooled vectors (n, P) of n captions, on the CPU."""
+        tokens, _, pooled, _ = self.pipe.encode_prompt(captions, captions, captions,
+                                                       do_classifier_free_guidance=False,
                                                        max_sequence_length=self.max_sequence_length)
         return tokens.cpu(), pooled.cpu()
 
     @torch.no_grad()
-    def encode_images(self, images):
-        """(n, 3, height, width) in [-1, 1] -> latents (n, C, rows, columns), the mean of the VAE's posterior."""
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, 3, height, width) in [-1, 1] -> (n, C, rows, columns), the mean of the VAE's posterior."""
         vae = self.pipe.vae
         latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents):
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, C, rows, columns) -> images (n, 3, height, width) in [-1, 1]."""
         vae = self.pipe.vae
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(latents.to(vae.dtype)).sample.clamp(-1, 1)
 
-    def velocity(self, transformer, x, t, cond):
-        """noise - data at x (B, C, rows, columns) and t (B,): guided in the rows whose guidance scale is above 1.
+    def velocity(self, transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor,
+                 cond: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The velocity noise - data, (B, C, rows, columns), guided where the guidance scale is above 1.
 
-        cond: dict of tokens, pooled, empty_tokens, empty_pooled, and guidance (B,), the scale g of
-        empty + g (caption - empty). Rows above 1 take two evaluations, in one batch, the others one.
+        transformer: the pipeline's, or a wrapped one
+        x: (B, C, rows, columns)
+        t: (B,) in [0, 1]
+        cond: tokens, pooled, empty_tokens, empty_pooled, and guidance (B,), the scale g of
+            empty + g (caption - empty); examples above 1 take two evaluations, in one batch, the others one
         """
         guided = cond["guidance"] > 1                                                   # (B,), G of them
-        both = lambda nothing, caption: torch.cat([nothing[guided], caption])           # (G + B, ...)
+
+        def both(empty: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
+            return torch.cat([empty[guided], caption])                                  # (G + B, ...)
+
         dtype = cond["tokens"].dtype
         out = transformer(hidden_states=both(x, x).to(dtype), timestep=both(t, t).float() * 1000,
                           encoder_hidden_states=both(cond["empty_tokens"], cond["tokens"]),
-                          pooled_projections=both(cond["empty_pooled"], cond["pooled"]), return_dict=False)[0].to(x.dtype)
-        nothing, v = out[:-len(x)], out[-len(x):]
+                          pooled_projections=both(cond["empty_pooled"], cond["pooled"]),
+                          return_dict=False)[0].to(x.dtype)
+        empty, v = out[:-len(x)], out[-len(x):]
         g = cond["guidance"][guided].to(x).view(-1, 1, 1, 1)
-        return v.index_put((guided,), nothing + g * (v[guided] - nothing))
+        return v.index_put((guided,), empty + g * (v[guided] - empty))
 
-    def sample_stock(self, captions, noise, steps, guidance, shift=None):
-        """What the stock pipeline makes from the same noise (n, C, rows, columns): (n, 3, H, W) in [-1, 1].
+    def sample_stock(self, captions: Sequence[str], noise: torch.Tensor, steps: int, guidance: float,
+                     shift: float | None = None) -> torch.Tensor:
+        """The stock pipeline's images, (n, 3, height, width) in [-1, 1], from the same noise.
 
-        It is given the plain grid as sigmas, else it would choose its own; its scheduler adds the shift.
+        captions: n of them
+        noise: (n, C, rows, columns)
+        steps: number of steps, on the plain grid, which is given as sigmas; the scheduler adds the shift
+        guidance: guidance scale
+        shift: the time shift; the scheduler's own when None
         """
-        kept = self.pipe.scheduler
+        scheduler = self.pipe.scheduler
         if shift is not None:           # set_shift would do nothing where the shift is dynamic
-            self.pipe.scheduler = type(kept).from_config(kept.config, shift=shift, use_dynamic_shifting=False)
+            self.pipe.scheduler = type(scheduler).from_config(scheduler.config, shift=shift,
+                                                              use_dynamic_shifting=False)
         try:
-            images = self.pipe(list(captions), height=self.height, width=self.width, num_inference_steps=steps,
-                                 sigmas=[1 - i / steps for i in range(steps)], guidance_scale=guidance, latents=noise, negative_prompt=[self.negative_prompt] * len(captions),
-                                 max_sequence_length=self.max_sequence_length, output_type="pt").images
+            images = self.pipe(list(captions), height=self.height, width=self.width,
+                               num_inference_steps=steps, sigmas=[1 - i / steps for i in range(steps)],
+                               guidance_scale=guidance, latents=noise,
+                               negative_prompt=[self.negative_prompt] * len(captions),
+                               max_sequence_length=self.max_sequence_length, output_type="pt").images
         finally:
-            self.pipe.scheduler = kept
+            self.pipe.scheduler = scheduler
         return images * 2 - 1

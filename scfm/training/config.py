@@ -199,13 +199,7 @@ DISTILL_VALIDATORS = [
 # What may differ between the runs that share a folder: nothing that changes a step that has been made.
 # Paths are compared by what lies there (inputs.json), not by how they are written.
 PATHS = ("pretrained_model_name_or_path", "prompts", "train_data_dir", "cache_dir", "output_dir", "teacher")
-OURS = (
-    "images",
-    "cache",
-    "logs",
-    ".scfm-lock",
-    ".scfm-cache",
-)  # what may lie in a run's folder before its config.json
+OURS = ("images", "cache", "logs")  # what may lie in a run's folder before its config.json
 RESUMABLE = (
     "pretrained_model_name_or_path",
     "prompts",
@@ -273,7 +267,7 @@ def with_full_paths(config: Any) -> dict[str, Any]:
 def init_output_dir(folder: str | Path, config: Any, inputs: dict[str, str] | None = None) -> None:
     """Makes the run's folder with config.json, run.json and inputs.json.
 
-    ValueError when it was begun with other settings or other inputs, or holds files that no run wrote.
+    ValueError when it was begun with other settings or other inputs.
     Settings that an
     older run did not know yet count as their defaults. `max_train_steps` may change while the learning rate
     is constant.
@@ -283,15 +277,6 @@ def init_output_dir(folder: str | Path, config: Any, inputs: dict[str, str] | No
     if old:
         refuse_other_settings(folder, config, old, new)
         refuse_other_inputs(folder, inputs or {})
-    else:
-        strangers = (
-            [path.name for path in folder.glob("*") if path.name not in OURS and path.name[0] != "."] if folder.is_dir() else []
-        )
-        if strangers:
-            raise ValueError(
-                f"{folder} holds {', '.join(sorted(strangers)[:3])}, but no config.json of a run: take a "
-                f"folder of its own"
-            )
     for name, record in (
         ("config.json", new),
         ("run.json", environment_info()),
@@ -299,6 +284,16 @@ def init_output_dir(folder: str | Path, config: Any, inputs: dict[str, str] | No
     ):
         text = json.dumps(record, indent=1)
         atomic_write(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+
+
+def refuse_strangers(folder: Path) -> None:
+    """ValueError when a folder without a run's config.json holds files: they may be somebody's."""
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    strangers = [path.name for path in folder.glob("*") if path.name not in OURS and path.name[0] != "."]
+    if strangers:
+        names = ", ".join(sorted(strangers)[:3])
+        raise ValueError(f"{folder} holds {names}, but no config.json of a run: take a folder of its own")
 
 
 def refuse_other_settings(folder: Path, config: Any, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 
 from scfm.files import lock_folder, unlock_folder
 from scfm.method.consistency import Jumps
 from scfm.method.distill import Batch, StepOutput, TimeBins, train_step, training_loop
 from scfm.training.checkpoint import latest, save_checkpoint, set_aside
-from scfm.training.config import as_json
+from scfm.training.config import as_json, refuse_strangers
 
 log = logging.getLogger(__name__)
 OPTIMIZER_SETTINGS = ("learning_rate", "adam_weight_decay", "max_grad_norm", "lr_scheduler")
@@ -24,7 +25,9 @@ OPTIMIZER_SETTINGS = ("learning_rate", "adam_weight_decay", "max_grad_norm", "lr
 def make_accelerator(**more: Any) -> Accelerator:
     """An Accelerator that the environment of somebody's `accelerate config` cannot make accumulate or change
     precision."""
-    return Accelerator(gradient_accumulation_steps=1, mixed_precision="no", **more)
+    return Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), mixed_precision="no", **more
+    )
 
 
 class StepPlan(NamedTuple):
@@ -85,6 +88,7 @@ class Trainer(ABC):
     def lock(self) -> None:
         """Takes the folder for this run. ValueError when another process trains in it."""
         if self.is_main:
+            refuse_strangers(self.output_dir)
             lock_folder(self.output_dir)
             atexit.register(unlock_folder, self.output_dir)
 
@@ -105,7 +109,13 @@ class Trainer(ABC):
             return last
 
         training_loop(
-            self.train_step, last_step, self.global_step, after, self.progress, self.output_dir.name, self.bins
+            self.train_step,
+            last_step,
+            self.global_step,
+            after,
+            self.progress,
+            self.output_dir.name,
+            self.bins,
         )
 
     def train_step(self, step: int) -> StepOutput:

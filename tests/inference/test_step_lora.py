@@ -24,7 +24,7 @@ PROMPTS = ["a large red cross", "a small blue ring on the left"]
 
 
 def stock_call(pipe, steps, **more):
-    """Images (2, 3, 32, 32) in [-1, 1] of a stock pipeline, given the plain sigmas, from the noise of seed 5."""
+    """Images (2, 3, 32, 32) in [-1, 1] of a stock pipeline, given plain sigmas, from the noise of seed 5."""
     images = pipe(
         PROMPTS,
         height=32,
