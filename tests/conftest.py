@@ -1,12 +1,6 @@
-import json
 import os
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
-
-BENCH = Path(__file__).parents[1] / "bench"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
 
@@ -27,16 +21,3 @@ def pytest_collection_modifyitems(items):
 def folder(tmp_path_factory):
     """A folder of one test file."""
     return tmp_path_factory.mktemp("folder")
-
-
-@pytest.fixture
-def bench(request, folder, monkeypatch):
-    """Runs the test file's SCRIPT of bench/ in small, with more words, on one cache; returns the record that it wrote as `out`."""
-    script = request.module.SCRIPT
-
-    def run(*words, out=script):
-        monkeypatch.syspath_prepend(str(BENCH))
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--smoke", "--cache_dir", str(folder / "cells"), "--output_dir", str(folder / out), *words])
-        runpy.run_path(str(BENCH / f"{script}.py"), run_name="__main__")
-        return json.loads((folder / f"{out}.json").read_text())
-    return run

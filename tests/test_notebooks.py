@@ -11,6 +11,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError
 
+pytestmark = pytest.mark.notebook
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*/*.ipynb"))
 BUDGETS = json.loads((ROOT / "tests" / "budgets.json").read_text())  # seconds, on a laptop with nothing else to do
@@ -26,7 +27,7 @@ def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     assert path.stem in BUDGETS, f"{path.name} has no budget: write its seconds into tests/budgets.json"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a notebook needs nothing from the network
     folder = shutil.copytree(path.parent, tmp_path / "nbs" / path.parent.name, ignore=shutil.ignore_patterns(".*", "_*"))
-    for name in ("bench", "docs", "scfm", "toy"):  # a notebook may look at its neighbours
+    for name in ("benchmarks", "docs", "examples", "experiments", "scfm", "toy"):  # a notebook may look at its neighbours
         (tmp_path / name).symlink_to(ROOT / name)
     notebook = nbformat.read(folder / path.name, as_version=4)
     committed = [shown(cell) for cell in code_cells(notebook)]

@@ -74,22 +74,22 @@ STEP_FREQUENCIES = 3
 class MLP(nn.Module):
     """A velocity field on the plane: x (B, 2), t (B,) -> (B, 2). SiLU layers, Fourier features of the time.
 
-    told_step: it has a second input, the step size d (B,), as d and its three lowest features; left out, d is
+    step_input: it has a second input, the step size d (B,), as d and its three lowest features; left out, d is
     0. (With all
     eight, a Shortcut student of 600,000 evaluations stayed at SW2 .17 with 32 steps, checkerboard, one seed;
     with three, .05.)"""
 
-    def __init__(self, width=256, depth=4, frequencies=8, told_step=False):
+    def __init__(self, width=256, depth=4, frequencies=8, step_input=False):
         super().__init__()
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(frequencies) / 2)
-        self.told_step = told_step
-        widths = [2 + 1 + 2 * frequencies + (1 + 2 * STEP_FREQUENCIES) * told_step] + [width] * depth
+        self.step_input = step_input
+        widths = [2 + 1 + 2 * frequencies + (1 + 2 * STEP_FREQUENCIES) * step_input] + [width] * depth
         self.layers = nn.ModuleList([nn.Linear(i, o) for i, o in zip(widths, widths[1:], strict=False)])
         self.out = nn.Linear(width, 2)
 
     def forward(self, x, t, d=None):
         h = torch.cat([x, self.features(t)], 1)
-        if self.told_step:
+        if self.step_input:
             h = torch.cat([h, self.features(torch.zeros_like(t) if d is None else d, STEP_FREQUENCIES)], 1)
         for layer in self.layers:
             h = F.silu(layer(h))
@@ -106,12 +106,12 @@ def with_step(network):
     """A copy of an `MLP` with a step size as second input, to which it does not listen yet: its columns are
     zero."""
     first = network.layers[0]
-    told = MLP(first.out_features, len(network.layers), len(network.frequencies), told_step=True)
+    stepped = MLP(first.out_features, len(network.layers), len(network.frequencies), step_input=True)
     weights = network.state_dict()
-    silent = told.layers[0].in_features - first.in_features
+    silent = stepped.layers[0].in_features - first.in_features
     weights["layers.0.weight"] = F.pad(weights["layers.0.weight"], (0, silent))
-    told.load_state_dict(weights)
-    return told
+    stepped.load_state_dict(weights)
+    return stepped
 
 
 def train_flow(network, data, updates=4000, batch=512, lr=1e-3, seed=0):

@@ -76,13 +76,13 @@ def prompt_accuracy(seen, named):
     `seen`, `named`: (B, 5); -1 in `named` where the caption is silent. "all" counts an image only if every
     attribute that its caption names is there; "named" is the mean over all named attributes.
     """
-    asked, right = named >= 0, seen == named
+    named_here, right = named >= 0, seen == named
     per = {
-        name: (right[:, i] & asked[:, i]).sum().item() / max(1, asked[:, i].sum().item())
+        name: (right[:, i] & named_here[:, i]).sum().item() / max(1, named_here[:, i].sum().item())
         for i, name in enumerate(ATTRIBUTES)
     }
     return {
         **per,
-        "named": (right & asked).sum().item() / asked.sum().item(),
-        "all": (right | ~asked).all(1).float().mean().item(),
+        "named": (right & named_here).sum().item() / named_here.sum().item(),
+        "all": (right | ~named_here).all(1).float().mean().item(),
     }

@@ -102,14 +102,14 @@ def draw_captions(n, generator, held_out=False):
 
 def name_attributes(colour, shape, size=None, place=None):
     """The row of `Captions.named` for one caption."""
-    said = {
+    given = {
         "colour": colour,
         "shape": shape,
         "size": size,
         "side": place.split()[-1] if place in PLACES[:2] else None,
         "height": place.split()[-1] if place in PLACES[2:] else None,
     }
-    return [ATTRIBUTES[a].index(said[a]) if said[a] else -1 for a in ATTRIBUTES]
+    return [ATTRIBUTES[a].index(given[a]) if given[a] else -1 for a in ATTRIBUTES]
 
 
 def draw_images(captions, generator, anywhere=False):

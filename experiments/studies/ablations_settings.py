@@ -53,7 +53,7 @@ def families(steps: int) -> dict[str, Changes]:
         "k/N": each("teacher_ratio", (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)),
         "averages": averages(steps),
         "decay of one EMA": decays_of_one_ema(),
-        "speaker scale": each("ema_target_scale", (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)),
+        "EMA scale": each("ema_target_scale", (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)),
         "learning rate": each("learning_rate", (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
         "shift": shifts(((0.5, 1.0), (1.0, 1.0), (1.0, 2.0), (1.0, 3.0), (2.5, 4.5))),
         "t_skip": jumps(steps),
@@ -67,7 +67,7 @@ def families(steps: int) -> dict[str, Changes]:
 # what may stand on an axis of the grid of two settings
 COARSE: dict[str, Changes] = {
     "k/N": each("teacher_ratio", (0.1, 0.2, 0.4, 0.8)),
-    "speaker scale": each("ema_target_scale", (0.25, 0.5, 0.75, 1.0)),
+    "EMA scale": each("ema_target_scale", (0.25, 0.5, 0.75, 1.0)),
     "learning rate": each("learning_rate", (1e-4, 3e-4, 1e-3, 3e-3)),
     "shift": shifts(((1.0, 1.0), (1.0, 2.0), (1.0, 3.0), (2.5, 4.5))),
     "t_skip": jumps(PlaneSizes().updates),
@@ -88,5 +88,5 @@ def flux_families(steps: int) -> dict[str, Changes]:
         },
         "rank": {f"{rank}": {"rank": rank} for rank in (4, 16, 48)},
         "learning rate": each("learning_rate", (3e-4, 1e-3, 3e-3)),
-        "speaker scale": each("ema_target_scale", (0.5, 1.0)),
+        "EMA scale": each("ema_target_scale", (0.5, 1.0)),
     }

@@ -105,7 +105,7 @@ def train_rival(bed: Plane, job: Job) -> tuple[dict[Any, nn.Module], MLP, dict]:
         return {name: trained.state_dict() for name, trained in networks.items()}
 
     weights = bed.cache("few_step", spec, make)
-    networks = {name: load_weights(MLP(told_step=step_aware), part) for name, part in weights.items()}
+    networks = {name: load_weights(MLP(step_input=step_aware), part) for name, part in weights.items()}
     return networks, network, spec
 
 

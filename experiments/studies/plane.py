@@ -100,7 +100,7 @@ def ablations(steps: int) -> dict[str, dict[str, dict]]:
     damped, lengths = RECIPES["damped"], [max(1, int(steps * share)) for share in (0.25, 0.5, 1, 2)]
     restarted = {"restart_every": max(1, 3 * steps // 10)}  # none falls on the end, where the EMA is read
     return {
-        "speaker scale": {f"{s:g}": {"ema_target_scale": s} for s in (0.15, 0.25, 0.5, 0.7, 1.0)},
+        "EMA scale": {f"{s:g}": {"ema_target_scale": s} for s in (0.15, 0.25, 0.5, 0.7, 1.0)},
         "k/N": {f"{k:g}": {"teacher_ratio": k} for k in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)},
         "self grids": {", ".join(map(str, g)): {"self_grids": g} for g in ((2,), (2, 4), (2, 4, 8, 16))},
         "EMA": {

@@ -222,7 +222,7 @@ def find_metrics(
         ("CLIP score", CLIPMetric, clip),
     ):
         if place == "none":
-            missing[name] = "left out, as asked"
+            missing[name] = "left out by the settings"
             continue
         try:
             metrics.append(metric_class(place, device))

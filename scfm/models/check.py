@@ -7,6 +7,7 @@ __all__ = ['CONTRACT', 'CAPTIONS', 'TIMESTEP_FORMULAS', 'LAYERS', 'missing', 'St
            'matching_targets', 'check_lora', 'check_family']
 
 # %% ../../nbs/learn/21_new_family.ipynb #c03
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -31,12 +32,11 @@ CONTRACT = {
     "dynamic_shift": "the stock pipeline's time shift at this size; None where its scheduler has a fixed one",
     "latent_shape": "shape of one image's x, a tuple",
     "tokens": "image tokens of one image",
-    "encode_text": "(captions) -> dict of tensors of n rows, on the CPU; names in empty_ are the same for all",
+    "encode_text": "(captions) -> dict of tensors of n rows, on the CPU; in empty_...: the same for all",
     "encode_images": "(images (n, 3, H, W) in [-1, 1]) -> x (n, *latent_shape), without chance",
     "decode": "(x) -> images, the inverse of encode_images",
     "velocity": "(transformer, x, t (n,), cond) -> noise - data; cond: encode_text's dict and guidance (n,)",
-    "sample_stock": "(captions, noise, steps, guidance, shift=None) -> the stock pipeline's images from that "
-                    "noise on the plain grid",
+    "sample_stock": "(captions, noise, steps, guidance, shift=None) -> the stock images, on the plain grid",
 }
 
 
@@ -48,14 +48,13 @@ def missing(family: Any) -> list[str]:
 class StockStep(NamedTuple):
     """A step of a stock pipeline.
 
-    x: (n, ...), the point before the step
+    x, v: (n, ...), the point before the step, and the velocity that the scheduler got
     t: its sigma
-    timestep: the network's input of that name; None where there is none
-    v: (n, ...), the velocity that the scheduler got
+    timestep: the network's input of that name; nan where there is none
     """
     x: torch.Tensor
     t: float
-    timestep: float | None
+    timestep: float
     v: torch.Tensor
 
 
@@ -76,22 +75,16 @@ def recorded_timesteps(transformer: torch.nn.Module) -> Iterator[list[float]]:
 
 def stock_trajectory(family: Family, captions: Sequence[str], noise: torch.Tensor, steps: int,
                      guidance: float, shift: float | None = None) -> list[StockStep]:
-    """The steps of `family.sample_stock`, recorded at the scheduler's `step`, which itself does not change.
+    """The steps of `family.sample_stock`, whose arguments it takes, recorded at the scheduler's `step`."""
+    scheduler_class, trajectory = type(family.pipe.scheduler), []   # sample_stock may make another instance
+    step = scheduler_class.step
 
-    captions: n of them
-    noise: (n, *latent_shape)
-    steps, guidance, shift: as in sample_stock
-    """
-    scheduler_class = type(family.pipe.scheduler)       # of all instances: sample_stock may make another one
-    trajectory = []
+    @wraps(step)
+    def record(self, v, timestep, x, *args, **kwargs):
+        t, last = float(self.sigmas[len(trajectory)]), timesteps[-1] if timesteps else math.nan
+        trajectory.append(StockStep(x.clone(), t, last, v.clone()))
+        return step(self, v, timestep, x, *args, **kwargs)
     with recorded_timesteps(family.pipe.transformer) as timesteps:
-        step = scheduler_class.step
-
-        @wraps(step)
-        def record(self, v, timestep, x, *args, **kwargs):
-            t, last = float(self.sigmas[len(trajectory)]), timesteps[-1] if timesteps else None
-            trajectory.append(StockStep(x.clone(), t, last, v.clone()))
-            return step(self, v, timestep, x, *args, **kwargs)
         scheduler_class.step = record
         try:
             family.sample_stock(list(captions), noise, steps, guidance, shift)
@@ -100,23 +93,17 @@ def stock_trajectory(family: Family, captions: Sequence[str], noise: torch.Tenso
     return trajectory
 
 # %% ../../nbs/learn/21_new_family.ipynb #c22
+# Each check returns a sentence for the report, and raises a ValueError that names the fault.
 CAPTIONS = ("a large red cross", "a small blue ring on the left", "a green star")
 
 
 def check_text(family: Family, captions: Sequence[str] = CAPTIONS) -> str:
-    """Checks the embeddings: a row for each caption, on the CPU, the same in any batch.
-
-    captions: at least two
-    returns: a sentence for the report
-
-    ValueError that names the fault.
-    """
+    """Embeddings of two captions or more: a row for each, on the CPU, the same in any batch."""
     text, alone = family.encode_text(list(captions)), family.encode_text(list(captions[:1]))
     for name, part in text.items():
         if len(part) != len(captions) or part.device.type != "cpu" or part.requires_grad:
             raise ValueError(f"encode_text: {name} has {len(part)} rows for {len(captions)} captions, on "
-                             f"{part.device}, requires_grad {part.requires_grad}: one row a caption, on the "
-                             "CPU, without a gradient")
+                             f"{part.device}: one row a caption, on the CPU, without a gradient")
         if part.shape[1:] != alone[name].shape[1:]:
             raise ValueError(f"encode_text: a row of {name} has shape {(*part.shape[1:],)} beside others and "
                              f"{(*alone[name].shape[1:],)} alone: pad every caption to max_sequence_length")
@@ -153,21 +140,13 @@ def lossless_vae(vae: Any) -> Iterator[Any]:
 
 
 def check_latents(family: Family, tolerance: float = 1e-4) -> str:
-    """Checks the latents: their shape, no chance in the encoder, decode the inverse of it up to the VAE.
-
-    tolerance: largest difference of a latent
-    returns: a sentence for the report
-
-    ValueError that names the fault.
-    """
+    """Latents: their shape, no chance in encode_images, decode its inverse up to the VAE."""
     images = torch.rand(2, 3, family.height, family.width, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = family.encode_images(images)
     if latents.shape[1:] != tuple(family.latent_shape):
-        raise ValueError(f"encode_images gives {(*latents.shape[1:],)}, "
-                         f"latent_shape is {tuple(family.latent_shape)}")
+        raise ValueError(f"encode_images gives {(*latents.shape[1:],)}, latent_shape {family.latent_shape}")
     if not torch.equal(latents, family.encode_images(images)):
-        raise ValueError("encode_images gives other latents the second time: take the mean of the posterior, "
-                         "not a sample")
+        raise ValueError("encode_images is random: take the mean of the posterior, not a sample")
     if family.decode(latents).shape != images.shape:
         raise ValueError(f"decode gives {(*family.decode(latents).shape,)} for images of {(*images.shape,)}")
     with lossless_vae(family.pipe.vae):
@@ -178,12 +157,8 @@ def check_latents(family: Family, tolerance: float = 1e-4) -> str:
     return f"latents: {(*latents.shape[1:],)} an image, decode undoes encode_images to {gap:.0e}"
 
 # %% ../../nbs/learn/21_new_family.ipynb #c27
-TIMESTEP_FORMULAS = {
-    "t": lambda t: t,
-    "1000 t": lambda t: 1000 * t,
-    "1 - t": lambda t: 1 - t,
-    "1000 (1 - t)": lambda t: 1000 * (1 - t),
-}
+TIMESTEP_FORMULAS = {"t": lambda t: t, "1000 t": lambda t: 1000 * t,
+                     "1 - t": lambda t: 1 - t, "1000 (1 - t)": lambda t: 1000 * (1 - t)}
 
 
 def same_time(a: float, b: float) -> bool:
@@ -208,13 +183,10 @@ def stock_grid(family: Family, steps: int, shift: float | None = None) -> torch.
 @torch.no_grad()
 def check_velocity(family: Family, captions: Sequence[str] = CAPTIONS, steps: int = 3,
                    guidance: Sequence[float] = (1., 4.), tolerance: float = 1e-3) -> str:
-    """Checks the velocity along the stock pipeline's trajectory, in float32: times, sign, size, guidance.
+    """Velocities along the stock pipeline's trajectory, in float32: times, sign and size, guided and not.
 
     guidance: guidance scales to try
     tolerance: largest difference, relative to the largest velocity of the stock pipeline at that step
-    returns: a sentence for the report
-
-    ValueError that names the fault.
     """
     worst = 0.
     for scale in guidance:
@@ -231,10 +203,8 @@ def check_velocity(family: Family, captions: Sequence[str] = CAPTIONS, steps: in
                 v = family.velocity(family.pipe.transformer, step.x, t, cond)
             compare_timesteps(timesteps, step, trajectory)
             if v.shape != step.v.shape:
-                raise ValueError(f"velocity gives {(*v.shape,)} where the stock pipeline gives its scheduler "
-                                 f"{(*step.v.shape,)}")
-            size = step.v.abs().max()
-            gap, opposite = (((w - step.v).abs().max() / size).item() for w in (v, -v))
+                raise ValueError(f"velocity gives {(*v.shape,)}, the stock pipeline {(*step.v.shape,)}")
+            gap, opposite = (((w - step.v).abs().max() / step.v.abs().max()).item() for w in (v, -v))
             worst = max(worst, gap)
             if not gap < tolerance:
                 fault = f"is {gap:.2g} of the largest away from what the stock pipeline gives its scheduler"
@@ -243,45 +213,31 @@ def check_velocity(family: Family, captions: Sequence[str] = CAPTIONS, steps: in
                 elif scale > 1 >= min(guidance):
                     fault += ": right without guidance, so it is the guidance"
                 raise ValueError(f"velocity at guidance {scale:g}, t = {step.t:.3g} {fault}")
-    scales = " and ".join(f"{g:g}" for g in guidance)
-    return f"velocity: within {worst:.0e} of what the stock pipeline gives its scheduler, guidance {scales}"
+    return (f"velocity: within {worst:.0e} of what the stock pipeline gives its scheduler, "
+            f"guidance {' and '.join(f'{g:g}' for g in guidance)}")
 
 
 def compare_timesteps(timesteps: list[float], step: StockStep, trajectory: list[StockStep]) -> None:
-    """Compares the network's timestep in `velocity` with the stock pipeline's.
-
-    timesteps: the network's, forward by forward
-    step: the stock pipeline's step
-    trajectory: all its steps
-
-    ValueError when they differ, with the formula that fits the trajectory.
-    """
-    stock = step.timestep
-    if not timesteps or stock is None or all(same_time(timestep, stock) for timestep in timesteps):
+    """ValueError, with the formula that fits, when `velocity` and the stock pipeline give other timesteps."""
+    if not timesteps or math.isnan(step.timestep) or all(same_time(s, step.timestep) for s in timesteps):
         return
     fits = [name for name, formula in TIMESTEP_FORMULAS.items()
             if all(same_time(formula(s.t), s.timestep) for s in trajectory)]
-    raise ValueError(f"velocity gives the network the timestep {timesteps[0]:.4g} at t = {step.t:.3g}, "
-                     f"the stock pipeline gives it {stock:.4g}" + (f": give it {fits[0]}" if fits else ""))
+    raise ValueError(f"velocity gives the network the timestep {timesteps[0]:.4g} at t = {step.t:.3g}, the "
+                     f"stock pipeline {step.timestep:.4g}" + (f": give it {fits[0]}" if fits else ""))
 
 # %% ../../nbs/learn/21_new_family.ipynb #c38
 @torch.no_grad()
 def check_images(family: Family, captions: Sequence[str] = CAPTIONS, steps: Sequence[int] = (1, 3, 8),
                  guidance: Sequence[float] = (1., 4.), shift: float | None = None,
                  tolerance: float = 1e-4) -> str:
-    """Checks that our sampler without LoRA makes the stock pipeline's images, in float32.
+    """Images of our sampler without LoRA: they are the stock pipeline's, in float32.
 
-    steps: numbers of steps to try
-    guidance: guidance scales to try
-    shift: time shift of the grid; the stock pipeline's own when None
+    steps, guidance, shift: numbers of steps and guidance scales to try, and the grid's shift (None: its own)
     tolerance: largest difference of a pixel, of a range of 2
-    returns: a sentence for the report
-
-    ValueError that names the fault.
     """
     def field(x: torch.Tensor, t: torch.Tensor, cond: Condition = None) -> torch.Tensor:
         return family.velocity(family.pipe.transformer, x, t, cond)
-
     worst = 0.
     for scale in guidance:
         noise, cond = noise_and_cond(family, captions, scale)
@@ -290,8 +246,7 @@ def check_images(family: Family, captions: Sequence[str] = CAPTIONS, steps: Sequ
             stock = family.sample_stock(list(captions), noise, n, scale, shift)
             gap = (ours - stock).abs().max().item()
             if not gap < tolerance:
-                raise ValueError(f"images of {n} steps at guidance {scale:g} differ from the stock "
-                                 f"pipeline's by up to {gap:.2g}")
+                raise ValueError(f"images of {n} steps, guidance {scale:g}, are {gap:.2g} off the stock ones")
             if ours.std() < .01:
                 raise ValueError("the images are one grey, which proves nothing (check other weights)")
             worst = max(worst, gap)
@@ -313,12 +268,7 @@ def matching_targets(name: str, targets: Sequence[str]) -> list[str]:
 
 
 def check_lora(family: Family) -> str:
-    """Checks that every target matches linear layers or convolutions, and nothing else.
-
-    returns: a sentence for the report
-
-    ValueError that names the fault.
-    """
+    """LoRA targets: each matches linear layers or convolutions, and nothing else."""
     modules = dict(family.pipe.transformer.named_modules())
     for target in family.lora_targets:
         matched = [name for name in modules if matching_targets(name, [target])]
@@ -329,19 +279,16 @@ def check_lora(family: Family) -> str:
     targeted = [module for name, module in modules.items() if matching_targets(name, family.lora_targets)]
     linear, folded = (sum(isinstance(module, layer) for module in targeted) for layer in LAYERS)
     rest = untargeted_layers(family)
-    return (f"LoRA: on {linear} of {linear + len(rest)} linear layers"
-            + (f" and {folded} convolutions" if folded else "")
+    convolutions = f" and {folded} convolutions" if folded else ""
+    return (f"LoRA: on {linear} of {linear + len(rest)} linear layers{convolutions}"
             + (f", not on {', '.join(rest[:4])}" if rest else ""))
 
 
 def check_family(family: Family, captions: Sequence[str] = CAPTIONS) -> str:
-    """All checks on a family bound to a pipeline in float32, causes before effects.
+    """All checks, causes before effects: a report of one line each. ValueError at the first that fails.
 
-    family: of a pipeline of the right classes; random weights are enough, nothing is trained or changed
+    family: bound to a pipeline in float32; random weights are enough, nothing is trained or changed
     captions: at least two
-    returns: a report, one line for each check
-
-    ValueError, one line, at the first that fails.
     """
     attributes = ["pipe", "height", "width", "max_sequence_length"]
     attributes += ["negative_prompt"] if getattr(family, "uses_cfg", False) else []

@@ -1,4 +1,5 @@
 """The cache: right rows under the right captions, damage named and mended, every image once an epoch."""
+
 import json
 import logging
 import shutil
@@ -6,19 +7,19 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import scfm.data.cache
 from scfm.data.cache import CachePlan, batch_indices, epoch_order
 from scfm.data.fingerprint import fingerprint
-from scfm.data.images import list_images
-from scfm.models.source import PipelineSource
+from scfm.data.images import list_images, read_folder, read_image
+from scfm.data.teacher_images import generate_images
 from scfm.models.flux import Flux
 from scfm.models.sd3 import SD3
-from scfm.data.images import read_folder, read_image
-from scfm.data.teacher_images import generate_images
+from scfm.models.source import PipelineSource
 from toy.pipelines import FLUX, TOKENS, build_sd3, load_flux
 
 SIZES = [(32, 32), (24, 40), (40, 24)]
@@ -39,8 +40,24 @@ def images(families, tmp_path_factory):
     return folder
 
 
-def plan_of(images, folder, pipeline=FLUX, sizes=SIZES, max_sequence_length=TOKENS, dtype=torch.float32, negative_prompt=""):
-    return CachePlan(PipelineSource(pipeline), list_images(images), folder, sizes, max_sequence_length, dtype, negative_prompt)
+def plan_of(
+    images,
+    folder,
+    pipeline=FLUX,
+    sizes=SIZES,
+    max_sequence_length=TOKENS,
+    dtype=torch.float32,
+    negative_prompt="",
+):
+    return CachePlan(
+        PipelineSource(pipeline),
+        list_images(images),
+        folder,
+        sizes,
+        max_sequence_length,
+        dtype,
+        negative_prompt,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +91,9 @@ def test_each_row_is_its_own_images_and_its_own_captions(families, images, made)
     picked = torch.tensor([7, 3, 7, 149])
     same = picked[rows.size_of[picked] == rows.size_of[7]]
     assert torch.equal(rows.latents(same), torch.cat([rows.latents([i]) for i in same.tolist()]))
-    assert torch.equal(rows.text(picked)["tokens"], rows.text_of([rows.captions[i] for i in picked])["tokens"])
+    assert torch.equal(
+        rows.text(picked)["tokens"], rows.text_of([rows.captions[i] for i in picked])["tokens"]
+    )
 
 
 def test_a_caption_is_kept_once_and_only_its_rows_are_copied(images, made):
@@ -97,12 +116,15 @@ def test_what_cannot_be_read_is_named(images, made):
 def test_sd3_keeps_the_negative_prompt_once(tmp_path):
     build_sd3().save_pretrained(tmp_path / "pipeline")
     family = SD3(build_sd3(), 32, 32, TOKENS, negative_prompt="a blue ring")
-    generate_images(family, CAPTIONS * 2, tmp_path / "images", 1, 1., progress=False)
+    generate_images(family, CAPTIONS * 2, tmp_path / "images", 1, 1.0, progress=False)
     told = dict(pipeline=tmp_path / "pipeline", sizes=[(32, 32)], negative_prompt="a blue ring")
     plan = plan_of(tmp_path / "images", tmp_path / "cache", **told)
     plan.encode({(32, 32): family}, progress=False)
     common = [load_file(tmp_path / "cache" / shard.name) for shard in plan.shards if shard.kind == "common"]
-    assert len(common) == 1 and {k: len(v) for k, v in common[0].items()} == {"empty_tokens": 1, "empty_pooled": 1}
+    assert len(common) == 1 and {k: len(v) for k, v in common[0].items()} == {
+        "empty_tokens": 1,
+        "empty_pooled": 1,
+    }
     cond, own = plan.open().text([1, 4, 1]), family.encode_text([CAPTIONS[i] for i in (1, 4, 1)])
     assert cond.keys() == own.keys()
     for name in own:
@@ -117,7 +139,10 @@ def test_bf16_is_kept_as_it_is_and_read_as_float32(tmp_path, images):
     plan = plan_of(images, tmp_path, dtype=torch.bfloat16)
     plan.encode(families, progress=False)
     rows = plan.open()
-    assert load_file(tmp_path / plan.shards[0].name)["latents"].dtype == torch.bfloat16 and rows.latents([0]).dtype == torch.float32
+    assert (
+        load_file(tmp_path / plan.shards[0].name)["latents"].dtype == torch.bfloat16
+        and rows.latents([0]).dtype == torch.float32
+    )
     assert rows.text([0])["tokens"].dtype == torch.bfloat16
 
 
@@ -139,12 +164,18 @@ def test_ten_images_and_one(families, images, tmp_path):
 def test_the_same_image_under_two_captions(families, images, tmp_path):
     shutil.copy(images / "00000.png", tmp_path / "a.png")
     shutil.copy(images / "00000.png", tmp_path / "b.png")
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": t}) + "\n" for n, t in
-                                                     [("a.png", "one"), ("b.png", "two"), ("a.png", "three")]))
+    (tmp_path / "metadata.jsonl").write_text(
+        "".join(
+            json.dumps({"file_name": n, "text": t}) + "\n"
+            for n, t in [("a.png", "one"), ("b.png", "two"), ("a.png", "three")]
+        )
+    )
     plan = plan_of(tmp_path, tmp_path / "cache")
     plan.encode(families, progress=False)
     rows = plan.open()
-    assert rows.captions == ["one", "two", "three"] and torch.equal(rows.latents([0, 1]), rows.latents([2, 0]))
+    assert rows.captions == ["one", "two", "three"] and torch.equal(
+        rows.latents([0, 1]), rows.latents([2, 0])
+    )
     assert [len(s.rows) for s in plan.shards] == [1, 3, 0]
 
 
@@ -162,7 +193,11 @@ def hurt(path, how):
     elif how == "the header":
         path.write_bytes(data[:60] + bytes([data[60] ^ 1]) + data[61:])
     elif how == "another's":
-        other = next(p for p in sorted(path.parent.iterdir()) if p.name.split("-")[0] == path.name.split("-")[0] and p != path)
+        other = next(
+            p
+            for p in sorted(path.parent.iterdir())
+            if p.name.split("-")[0] == path.name.split("-")[0] and p != path
+        )
         shutil.copy(other, path)
     elif how == "no checksum":
         save_file(load_file(path), path)
@@ -170,8 +205,12 @@ def hurt(path, how):
         path.unlink()
 
 
-@pytest.mark.parametrize("how", ["cut short", "empty", "a bit", "the header", "another's", "no checksum", "lost"])
-def test_damage_is_named_once_never_used_and_mended_bit_for_bit(families, images, made, tmp_path, caplog, how):
+@pytest.mark.parametrize(
+    "how", ["cut short", "empty", "a bit", "the header", "another's", "no checksum", "lost"]
+)
+def test_damage_is_named_once_never_used_and_mended_bit_for_bit(
+    families, images, made, tmp_path, caplog, how
+):
     folder = shutil.copytree(made, tmp_path / "cache")
     before, stamps = files_of(folder), {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     name = next(name for name in sorted(before) if name.startswith("latents"))
@@ -221,7 +260,7 @@ def test_stopped_after_any_shard_it_goes_on(families, images, made, tmp_path, mo
 @pytest.mark.parametrize("count", [2, 3, 20])
 def test_shared_out_it_is_the_same_cache(families, images, made, tmp_path, count):
     plans = [plan_of(images, tmp_path / "cache") for _ in range(count)]
-    assert all(plan.missing() for plan in plans)                # as if they had all begun at once
+    assert all(plan.missing() for plan in plans)  # as if they had all begun at once
     for number, plan in enumerate(plans):
         plan.encode(families, (number, count), progress=False)
     assert files_of(tmp_path / "cache") == files_of(made) and not plans[0].missing()
@@ -249,7 +288,10 @@ def scaled(path, factor):
 
 def test_what_changes_asks_for_new_rows_and_for_no_others(images, made, pipeline):
     latents, text = kinds(plan_of(images, made).shards)["latents"], {"text": 1, "common": 1}
-    missing = lambda **more: kinds(plan_of(images, made, **{"pipeline": pipeline, **more}).missing())
+
+    def missing(**more):
+        return kinds(plan_of(images, made, **{"pipeline": pipeline, **more}).missing())
+
     assert missing() == {}
     assert missing(max_sequence_length=8) == missing(negative_prompt="ugly") == text
     assert missing(dtype=torch.bfloat16) == {"latents": latents, **text}
@@ -258,14 +300,18 @@ def test_what_changes_asks_for_new_rows_and_for_no_others(images, made, pipeline
     assert missing() == {}
     scaled(pipeline / "vae/diffusion_pytorch_model.safetensors", 1.01)
     assert missing() == {"latents": latents}
-    (pipeline / "tokenizer/tokenizer.json").write_text((pipeline / "tokenizer/tokenizer.json").read_text() + " ")
+    (pipeline / "tokenizer/tokenizer.json").write_text(
+        (pipeline / "tokenizer/tokenizer.json").read_text() + " "
+    )
     assert missing() == {"latents": latents, **text}
 
 
-@pytest.mark.parametrize("size", [2 ** 16, 2 ** 23])
+@pytest.mark.parametrize("size", [2**16, 2**23])
 def test_any_tensor_of_a_fine_tune_shows(pipeline, size):
     path = pipeline / "vae/diffusion_pytorch_model.safetensors"
-    weights = {f"layer{i}": torch.randn(size // 40, generator=torch.Generator().manual_seed(i)) for i in range(10)}
+    weights = {
+        f"layer{i}": torch.randn(size // 40, generator=torch.Generator().manual_seed(i)) for i in range(10)
+    }
     save_file(weights, path)
     seen = {fingerprint(PipelineSource(pipeline), "vae")}
     for name in weights:
@@ -276,7 +322,9 @@ def test_any_tensor_of_a_fine_tune_shows(pipeline, size):
 
 def test_a_revision_of_the_hub_is_part_of_the_key(tmp_path):
     snapshots = [shutil.copytree(FLUX, tmp_path / "snapshots" / name) for name in ("abc", "def")]
-    assert fingerprint(PipelineSource(snapshots[0]), "vae") != fingerprint(PipelineSource(snapshots[1]), "vae")
+    assert fingerprint(PipelineSource(snapshots[0]), "vae") != fingerprint(
+        PipelineSource(snapshots[1]), "vae"
+    )
     assert fingerprint(PipelineSource(FLUX), "vae") == fingerprint(PipelineSource(str(FLUX)), "vae")
 
 
@@ -296,7 +344,7 @@ def test_a_changed_caption_or_image_is_encoded_and_nothing_else(families, images
 def test_images_that_do_not_open_or_change_meanwhile_are_named(families, images, tmp_path):
     own = shutil.copytree(images, tmp_path / "own")
     data = (own / "00017.png").read_bytes()
-    for broken in (b"", b"no image", data[:len(data) // 2], data[:60] + b"\0\0\0\0" + data[64:]):
+    for broken in (b"", b"no image", data[: len(data) // 2], data[:60] + b"\0\0\0\0" + data[64:]):
         (own / "00017.png").write_bytes(broken)
         with pytest.raises(ValueError, match="00017.png does not open"):
             plan_of(own, tmp_path / "cache")
@@ -313,18 +361,23 @@ def test_images_that_do_not_open_or_change_meanwhile_are_named(families, images,
 buckets = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 
 
-@given(buckets, st.integers(1, 12), st.integers(0, 5), st.integers(0, 2 ** 31))
+@given(buckets, st.integers(1, 12), st.integers(0, 5), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=60)
 def test_every_image_once_an_epoch_and_few_mixed_updates(counts, batch, epoch, seed):
     size_of = torch.tensor([size for size, count in enumerate(counts) for _ in range(count)])
     size_of = size_of[torch.randperm(len(size_of), generator=torch.Generator().manual_seed(seed))]
     n = len(size_of)
-    first, last = epoch * n // batch, ((epoch + 1) * n - 1) // batch            # the updates that this epoch has a part in
+    first, last = (
+        epoch * n // batch,
+        ((epoch + 1) * n - 1) // batch,
+    )  # the updates that this epoch has a part in
     updates = [batch_indices(u, batch, size_of, seed) for u in range(first, last + 1)]
     assert all(len(rows) == batch for rows in updates)
     start = epoch * n - first * batch
-    assert sorted(torch.cat(updates)[start:start + n].tolist()) == list(range(n))
-    assert sum(len(size_of[rows].unique()) > 1 for rows in updates) <= (len(counts) + 1 if len(counts) > 1 else 0)
+    assert sorted(torch.cat(updates)[start : start + n].tolist()) == list(range(n))
+    assert sum(len(size_of[rows].unique()) > 1 for rows in updates) <= (
+        len(counts) + 1 if len(counts) > 1 else 0
+    )
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
@@ -334,7 +387,9 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 class Numbers:
-    """A family whose latents and embeddings say the number of the image: its colour, and the number in its caption."""
+    """A family whose latents and embeddings say the number of the image: its colour, and the number in its
+    caption."""
+
     max_sequence_length = 1
 
     def encode_images(self, images):
@@ -360,13 +415,17 @@ def test_1000_images_in_uneven_buckets(tmp_path, processes):
         plan.encode(dict.fromkeys(sizes, Numbers()), (number, processes), progress=False)
     rows, seen = plan.open(), [[] for _ in range(processes)]
     assert torch.bincount(rows.size_of).tolist() == [700, 200, 100]
-    for update in range(250):                                                   # two epochs
+    for update in range(250):  # two epochs
         index, part = batch_indices(update, 8, rows.size_of, 0), 8 // processes
         for number in range(processes):
-            mine = index[number * part:(number + 1) * part]
+            mine = index[number * part : (number + 1) * part]
             for size in rows.size_of[mine].unique():
                 some = mine[rows.size_of[mine] == size]
-                assert rows.latents(some).flatten().tolist() == rows.text(some)["tokens"].flatten().tolist() == some.tolist()
+                assert (
+                    rows.latents(some).flatten().tolist()
+                    == rows.text(some)["tokens"].flatten().tolist()
+                    == some.tolist()
+                )
             seen[number] += mine.tolist()
     counted = Counter(i for mine in seen for i in mine)
     assert counted == dict.fromkeys(range(1000), 2)

@@ -1,4 +1,5 @@
-"""Images as a person sees them, whoever reads them; captions wherever they stand; generated images known by their marks."""
+"""Images as a person sees them, whoever reads them; captions wherever they stand; generated images known by
+their marks."""
 
 import io
 import json
@@ -75,8 +76,10 @@ def turned(path, how):
     image = Image.new("RGB", (96, 48), "blue")
     image.paste("red", (0, 0, 48, 48))
     xmp = (
-        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-        '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+        'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
+        'tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
     )
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,4 +1,6 @@
-"""Prompts, sizes and the teacher's images: obeyed, resumed and shared out to the last bit, and every mistake named."""
+"""Prompts, sizes and the teacher's images: obeyed, resumed and shared out to the last bit, and every mistake
+named."""
+
 import json
 import math
 import os
@@ -9,23 +11,31 @@ import time
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import scfm.data.teacher_images
 from scfm.cli import main
-from scfm.data.prepare import DataConfig
-from scfm.models.flux import Flux
-from scfm.models.sd3 import SD3
 from scfm.data.images import nearest_size, parse_sizes, read_folder, read_image
+from scfm.data.prepare import DataConfig
 from scfm.data.prompts import read_prompts
-from scfm.method.flow import time_grid
 from scfm.data.teacher_images import drawn_size, generate_images
+from scfm.method.flow import time_grid
+from scfm.models.flux import Flux
 from scfm.models.sampling import start_noise, stock_shift
+from scfm.models.sd3 import SD3
 from toy.pipelines import FLUX, TOKENS, build_sd3, load_flux
 
-CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star",
-            "a pink square", "a small green cross", "a red star on the right"]
+CAPTIONS = [
+    "a large red cross",
+    "a small blue ring on the left",
+    "a yellow circle at the top",
+    "a green star",
+    "a pink square",
+    "a small green cross",
+    "a red star on the right",
+]
 SIZES = [(32, 32), (24, 40), (40, 24)]
 
 
@@ -42,12 +52,15 @@ def images_of(folder):
 # Prompts
 
 
-@pytest.mark.parametrize("name, text", [
-    ("a.txt", "# two\n\na cat\r\n  a  dog \n"),
-    ("a.txt", "\ufeffa cat\na  dog"),
-    ("a.jsonl", '{"text": "a cat"}\n\n{"prompt": "a  dog", "seed": 3}\n'),
-    ("a.jsonl", '{"caption": "a cat", "id": 1}\n{"text": "a  dog", "caption": "not this"}\n'),
-])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.txt", "# two\n\na cat\r\n  a  dog \n"),
+        ("a.txt", "\ufeffa cat\na  dog"),
+        ("a.jsonl", '{"text": "a cat"}\n\n{"prompt": "a  dog", "seed": 3}\n'),
+        ("a.jsonl", '{"caption": "a cat", "id": 1}\n{"text": "a  dog", "caption": "not this"}\n'),
+    ],
+)
 def test_prompts_are_read(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
     assert read_prompts(tmp_path / name) == ["a cat", "a  dog"]
@@ -55,20 +68,29 @@ def test_prompts_are_read(tmp_path, name, text):
 
 def test_a_line_of_json_may_hold_any_character(tmp_path):
     words = "a\u2028cat\x0bon \x85 a mat"
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": words}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": words}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     assert read_prompts(tmp_path / "a.jsonl") == [words]
 
 
-@pytest.mark.parametrize("name, data, message", [
-    ("a.txt", b"a cat\n\xff\xfe dog\n", "line 2: not UTF-8"),
-    ("a.txt", b"# nothing\n\n", "holds no caption"),
-    ("a.jsonl", b"", "holds no caption"),
-    ("a.jsonl", b'{"text": "a cat"}\n\n{"text": \n', "line 3: not JSON"),
-    ("a.jsonl", b'"a cat"\n', "line 1: write an object"),
-    ("a.jsonl", b'{"text": "a cat"}\n{"words": "a dog"}\n', "line 2: no caption: needs words as its text, prompt or caption"),
-    ("a.jsonl", b'{"text": ["a cat", "a dog"]}\n', "line 1: no caption"),
-    ("a.jsonl", b'{"text": " "}\n', "line 1: no caption"),
-])
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("a.txt", b"a cat\n\xff\xfe dog\n", "line 2: not UTF-8"),
+        ("a.txt", b"# nothing\n\n", "holds no caption"),
+        ("a.jsonl", b"", "holds no caption"),
+        ("a.jsonl", b'{"text": "a cat"}\n\n{"text": \n', "line 3: not JSON"),
+        ("a.jsonl", b'"a cat"\n', "line 1: write an object"),
+        (
+            "a.jsonl",
+            b'{"text": "a cat"}\n{"words": "a dog"}\n',
+            "line 2: no caption: needs words as its text, prompt or caption",
+        ),
+        ("a.jsonl", b'{"text": ["a cat", "a dog"]}\n', "line 1: no caption"),
+        ("a.jsonl", b'{"text": " "}\n', "line 1: no caption"),
+    ],
+)
 def test_what_is_wrong_with_prompts_is_named(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message) as error:
@@ -107,10 +129,19 @@ def test_sizes_are_height_and_width():
     assert parse_sizes(("512x512", " 640x384 ")) == [(512, 512), (640, 384)]
 
 
-@pytest.mark.parametrize("words, message", [
-    (("512",), "'512': write HEIGHTxWIDTH"), (("512x",), "'512x'"), (("0x512",), "'0x512'"), (("-8x8",), "'-8x8'"),
-    (("512x512x3",), "'512x512x3'"), (("8.5x8",), "'8.5x8'"), (("8x8", "16x8", "8x8"), "'8x8' is named twice"), ((), "no size"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("512",), "'512': write HEIGHTxWIDTH"),
+        (("512x",), "'512x'"),
+        (("0x512",), "'0x512'"),
+        (("-8x8",), "'-8x8'"),
+        (("512x512x3",), "'512x512x3'"),
+        (("8.5x8",), "'8.5x8'"),
+        (("8x8", "16x8", "8x8"), "'8x8' is named twice"),
+        ((), "no size"),
+    ],
+)
 def test_what_is_wrong_with_sizes_is_named(words, message):
     with pytest.raises(ValueError, match=message):
         parse_sizes(words)
@@ -124,9 +155,14 @@ several = st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64)), min_size=1
 @settings(deadline=None)
 def test_the_nearest_size(height, width, sizes):
     found = nearest_size(height, width, sizes)
-    away = lambda size: abs(math.log(height / width) - math.log(size[0] / size[1]))
+
+    def away(size):
+        return abs(math.log(height / width) - math.log(size[0] / size[1]))
+
     assert away(found) <= min(map(away, sizes)) + 1e-6
-    turned = nearest_size(width, height, [(w, h) for h, w in sizes])        # an image on its side: the same size on its side
+    turned = nearest_size(
+        width, height, [(w, h) for h, w in sizes]
+    )  # an image on its side: the same size on its side
     assert away(turned[::-1]) == pytest.approx(away(found), abs=1e-6)
 
 
@@ -137,7 +173,9 @@ def test_a_image_of_a_size_belongs_to_it():
 
 def test_sizes_are_drawn_evenly_and_by_number():
     drawn = [drawn_size(SIZES, i, 0) for i in range(900)]
-    assert drawn[:5] == [drawn_size(SIZES, i, 0) for i in range(5)] and drawn[:30] != [drawn_size(SIZES, i, 1) for i in range(30)]
+    assert drawn[:5] == [drawn_size(SIZES, i, 0) for i in range(5)] and drawn[:30] != [
+        drawn_size(SIZES, i, 1) for i in range(30)
+    ]
     assert all(250 <= drawn.count(size) <= 350 for size in SIZES)
 
 
@@ -148,44 +186,66 @@ def test_a_image_is_turned_upright_scaled_and_cut_in_the_middle(tmp_path):
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (10, 0, 30, 20))
     image.save(tmp_path / "a.png")
-    blue = torch.tensor([-1., -1., 1.]).view(3, 1, 1)
-    assert torch.equal(read_image(tmp_path / "a.png", 20, 20), blue.expand(3, 20, 20))        # the red ends are cut off
+    blue = torch.tensor([-1.0, -1.0, 1.0]).view(3, 1, 1)
+    assert torch.equal(
+        read_image(tmp_path / "a.png", 20, 20), blue.expand(3, 20, 20)
+    )  # the red ends are cut off
     exif = Image.Exif()
-    exif[0x0112] = 6                                                                            # held on its side
+    exif[0x0112] = 6  # held on its side
     image.save(tmp_path / "b.jpg", exif=exif, quality=95)
     upright = read_image(tmp_path / "b.jpg", 40, 20)
-    assert upright[0, 0].mean() > .9 and upright[2, 0].mean() < -.9 and upright[2, 20].mean() > .9
+    assert upright[0, 0].mean() > 0.9 and upright[2, 0].mean() < -0.9 and upright[2, 20].mean() > 0.9
 
 
 # Generating
 
 
 def test_steps_guidance_shift_and_size_are_obeyed(families, tmp_path):
-    generate_images(families, CAPTIONS, tmp_path, steps=3, guidance=2., seed=5, progress=False)
+    generate_images(families, CAPTIONS, tmp_path, steps=3, guidance=2.0, seed=5, progress=False)
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
-    assert [row["text"] for row in rows] == CAPTIONS and len({(row["height"], row["width"]) for row in rows}) > 1
+    assert [row["text"] for row in rows] == CAPTIONS and len(
+        {(row["height"], row["width"]) for row in rows}
+    ) > 1
     for i, row in enumerate(rows):
-        assert {k: row[k] for k in ("steps", "guidance", "seed", "shift")} == {"steps": 3, "guidance": 2., "seed": 5, "shift": 3.}
+        assert {k: row[k] for k in ("steps", "guidance", "seed", "shift")} == {
+            "steps": 3,
+            "guidance": 2.0,
+            "seed": 5,
+            "shift": 3.0,
+        }
         family = families[row["height"], row["width"]]
         noise = start_noise(family, [i], 5)
-        stock = family.sample_stock([row["text"]], noise, 3, 2.)[0]
+        stock = family.sample_stock([row["text"]], noise, 3, 2.0)[0]
         ours = read_image(tmp_path / row["file_name"], row["height"], row["width"])
-        assert (ours - stock).abs().max() <= 2 / 255 + 1e-4                     # what eight bits leave of it
-        other = family.sample_stock([row["text"]], noise, 4, 2.)[0]
-        assert (other - stock).abs().max() > .05
+        assert (ours - stock).abs().max() <= 2 / 255 + 1e-4  # what eight bits leave of it
+        other = family.sample_stock([row["text"]], noise, 4, 2.0)[0]
+        assert (other - stock).abs().max() > 0.05
 
 
 def test_the_stock_shift_of_a_scheduler_that_works_it_out(families):
     from diffusers import FlowMatchEulerDiscreteScheduler
+
     family = Flux(load_flux(), 32, 32, TOKENS)
     assert stock_shift(family) == 3
-    family.pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=.5, max_shift=1.15)
-    assert stock_shift(family) == family.dynamic_shift == pytest.approx(1.6, abs=.05)
+    family.pipe.scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+    )
+    assert stock_shift(family) == family.dynamic_shift == pytest.approx(1.6, abs=0.05)
     noise = start_noise(family, [0], 0)
     seen = []
-    hook = family.pipe.transformer.register_forward_hook(lambda m, a, kw, out: seen.append(kw["timestep"].item()), with_kwargs=True)
-    family.pipe(CAPTIONS[:1], height=32, width=32, num_inference_steps=4, sigmas=[1, .75, .5, .25], latents=noise,
-                max_sequence_length=TOKENS, output_type="latent")
+    hook = family.pipe.transformer.register_forward_hook(
+        lambda m, a, kw, out: seen.append(kw["timestep"].item()), with_kwargs=True
+    )
+    family.pipe(
+        CAPTIONS[:1],
+        height=32,
+        width=32,
+        num_inference_steps=4,
+        sigmas=[1, 0.75, 0.5, 0.25],
+        latents=noise,
+        max_sequence_length=TOKENS,
+        output_type="latent",
+    )
     hook.remove()
     grid = time_grid(4, stock_shift(family))[:-1]
     torch.testing.assert_close(torch.tensor(seen), grid, rtol=0, atol=1e-4)
@@ -193,9 +253,12 @@ def test_the_stock_shift_of_a_scheduler_that_works_it_out(families):
 
 def test_true_guidance_and_a_negative_prompt_are_written_down(tmp_path):
     family = SD3(build_sd3(), 32, 32, TOKENS, negative_prompt="a blue ring")
-    generate_images(family, CAPTIONS[:2], tmp_path, 2, 4., progress=False)
-    assert json.loads((tmp_path / "metadata.jsonl").read_text().splitlines()[1])["negative_prompt"] == "a blue ring"
-    stock = family.sample_stock(CAPTIONS[:1], start_noise(family, [0], 0), 2, 4.)[0]
+    generate_images(family, CAPTIONS[:2], tmp_path, 2, 4.0, progress=False)
+    assert (
+        json.loads((tmp_path / "metadata.jsonl").read_text().splitlines()[1])["negative_prompt"]
+        == "a blue ring"
+    )
+    stock = family.sample_stock(CAPTIONS[:1], start_noise(family, [0], 0), 2, 4.0)[0]
     assert (read_image(tmp_path / "00000.png", 32, 32) - stock).abs().max() <= 2 / 255 + 1e-4
 
 
@@ -208,7 +271,9 @@ def unbroken(families, tmp_path_factory):
 
 
 @pytest.mark.parametrize("writes", range(0, 14, 2))
-def test_stopped_after_any_write_it_goes_on_to_the_same_folder(families, unbroken, tmp_path, monkeypatch, writes):
+def test_stopped_after_any_write_it_goes_on_to_the_same_folder(
+    families, unbroken, tmp_path, monkeypatch, writes
+):
     count, write = [0], scfm.files.atomic_write
 
     def stop(path, what):
@@ -223,7 +288,7 @@ def test_stopped_after_any_write_it_goes_on_to_the_same_folder(families, unbroke
         generate_images(families, CAPTIONS * 2, tmp_path, 2, batch_size=3, progress=False)
     monkeypatch.undo()
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
-    assert len(kept) == max(0, writes - 1)                      # the first write is the list
+    assert len(kept) == max(0, writes - 1)  # the first write is the list
     generate_images(families, CAPTIONS * 2, tmp_path, 2, batch_size=3, progress=False)
     assert images_of(tmp_path) == images_of(unbroken)
     assert all((tmp_path / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
@@ -233,7 +298,9 @@ def test_stopped_after_any_write_it_goes_on_to_the_same_folder(families, unbroke
 def test_shared_out_it_is_the_same_folder(families, unbroken, tmp_path, count):
     made = []
     for number in reversed(range(count)):
-        generate_images(families, CAPTIONS * 2, tmp_path, 2, batch_size=3, progress=False, process=(number, count))
+        generate_images(
+            families, CAPTIONS * 2, tmp_path, 2, batch_size=3, progress=False, process=(number, count)
+        )
         made.append(len(images_of(tmp_path)))
     assert images_of(tmp_path) == images_of(unbroken)
     assert (tmp_path / "metadata.jsonl").read_bytes() == (unbroken / "metadata.jsonl").read_bytes()
@@ -242,10 +309,15 @@ def test_shared_out_it_is_the_same_folder(families, unbroken, tmp_path, count):
 
 def test_a_folder_that_was_begun_otherwise_is_refused_by_every_process(families, unbroken):
     before = images_of(unbroken)
-    for more in ({"steps": 3}, {"guidance": 1.}, {"seed": 1}):
+    for more in ({"steps": 3}, {"guidance": 1.0}, {"seed": 1}):
         for process in ((0, 2), (1, 2)):
             with pytest.raises(ValueError, match="other captions or settings"):
-                generate_images(families, CAPTIONS * 2, unbroken, **{"steps": 2, "batch_size": 3, "progress": False, "process": process, **more})
+                generate_images(
+                    families,
+                    CAPTIONS * 2,
+                    unbroken,
+                    **{"steps": 2, "batch_size": 3, "progress": False, "process": process, **more},
+                )
     with pytest.raises(ValueError, match="other captions or settings"):
         generate_images(families[32, 32], CAPTIONS * 2, unbroken, 2, progress=False)
     assert images_of(unbroken) == before
@@ -255,9 +327,20 @@ def test_a_folder_that_was_begun_otherwise_is_refused_by_every_process(families,
 
 
 def words(prompts, out, **more):
-    told = {"pretrained_model_name_or_path": FLUX, "prompts": prompts, "output_dir": out, "sizes": "32x32,24x40,40x24", "max_sequence_length": TOKENS, "teacher_steps": 2,
-            "batch_size": 3, **more}
-    return ["data", *(word for name, value in told.items() if value is not None for word in (f"--{name}", str(value)))]
+    told = {
+        "pretrained_model_name_or_path": FLUX,
+        "prompts": prompts,
+        "output_dir": out,
+        "sizes": "32x32,24x40,40x24",
+        "max_sequence_length": TOKENS,
+        "teacher_steps": 2,
+        "batch_size": 3,
+        **more,
+    }
+    return [
+        "data",
+        *(word for name, value in told.items() if value is not None for word in (f"--{name}", str(value))),
+    ]
 
 
 @pytest.fixture
@@ -271,15 +354,20 @@ def test_the_command_generates_and_caches_and_then_finds_all_done(prompts, unbro
     assert main(words(prompts, tmp_path / "out", num_images=14)) == 0
     said = capsys.readouterr().out.strip()
     assert said.startswith("14 images of 7 different captions in") and "\n" not in said and "MiB" in said
-    for name in images_of(unbroken):                             # the command's say of which pipeline they are
+    for name in images_of(unbroken):  # the command's say of which pipeline they are
         with Image.open(tmp_path / "out" / name) as mine, Image.open(unbroken / name) as theirs:
             assert mine.tobytes() == theirs.tobytes()
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert main(words(prompts, tmp_path / "out", num_images=14)) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == stamps
     datasets = pytest.importorskip("datasets")
-    rows = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "hf"))
-    assert sorted(rows["text"]) == sorted(CAPTIONS * 2) and rows[0]["image"].size == (rows[0]["width"], rows[0]["height"])
+    rows = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "hf")
+    )
+    assert sorted(rows["text"]) == sorted(CAPTIONS * 2) and rows[0]["image"].size == (
+        rows[0]["width"],
+        rows[0]["height"],
+    )
 
 
 def test_a_folder_of_ones_own_is_cached_without_loading_twice(tmp_path, capsys, monkeypatch):
@@ -287,23 +375,50 @@ def test_a_folder_of_ones_own_is_cached_without_loading_twice(tmp_path, capsys, 
     own.mkdir()
     for i, size in enumerate([(100, 90), (30, 60), (64, 20)]):
         Image.new("RGB", size, (80 * i, 0, 0)).save(own / f"{i}.jpg")
-    (own / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.jpg", "text": CAPTIONS[i]}) + "\n" for i in range(3)))
-    told = ["data", "--pretrained_model_name_or_path", str(FLUX), "--train_data_dir", str(own), "--sizes", "32x32,24x40,40x24", "--max_sequence_length", str(TOKENS)]
+    (own / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{i}.jpg", "text": CAPTIONS[i]}) + "\n" for i in range(3))
+    )
+    told = [
+        "data",
+        "--pretrained_model_name_or_path",
+        str(FLUX),
+        "--train_data_dir",
+        str(own),
+        "--sizes",
+        "32x32,24x40,40x24",
+        "--max_sequence_length",
+        str(TOKENS),
+    ]
     assert main(told) == 0 and list((own / "cache").glob("latents-*"))
-    monkeypatch.setattr("scfm.data.prepare.load_pipeline", lambda *_: pytest.fail("nothing is missing: nothing need be loaded"))
+    monkeypatch.setattr(
+        "scfm.data.prepare.load_pipeline",
+        lambda *_: pytest.fail("nothing is missing: nothing need be loaded"),
+    )
     assert main(told) == 0
     assert "3 images of 3 different captions" in capsys.readouterr().out
 
 
 def test_two_processes_at_once_and_a_kill_give_what_one_gives(prompts, tmp_path):
     """The real command under torchrun, killed in the middle, run again; then against one process."""
-    told = lambda out: words(prompts, out, num_images=40, teacher_steps=12)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "scfm.cli"]
+
+    def told(out):
+        return words(prompts, out, num_images=40, teacher_steps=12)
+
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "scfm.cli",
+    ]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = psutil.Popen([*launch, *told(tmp_path / "two")], env=env, **quiet)
     while not images_of(tmp_path / "two") and process.poll() is None:
-        time.sleep(.02)
+        time.sleep(0.02)
     family = [process, *process.children(recursive=True)]
     for member in family:
         member.kill()
@@ -311,32 +426,43 @@ def test_two_processes_at_once_and_a_kill_give_what_one_gives(prompts, tmp_path)
     assert 1 <= len(images_of(tmp_path / "two")) < 40, "the kill came too late"
     subprocess.run([*launch, *told(tmp_path / "two")], env=env, check=True, **quiet)
     assert main(told(tmp_path / "one")) == 0
-    files = lambda out: {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.suffix != ".new"}
+
+    def files(out):
+        return {
+            p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.suffix != ".new"
+        }
+
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert one.keys() == two.keys() and len([name for name in one if name.suffix == ".png"]) == 40
     assert all(one[name] == two[name] for name in one)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"pretrained_model_name_or_path": None}, "say --pretrained_model_name_or_path FOLDER"),
-    ({"pretrained_model_name_or_path": "nowhere"}, "no pipeline in nowhere"),
-    ({"prompts": None}, "say either --prompts"),
-    ({"train_data_dir": "own"}, "say either --prompts"),
-    ({"prompts": "elsewhere.txt"}, "no captions at elsewhere.txt"),
-    ({"out": None}, "say --output_dir FOLDER"),
-    ({"sizes": "512"}, "write HEIGHTxWIDTH"),
-    ({"sizes": "32x32,32x32"}, "named twice"),
-    ({"sizes": "32x30"}, "take multiples of 4"),
-    ({"teacher_steps": 0}, "steps is 0: give 1 or more"),
-    ({"batch_size": 0}, "batch_size is 0"),
-    ({"num_images": -1}, "num_images is -1: give 0 or more"),
-    ({"teacher_guidance_scale": "nan"}, "teacher_guidance_scale is nan"),
-    ({"max_sequence_length": 0}, "max_sequence_length is 0"),
-    ({"weight_dtype": "fp8"}, "take one of fp32, bf16"),
-    ({"negative_prompt": "ugly"}, "no negative prompts"),
-    ({"prompts": None, "train_data_dir": "own", "out": None}, "no metadata.jsonl in own"),
-    ({"prompts": None, "train_data_dir": "own", "out": None, "seed": 3}, "--seed says how the teacher generates"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"pretrained_model_name_or_path": None}, "say --pretrained_model_name_or_path FOLDER"),
+        ({"pretrained_model_name_or_path": "nowhere"}, "no pipeline in nowhere"),
+        ({"prompts": None}, "say either --prompts"),
+        ({"train_data_dir": "own"}, "say either --prompts"),
+        ({"prompts": "elsewhere.txt"}, "no captions at elsewhere.txt"),
+        ({"out": None}, "say --output_dir FOLDER"),
+        ({"sizes": "512"}, "write HEIGHTxWIDTH"),
+        ({"sizes": "32x32,32x32"}, "named twice"),
+        ({"sizes": "32x30"}, "take multiples of 4"),
+        ({"teacher_steps": 0}, "steps is 0: give 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_images": -1}, "num_images is -1: give 0 or more"),
+        ({"teacher_guidance_scale": "nan"}, "teacher_guidance_scale is nan"),
+        ({"max_sequence_length": 0}, "max_sequence_length is 0"),
+        ({"weight_dtype": "fp8"}, "take one of fp32, bf16"),
+        ({"negative_prompt": "ugly"}, "no negative prompts"),
+        ({"prompts": None, "train_data_dir": "own", "out": None}, "no metadata.jsonl in own"),
+        (
+            {"prompts": None, "train_data_dir": "own", "out": None, "seed": 3},
+            "--seed says how the teacher generates",
+        ),
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(prompts, tmp_path, capsys, change, message):
     change = {"teacher_steps": None, "batch_size": None, **change} if change.get("train_data_dir") else change
     assert main(words(**{"prompts": prompts, "out": tmp_path / "out", **change})) == 2
@@ -349,9 +475,36 @@ def test_a_broken_image_is_named_before_anything_is_loaded(tmp_path, capsys, mon
     (tmp_path / "a.png").write_bytes(b"not an image")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red star"}\n')
     monkeypatch.setattr("scfm.data.prepare.load_pipeline", lambda *_: pytest.fail("loaded"))
-    assert main(["data", "--pretrained_model_name_or_path", str(FLUX), "--train_data_dir", str(tmp_path), "--sizes", "32x32", "--max_sequence_length", str(TOKENS)]) == 2
+    assert (
+        main(
+            [
+                "data",
+                "--pretrained_model_name_or_path",
+                str(FLUX),
+                "--train_data_dir",
+                str(tmp_path),
+                "--sizes",
+                "32x32",
+                "--max_sequence_length",
+                str(TOKENS),
+            ]
+        )
+        == 2
+    )
     assert "a.png does not open as an image" in capsys.readouterr().err
-    assert main(["data", "--pretrained_model_name_or_path", str(FLUX), "--train_data_dir", str(tmp_path), "--no-cache"]) == 2
+    assert (
+        main(
+            [
+                "data",
+                "--pretrained_model_name_or_path",
+                str(FLUX),
+                "--train_data_dir",
+                str(tmp_path),
+                "--no-cache",
+            ]
+        )
+        == 2
+    )
 
 
 def test_help_explains_every_setting(capsys):
@@ -364,9 +517,14 @@ def test_help_explains_every_setting(capsys):
 def test_broken_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no metadata.jsonl"):
         read_folder(tmp_path)
-    for text, message in [('{"file_name": "a.png"}', "line 1: needs file_name and text"), ('{"text": "a"}', "line 1: needs file_name"),
-                          ('{"file_name": "a.png", "text": ""}', "line 1: no caption"), ("{", "line 1: not JSON"),
-                          ('{"file_name": "a.png", "text": "a star"}', "line 1: no image a.png"), ("\n", "lists no image")]:
+    for text, message in [
+        ('{"file_name": "a.png"}', "line 1: needs file_name and text"),
+        ('{"text": "a"}', "line 1: needs file_name"),
+        ('{"file_name": "a.png", "text": ""}', "line 1: no caption"),
+        ("{", "line 1: not JSON"),
+        ('{"file_name": "a.png", "text": "a star"}', "line 1: no image a.png"),
+        ("\n", "lists no image"),
+    ]:
         (tmp_path / "metadata.jsonl").write_text(text + "\n")
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             read_folder(tmp_path)

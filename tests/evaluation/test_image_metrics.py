@@ -115,5 +115,5 @@ def test_what_is_left_out_or_cannot_be_loaded_is_named(clip_folder):
     assert "could not be loaded from nowhere.pth" in missing["Inception (FID)"] and len(missing) == 1
     assert find_metrics("", "none", "none") == (
         [],
-        dict.fromkeys(missing | {"CLIP score": ""}, "left out, as asked"),
+        dict.fromkeys(missing | {"CLIP score": ""}, "left out by the settings"),
     )

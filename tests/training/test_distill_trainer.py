@@ -1,4 +1,6 @@
-"""A run is the same run however it is cut: by kills, by processes, by micro-batches, by sizes. And it stops before it spoils."""
+"""A run is the same run however it is cut: by kills, by processes, by micro-batches, by sizes. And it stops
+before it spoils."""
+
 import json
 import os
 import shutil
@@ -16,13 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 import scfm.method.distill
 import scfm.training.distill_trainer
 import scfm.training.trainer
-from scfm.training.checkpoint import all_checkpoints, latest
 from scfm.cli import main
 from scfm.commands.signals import signals_noted
-from scfm.training.config import DistillConfig, load_settings
-from scfm.method.distill import Batch, SCFMConfig, sample_batch, make_emas, make_optimizer, train_step
+from scfm.method.distill import Batch, SCFMConfig, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels, adapter_state
+from scfm.training.checkpoint import all_checkpoints, latest
+from scfm.training.config import DistillConfig, load_settings
 from scfm.training.distill_trainer import DistillTrainer
 from toy.pipelines import FLUX, TOKENS, build_flux
 from toy.shapes import draw_captions, draw_images
@@ -36,7 +38,7 @@ def images(tmp_path_factory):
     captions = draw_captions(10, generator)
     drawn, _ = draw_images(captions, generator)
     lines = []
-    for i, (image, text) in enumerate(zip(drawn, captions.text)):
+    for i, (image, text) in enumerate(zip(drawn, captions.text, strict=False)):
         image = Image.fromarray(((image.permute(1, 2, 0) + 1) * 127.5).byte().numpy())
         (image if i < 5 else image.resize((48, 24))).save(folder / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": text}))
@@ -45,9 +47,28 @@ def images(tmp_path_factory):
 
 
 def settings(images, out, **more):
-    return {"pretrained_model_name_or_path": str(FLUX), "train_data_dir": str(images), "output_dir": str(out), "height": 32, "width": 32, "more_sizes": ("24x48",),
-            "max_sequence_length": TOKENS, "rank": 2, "learning_rate": 1e-3, "max_train_steps": 6, "global_batch_size": 4, "teacher_steps": 2, "teacher_guidance_scale": 2.5,
-            "num_eval_prompts": 2, "eval_lora_scales": (1.,), "eval_num_steps": (2,), "validation_steps": 0, "checkpointing_steps": 2, "report_to": "none", **more}
+    return {
+        "pretrained_model_name_or_path": str(FLUX),
+        "train_data_dir": str(images),
+        "output_dir": str(out),
+        "height": 32,
+        "width": 32,
+        "more_sizes": ("24x48",),
+        "max_sequence_length": TOKENS,
+        "rank": 2,
+        "learning_rate": 1e-3,
+        "max_train_steps": 6,
+        "global_batch_size": 4,
+        "teacher_steps": 2,
+        "teacher_guidance_scale": 2.5,
+        "num_eval_prompts": 2,
+        "eval_lora_scales": (1.0,),
+        "eval_num_steps": (2,),
+        "validation_steps": 0,
+        "checkpointing_steps": 2,
+        "report_to": "none",
+        **more,
+    }
 
 
 def trained(images, out, **more):
@@ -58,7 +79,9 @@ def trained(images, out, **more):
 
 
 def flags(told):
-    words = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
+    def words(v):
+        return ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
+
     return [word for k, v in told.items() for word in (f"--{k}", words(v))]
 
 
@@ -82,7 +105,9 @@ def student(run):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_gradient_accumulation_is_the_same_run(whole, images, tmp_path, micro_batch_size):
-    assert gap(student(whole), student(trained(images, tmp_path, micro_batch_size=micro_batch_size))) < 1e-3    # Adam enlarges rounding
+    assert (
+        gap(student(whole), student(trained(images, tmp_path, micro_batch_size=micro_batch_size))) < 1e-3
+    )  # Adam enlarges rounding
 
 
 def test_recomputing_activations_is_the_same_run(whole, images, tmp_path):
@@ -119,18 +144,34 @@ def test_two_processes_are_one(whole, of_two):
 
 
 def two(told):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "scfm.cli",
-             "distill", *flags(told)]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "scfm.cli",
+        "distill",
+        *flags(told),
+    ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_two_processes_resume_bit_for_bit(of_two, images, tmp_path):
-    shutil.copytree(of_two, tmp_path / "parts", ignore=lambda folder, names: [n for n in names if n in ("000006", "selection.json")])
-    two(settings(images, tmp_path / "parts"))                        # from update 4
+    shutil.copytree(
+        of_two,
+        tmp_path / "parts",
+        ignore=lambda folder, names: [n for n in names if n in ("000006", "selection.json")],
+    )
+    two(settings(images, tmp_path / "parts"))  # from update 4
     for name in ADAPTERS:
-        a, b = (load_file(run / name / "pytorch_lora_weights.safetensors") for run in (of_two, tmp_path / "parts"))
+        a, b = (
+            load_file(run / name / "pytorch_lora_weights.safetensors") for run in (of_two, tmp_path / "parts")
+        )
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -148,7 +189,9 @@ def group(tmp_path):
 
 
 def test_speakers_speak_for_themselves_behind_a_wrapper(group):
-    """DDP renames every parameter. The authors' swap goes by names taken before, finds none, and trains against itself."""
+    """DDP renames every parameter. The authors' swap goes by names taken before, finds none, and trains
+    against itself."""
+
     def models(wrap):
         family = Flux(build_flux(), 32, 32, TOKENS)
         torch.manual_seed(0)
@@ -156,20 +199,22 @@ def test_speakers_speak_for_themselves_behind_a_wrapper(group):
         if wrap:
             four.model = DistributedDataParallel(family.pipe.transformer)
             assert all(name.startswith("module.") for name, _ in four.model.named_parameters())
-        cond = {**family.encode_text(["a red star"] * 4), "guidance": torch.full((4,), 2.)}
+        cond = {**family.encode_text(["a red star"] * 4), "guidance": torch.full((4,), 2.0)}
         return four, torch.randn(4, *family.latent_shape, generator=torch.Generator().manual_seed(1)), cond
 
-    config = SCFMConfig(learning_rate=1e-2, global_batch_size=4, ema_decay_fast=.5, ema_decay_slow=.9)
+    config = SCFMConfig(learning_rate=1e-2, global_batch_size=4, ema_decay_fast=0.5, ema_decay_slow=0.9)
     found = {}
     for wrap in (False, True):
         four, x, cond = models(wrap)
         optimizer, _ = make_optimizer(four, config)
         emas = make_emas(four, config)
         for update in range(3):
-            train_step(four, emas, optimizer, [Batch(x, *sample_batch(config, update, 4, x.shape[1:]), cond)], config)
-        said = {name: getattr(four, name)(x, torch.full((4,), .7), cond) for name in ("teacher", *ADAPTERS)}
+            train_step(
+                four, emas, optimizer, [Batch(x, *sample_batch(config, update, 4, x.shape[1:]), cond)], config
+            )
+        said = {name: getattr(four, name)(x, torch.full((4,), 0.7), cond) for name in ("teacher", *ADAPTERS)}
         apart = [(said[a] - said[b]).abs().max() for a in said for b in said if a < b]
-        assert min(apart) > 1e-5                                       # four voices, not one
+        assert min(apart) > 1e-5  # four voices, not one
         found[wrap] = said
     for name in found[True]:
         torch.testing.assert_close(found[True][name], found[False][name])
@@ -185,6 +230,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_is_changed(images, tm
     def spoiled(*args, **more):
         calls.append(1)
         return real(*args, **more) * (float("nan") if len(calls) > 4 else 1)
+
     monkeypatch.setattr(scfm.method.distill, "scfm_loss", spoiled)
     assert main(["distill", *flags(told)]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -202,12 +248,13 @@ def test_a_full_disk_costs_no_good_checkpoint(images, tmp_path, capsys, monkeypa
             file.write(b"half")
             raise OSError(28, "No space left on device")
         real(state, file)
+
     monkeypatch.setattr(torch, "save", full)
     assert main(["distill", *flags(told)]) == 1
     assert "step 4 could not be written" in capsys.readouterr().err
     assert [p.name for p in all_checkpoints(tmp_path / "run")] == ["000002"]
     monkeypatch.setattr(torch, "save", real)
-    assert main(["distill", *flags(told)]) == 0                        # room again: it goes on
+    assert main(["distill", *flags(told)]) == 0  # room again: it goes on
     assert [p.name for p in all_checkpoints(tmp_path / "run")] == ["000006"]
 
 
@@ -217,7 +264,10 @@ def test_resume_can_be_refused_or_pointed_at_a_checkpoint(whole, images, tmp_pat
     assert "has checkpoints, up to 000006" in capsys.readouterr().err
     assert main(["distill", *flags(settings(images, out, resume_from_checkpoint=str(tmp_path)))]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
-    run = DistillTrainer(DistillConfig(**settings(images, out, resume_from_checkpoint=str(out / "checkpoints/000004"))), progress=False)
+    run = DistillTrainer(
+        DistillConfig(**settings(images, out, resume_from_checkpoint=str(out / "checkpoints/000004"))),
+        progress=False,
+    )
     assert run.resume() == 4
     run.train()
     assert gap(student(whole), student(run)) == 0
@@ -226,14 +276,35 @@ def test_resume_can_be_refused_or_pointed_at_a_checkpoint(whole, images, tmp_pat
 def test_a_run_that_is_through_is_left_alone(images, tmp_path, capsys):
     told = settings(images, tmp_path / "run", max_train_steps=2)
     assert main(["distill", *flags(told)]) == 0
-    assert main(["dial", "--lora", str(tmp_path / "run"), "--count", "2", "--steps", "2", "--scales", ".5,1", "--goal_steps", "3"]) == 0
+    assert (
+        main(
+            [
+                "dial",
+                "--lora",
+                str(tmp_path / "run"),
+                "--count",
+                "2",
+                "--steps",
+                "2",
+                "--scales",
+                ".5,1",
+                "--goal_steps",
+                "3",
+            ]
+        )
+        == 0
+    )
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert main(["distill", *flags(told)]) == 0
     assert "nothing was done" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert main(["distill", *flags({**told, "max_train_steps": 3})]) == 0      # a longer run of the same kind: it goes on, and judges anew
-    assert "nothing was done" not in capsys.readouterr().out and not (tmp_path / "run/lora_scales.json").exists()
+    assert (
+        main(["distill", *flags({**told, "max_train_steps": 3})]) == 0
+    )  # a longer run of the same kind: it goes on, and judges anew
+    assert (
+        "nothing was done" not in capsys.readouterr().out and not (tmp_path / "run/lora_scales.json").exists()
+    )
 
 
 def test_a_schedule_that_falls_cannot_go_on(images, tmp_path, capsys):
@@ -285,28 +356,36 @@ PRESETS = ["flux-dev-a100", "flux-dev-24gb", "sd35-large-a100", "flux-authors", 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_whole(name):
-    config = DistillConfig(pretrained_model_name_or_path="somewhere", prompts="some.txt", **load_settings(name))
+    config = DistillConfig(
+        pretrained_model_name_or_path="somewhere", prompts="some.txt", **load_settings(name)
+    )
     config.check()
     text = (scfm.training.config.PRESETS / f"{name}.yaml").read_text()
-    assert "TRIED" in text                                             # each says whether anybody has run it
+    assert "TRIED" in text  # each says whether anybody has run it
 
 
 def test_the_presets_are_these():
     assert sorted(p.stem for p in scfm.training.config.PRESETS.glob("*.yaml")) == sorted(PRESETS)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"lora_layers": ("to_z",)}, "lora_layers: to_z is no linear layer"),
-    ({"more_sizes": ("24by48",)}, "HEIGHTxWIDTH"),
-    ({"more_sizes": ("30x48",)}, "multiples of 4"),
-    ({"quantize": "nf4"}, "nf4 needs"),
-    ({"quantize": "int3"}, "nf4, or leave it out"),
-    ({"report_to": "mlflow"}, "tensorboard, wandb or none"),
-    ({"select_adapter": "teacher"}, "best, student, ema_fast or ema_slow"),
-    ({"dynamic_shift_prob": 2.0}, "dynamic_shift_prob"), ({"micro_batch_size": -1}, "micro_batch_size"), ({"checkpoints_total_limit": 0}, "checkpoints_total_limit"),
-    ({"non_shortcut_ratio": 1.5}, "non_shortcut_ratio"), ({"loss": "l1"}, "mse or huber or cosine"),
-    ({"pretrained_model_name_or_path": "nobody/nothing-of-the-kind"}, "no pipeline"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lora_layers": ("to_z",)}, "lora_layers: to_z is no linear layer"),
+        ({"more_sizes": ("24by48",)}, "HEIGHTxWIDTH"),
+        ({"more_sizes": ("30x48",)}, "multiples of 4"),
+        ({"quantize": "nf4"}, "nf4 needs"),
+        ({"quantize": "int3"}, "nf4, or leave it out"),
+        ({"report_to": "mlflow"}, "tensorboard, wandb or none"),
+        ({"select_adapter": "teacher"}, "best, student, ema_fast or ema_slow"),
+        ({"dynamic_shift_prob": 2.0}, "dynamic_shift_prob"),
+        ({"micro_batch_size": -1}, "micro_batch_size"),
+        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit"),
+        ({"non_shortcut_ratio": 1.5}, "non_shortcut_ratio"),
+        ({"loss": "l1"}, "mse or huber or cosine"),
+        ({"pretrained_model_name_or_path": "nobody/nothing-of-the-kind"}, "no pipeline"),
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(images, tmp_path, capsys, monkeypatch, change, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["distill", *flags(settings(images, tmp_path / "run", **change))]) == 2
@@ -317,11 +396,26 @@ def test_bad_input_is_one_line_and_code_2(images, tmp_path, capsys, monkeypatch,
 
 def test_every_choice_trains(images, tmp_path):
     """Options whose mathematics is tested elsewhere reach the update: each changes what is learned."""
-    base = {"max_train_steps": 4, "ema_decay_fast": .2, "ema_decay_slow": .6, "learning_rate": 1e-2}
+    base = {"max_train_steps": 4, "ema_decay_fast": 0.2, "ema_decay_slow": 0.6, "learning_rate": 1e-2}
     plain = trained(images, tmp_path / "plain", **base)
-    for i, change in enumerate(({"loss": "huber"}, {"loss": "cosine"}, {"non_shortcut_ratio": .5}, {"algorithm": "one_ema"}, {"algorithm": "dual_pure"},
-                   {"t_skip": 4}, {"self_grids": (2,)}, {"shift": (1., 1.)}, {"restart_every": 1}, {"ema_target_scale": .5},
-                   {"teacher_grid": 8}, {"teacher_ratio": .8}, {"guidance_scale_range": (1., 1.)}, {"lora_layers": ("to_q",)})):
+    for i, change in enumerate(
+        (
+            {"loss": "huber"},
+            {"loss": "cosine"},
+            {"non_shortcut_ratio": 0.5},
+            {"algorithm": "one_ema"},
+            {"algorithm": "dual_pure"},
+            {"t_skip": 4},
+            {"self_grids": (2,)},
+            {"shift": (1.0, 1.0)},
+            {"restart_every": 1},
+            {"ema_target_scale": 0.5},
+            {"teacher_grid": 8},
+            {"teacher_ratio": 0.8},
+            {"guidance_scale_range": (1.0, 1.0)},
+            {"lora_layers": ("to_q",)},
+        )
+    ):
         other = student(trained(images, tmp_path / str(i), **{**base, **change}))
         assert other.keys() != student(plain).keys() or gap(student(plain), other) > 1e-3, change
 
@@ -330,7 +424,10 @@ def test_tensorboard_gets_losses_and_previews(images, tmp_path):
     told = settings(images, tmp_path / "run", report_to="tensorboard", max_train_steps=2, validation_steps=2)
     assert main(["distill", *flags(told)]) == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    folder = next(path.parent for path in (tmp_path / "run/logs").rglob("events*") if path.stat().st_size > 1000)
+
+    folder = next(
+        path.parent for path in (tmp_path / "run/logs").rglob("events*") if path.stat().st_size > 1000
+    )
     read = EventAccumulator(str(folder)).Reload()
     assert [e.step for e in read.Scalars("loss")] == [1, 2] and read.Images("validation")
 

@@ -1,19 +1,28 @@
 """The plan counts what a real update does, and agrees with what is known of the published shapes."""
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.cli import main
-from scfm.training.config import DistillConfig
-from scfm.method.distill import Batch, sample_batch, make_emas, make_optimizer, train_step
+from scfm.method.distill import Batch, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
-from scfm.models.sd3 import SD3
 from scfm.models.lora import LoraModels
+from scfm.models.sd3 import SD3
+from scfm.training.config import DistillConfig
 from scfm.training.estimate import make_plan
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
 
-TINY = dict(height=32, width=32, max_sequence_length=TOKENS, rank=4, global_batch_size=4, max_train_steps=10, guidance_scale_range=(4., 4.))
+TINY = dict(
+    height=32,
+    width=32,
+    max_sequence_length=TOKENS,
+    rank=4,
+    global_batch_size=4,
+    max_train_steps=10,
+    guidance_scale_range=(4.0, 4.0),
+)
 
 
 @pytest.mark.parametrize("family_class, build", [(Flux, build_flux), (SD3, lambda: build_sd3(t5=True))])
@@ -22,57 +31,87 @@ def test_the_count_is_that_of_a_real_update(family_class, build, checkpointing, 
     pipe = build()
     family = family_class(pipe, 32, 32, TOKENS)
     pipe.save_pretrained(tmp_path)
-    config = DistillConfig(pretrained_model_name_or_path=str(tmp_path), gradient_checkpointing=checkpointing, **TINY)
+    config = DistillConfig(
+        pretrained_model_name_or_path=str(tmp_path), gradient_checkpointing=checkpointing, **TINY
+    )
     if checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
         pipe.transformer.train()
     models = LoraModels(pipe.transformer, family.velocity, family.lora_targets, config.rank)
     optimizer, _ = make_optimizer(models, config)
-    cond = {**family.encode_text(["a red star"] * 4), "guidance": torch.full((4,), 4.)}
+    cond = {**family.encode_text(["a red star"] * 4), "guidance": torch.full((4,), 4.0)}
     data = torch.randn(4, *family.latent_shape)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):   # the CPU's fused one is not counted
-        train_step(models, make_emas(models, config), optimizer, [Batch(data, *sample_batch(config, 0, 4, data.shape[1:]), cond)], config)
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # the CPU's fused one is not counted
+        train_step(
+            models,
+            make_emas(models, config),
+            optimizer,
+            [Batch(data, *sample_batch(config, 0, 4, data.shape[1:]), cond)],
+            config,
+        )
     planned = make_plan(config)
-    seen = cond["tokens"].shape[1] / (TOKENS + family.extra_text_tokens)      # the toy's CLIPs have fewer tokens than 77
+    seen = cond["tokens"].shape[1] / (
+        TOKENS + family.extra_text_tokens
+    )  # the toy's CLIPs have fewer tokens than 77
     if seen == 1:
-        assert planned["operations of a step"] == pytest.approx(counter.get_total_flops(), rel=.02)
+        assert planned["operations of a step"] == pytest.approx(counter.get_total_flops(), rel=0.02)
     else:
         assert counter.get_total_flops() < planned["operations of a step"] < 2.5 * counter.get_total_flops()
     assert planned["LoRA, parameters"] == sum(p.numel() for p in models.parameters("student"))
 
 
-@pytest.mark.parametrize("name, billion, lora, static", [("flux-dev", 11.90, 347.1, 29.9), ("sd35-large", 8.06, 295.4, 21.6)])
+@pytest.mark.parametrize(
+    "name, billion, lora, static", [("flux-dev", 11.90, 347.1, 29.9), ("sd35-large", 8.06, 295.4, 21.6)]
+)
 def test_the_published_shapes(name, billion, lora, static):
     """Parameters, LoRA of rank 64 on all linear layers, and what a bf16 run holds whatever the batch."""
-    plan = make_plan(DistillConfig(weight_dtype="bf16", max_sequence_length=256, gradient_checkpointing=True), name)
-    assert plan["transformer, parameters"] / 1e9 == pytest.approx(billion, abs=.005)
-    assert plan["LoRA, parameters"] / 1e6 == pytest.approx(lora, abs=.2)
+    plan = make_plan(
+        DistillConfig(weight_dtype="bf16", max_sequence_length=256, gradient_checkpointing=True), name
+    )
+    assert plan["transformer, parameters"] / 1e9 == pytest.approx(billion, abs=0.005)
+    assert plan["LoRA, parameters"] / 1e6 == pytest.approx(lora, abs=0.2)
     held = sum(size for part, size in plan["GiB"].items() if "guessed" not in part)
-    assert held == pytest.approx(static, abs=.1)
+    assert held == pytest.approx(static, abs=0.1)
 
 
 def test_four_bits_hold_the_base_in_a_quarter():
     small = {"num_layers": 1, "num_single_layers": 1}
-    whole, four = (make_plan(DistillConfig(weight_dtype="bf16", quantize=q), "flux-dev", small)["GiB"]["base"] for q in ("", "nf4"))
-    assert four == pytest.approx(.5625 / 2 * whole)
+    whole, four = (
+        make_plan(DistillConfig(weight_dtype="bf16", quantize=q), "flux-dev", small)["GiB"]["base"]
+        for q in ("", "nf4")
+    )
+    assert four == pytest.approx(0.5625 / 2 * whole)
 
 
 def test_the_command_prints_a_plan(capsys):
-    assert main(["plan", "--config", "tiny", "--pretrained_model_name_or_path", str(FLUX), "--gpu", "rtx4090"]) == 0
+    assert (
+        main(["plan", "--config", "tiny", "--pretrained_model_name_or_path", str(FLUX), "--gpu", "rtx4090"])
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "transformer 0.00234" in said and "fits in the 24 GB of one rtx4090" in said and "not measured" in said
+    assert (
+        "transformer 0.00234" in said
+        and "fits in the 24 GB of one rtx4090" in said
+        and "not measured" in said
+    )
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--shape", "flux3"], "take one of flux-dev, sd35-large"),
-    (["--shape", "flux-dev", "--gpu", "tpu"], "take one of a100"),
-    (["--shape", "flux-dev", "--change", "layers=3"], "has no setting layers"),
-    (["--shape", "flux-dev", "--change", "num_layers=many"], "NAME=NUMBER"),
-    (["--shape", "flux-dev", "--efficiency", "2"], "in (0, 1]"),
-    ([], "no model: say --shape"),
-    (["--pretrained_model_name_or_path", "nowhere"], "no pipeline in nowhere"),
-    (["--config", "nowhere.yaml"], "no settings at nowhere.yaml"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--shape", "flux3"], "take one of flux-dev, sd35-large"),
+        (["--shape", "flux-dev", "--gpu", "tpu"], "take one of a100"),
+        (["--shape", "flux-dev", "--change", "layers=3"], "has no setting layers"),
+        (["--shape", "flux-dev", "--change", "num_layers=many"], "NAME=NUMBER"),
+        (["--shape", "flux-dev", "--efficiency", "2"], "in (0, 1]"),
+        ([], "no model: say --shape"),
+        (["--pretrained_model_name_or_path", "nowhere"], "no pipeline in nowhere"),
+        (["--config", "nowhere.yaml"], "no settings at nowhere.yaml"),
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(capsys, words, message):
     assert main(["plan", *words]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

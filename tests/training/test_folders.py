@@ -1,4 +1,5 @@
-"""A run's folder: whose it is, what it is of, and what a checkpoint brings along. A handful of steps on the tiny Flux."""
+"""A run's folder: whose it is, what it is of, and what a checkpoint brings along. A handful of steps on the
+tiny Flux."""
 
 import json
 import os
