@@ -64,7 +64,7 @@ def load_adapter(pipe: Any, path: str | Path, name: str) -> None:
             pipe.load_lora_weights(
                 str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True
             )
-    except (ValueError, KeyError, RuntimeError, IndexError) as error:  # it depends on what does not fit
+    except (ValueError, TypeError, KeyError, RuntimeError, IndexError) as error:  # whatever does not fit
         raise ValueError(f"{path} does not fit this {kind} ({' '.join(str(error).split())[:200]})") from None
     if name not in pipe.get_list_adapters().get("transformer", []):
         raise ValueError(f"{path} has nothing for the transformer of this {kind}")
