@@ -31,12 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from scfm.data.cache import CachePlan, batch_indices
-from scfm.data.images import read_folder, read_image
+from scfm.data.images import list_images, read_image
 from scfm.data.teacher_images import generate_images
 from scfm.method.consistency import Stream, keyed_generator
 from scfm.method.distill import Batch, SCFMConfig, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import LoraModels, add_adapters
+from scfm.models.source import PipelineSource
 from toy.pipelines import FLUX, TOKENS, load_flux
 from toy.shapes import draw_captions
 
@@ -110,9 +111,11 @@ class TwoSources:
         self.config = SCFMConfig(global_batch_size=batch, learning_rate=1e-4)
         captions = draw_captions(IMAGES, torch.Generator().manual_seed(0)).text
         generate_images(self.family, captions, folder / "images", 4, progress=False)
-        self.pairs = read_folder(folder / "images")
+        self.images = list_images(folder / "images")
         start = time.perf_counter()
-        plan = CachePlan(FLUX, folder / "images", folder / "cache", [(32, 32)], TOKENS, torch.float32)
+        plan = CachePlan(
+            PipelineSource(FLUX), self.images, folder / "cache", [(32, 32)], TOKENS, torch.float32
+        )
         plan.encode({(32, 32): self.family}, progress=False)
         self.dataset = plan.open()
         self.encoding = time.perf_counter() - start
@@ -121,9 +124,10 @@ class TwoSources:
         self.emas = make_emas(self.models, self.config)
 
     def anew(self, indices: torch.Tensor) -> Data:
-        pairs = [self.pairs[i] for i in indices.tolist()]
-        images = torch.stack([read_image(path, 32, 32) for path, _ in pairs])
-        return self.family.encode_images(images), self.family.encode_text([caption for _, caption in pairs])
+        listed = [self.images[i] for i in indices.tolist()]
+        pixels = torch.stack([read_image(image.path, 32, 32) for image in listed])
+        text = self.family.encode_text([image.caption for image in listed])
+        return self.family.encode_images(pixels), text
 
     def cached(self, indices: torch.Tensor) -> Data:
         return self.dataset.latents(indices), self.dataset.text(indices)

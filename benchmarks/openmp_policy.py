@@ -10,14 +10,16 @@ can cost a slice of the scheduler.
 
 What is timed: forward and backward of the transformer of toy/weights/flux, batch 32, fp32. libgomp reads its
 variables once, when it is loaded, so each setting has a process of its own, which sleeps until its turn
-comes, for some rounds. "Busy" is the same beside two processes that count in a loop; an even share of the
-cores would double the time of two threads. A turn during which other programs used the cores (/proc/stat
-tells) is repeated. Writes OUT.json (every median, and the setting that was chosen) and OUT.png.
+comes, for some rounds. Then the same beside processes that count in a loop: with even shares of two cores,
+two of them double the time of two threads, and six quadruple it. A turn during which other programs used the
+cores (/proc/stat tells) is repeated. Writes OUT.json (every median, and the setting that was chosen) and
+OUT.png. Conditions that OUT.json has and that --beside does not name stay as they are.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -47,35 +49,24 @@ def main() -> None:
     if args.worker:
         work(args.repetitions, args.batch)
         return
-    seconds: dict[str, dict[str, list[float]]] = {c: {n: [] for n in SETTINGS} for c in ("idle", "busy")}
-    told: dict[str, Any] = {}
-    disturbed: list[float] = []
+    path = args.out.with_suffix(".json")
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"conditions": {}}
     workers = {name: start_worker(name, args) for name in SETTINGS}
     try:
-        for round in range(args.rounds):
-            for condition, times in seconds.items():
-                for name, worker in workers.items():
-                    told = turn(worker, args.busy if condition == "busy" else 0, args)
-                    times[name] += told["seconds"]
-                    disturbed.append(told["others"])
-                    print(f"round {round + 1}/{args.rounds}  {condition}  {name:12} "
-                          f"{statistics.median(told['seconds']):7.3f} s", flush=True)
+        for beside in args.beside:
+            record["conditions"][str(beside)] = measure(workers, beside, args)
     finally:
         for worker in workers.values():
             worker.kill()
             worker.wait()
-    record = summary(seconds, args.bearable) | {
-        "repetitions": args.rounds * args.repetitions, "rounds": args.rounds, "batch": args.batch,
-        "busy_processes": args.busy, "largest_share_of_the_cores_used_by_others": max(disturbed),
-        "torch": told["torch"], "openmp_runtime": told["openmp_runtime"],
-        "parallel_info": told["parallel_info"],
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(),
-                    "python": platform.python_version()}}
+    record["machine"] = {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(),
+                         "python": platform.python_version()}
+    record |= {"batch": args.batch, "environments": SETTINGS} | choose(record["conditions"], args.bearable)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     plot(record, args.out.with_suffix(".png"))
     print(f"chosen: {record['chosen']['setting']} ({record['chosen']['why']})")
-    print(f"{args.out.with_suffix('.json')} and .png")
+    print(f"{path} and .png")
 
 
 def parse() -> argparse.Namespace:
@@ -85,8 +76,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=6,
                         help="timed passes in a turn, after 2 untimed (6)")
     parser.add_argument("--batch", type=int, default=32, help="rows in a pass (32)")
-    parser.add_argument("--busy", type=int, default=2,
-                        help="processes that want the cores in the busy half (2)")
+    parser.add_argument("--beside", type=int, nargs="*", default=[0, 2, 6],
+                        help="numbers of busy processes to measure beside; 0: an idle machine (0 2 6)")
     parser.add_argument("--bearable", type=float, default=1.1,
                         help="the chosen setting's idle time is at most this many times the default's (1.1)")
     parser.add_argument("--quiet", type=float, default=.05,
@@ -97,6 +88,28 @@ def parse() -> argparse.Namespace:
                         help="where the .json and the .png go, without the ending")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def measure(workers: dict[str, subprocess.Popen[str]], beside: int,
+            args: argparse.Namespace) -> dict[str, Any]:
+    """All settings beside so many busy processes: for each the median and the quartiles, and what was run."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    told: dict[str, Any] = {}
+    disturbed = []
+    for visit in range(args.rounds):
+        for name, worker in workers.items():
+            told = turn(worker, beside, args)
+            seconds[name] += told["seconds"]
+            disturbed.append(told["others"])
+            print(f"beside {beside}  round {visit + 1}/{args.rounds}  {name:12} "
+                  f"{statistics.median(told['seconds']):7.3f} s", flush=True)
+    rows = {}
+    for name, times in seconds.items():
+        low, middle, high = statistics.quantiles(times, n=4)
+        rows[name] = {"median_seconds": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
+    return {"settings": rows, "rounds": args.rounds, "repetitions": args.rounds * args.repetitions,
+            "largest_share_of_the_cores_used_by_others": max(disturbed), "torch": told["torch"],
+            "openmp_runtime": told["openmp_runtime"]}
 
 
 def work(repetitions: int, batch: int) -> None:
@@ -114,7 +127,6 @@ def work(repetitions: int, batch: int) -> None:
               "pooled_projections": torch.randn(batch, config["pooled_projection_dim"]),
               "timestep": torch.rand(batch), "guidance": torch.full((batch,), 2.5),
               "img_ids": image_ids, "txt_ids": torch.zeros(words, 3)}
-    info = [line.strip() for line in torch.__config__.parallel_info().splitlines() if "OpenMP" in line]
     for line in sys.stdin:
         seconds = []
         for repetition in range(2 + repetitions):
@@ -124,7 +136,7 @@ def work(repetitions: int, batch: int) -> None:
             model(**inputs, return_dict=False)[0].square().mean().backward()
             seconds.append(time.perf_counter() - start)
         print(json.dumps({"seconds": seconds[2:], "others": used.by_others(), "torch": torch.__version__,
-                          "openmp_runtime": openmp_runtimes(), "parallel_info": info}), flush=True)
+                          "openmp_runtime": openmp_runtimes()}), flush=True)
 
 
 def openmp_runtimes() -> list[str]:
@@ -152,7 +164,7 @@ def turn(worker: subprocess.Popen[str], busy: int, args: argparse.Namespace) -> 
     while time.monotonic() < end:
         before = Used([])
         time.sleep(.5)
-        if before.by_others() > args.quiet:
+        if busy == 0 and before.by_others() > args.quiet:      # busy processes leave others less than this
             continue
         with busy_processes(busy) as beside:
             print(*beside, file=worker.stdin, flush=True)
@@ -195,29 +207,21 @@ class Used:
         return sum(ticks) - ticks[3] - ticks[4], sum(ticks), sum(int(n) for pair in own for n in pair)
 
 
-def summary(seconds: dict[str, dict[str, list[float]]], bearable: float) -> dict[str, Any]:
-    """Medians, ratios to the idle default, and the choice: the fastest when busy of those bearable idle."""
-    base = statistics.median(seconds["idle"]["default"])
-    table = {}
-    for name, environment in SETTINGS.items():
-        row: dict[str, Any] = {"environment": {"OMP_NUM_THREADS": "2"} | environment}
-        for condition, times in seconds.items():
-            low, middle, high = statistics.quantiles(times[name], n=4)
-            row[condition] = {"median_seconds": round(middle, 4),
-                              "quartiles": [round(low, 4), round(high, 4)],
-                              "ratio_to_idle_default": round(middle / base, 3)}
-        table[name] = row
-
-    def ratio(name: str, condition: str) -> float:
-        return table[name][condition]["ratio_to_idle_default"]
-
-    choices = [name for name in SETTINGS if ratio(name, "idle") <= bearable]
-    best = min(choices, key=lambda name: ratio(name, "busy"))
+def choose(conditions: dict[str, Any], bearable: float) -> dict[str, Any]:
+    """Every median as a ratio to the idle default, and the choice: the fastest beside others, if bearable idle."""
+    base = conditions["0"]["settings"]["default"]["median_seconds"]
+    ratios = {name: {beside: round(told["settings"][name]["median_seconds"] / base, 3)
+                     for beside, told in conditions.items()} for name in SETTINGS}
+    loaded = [beside for beside in conditions if beside != "0"]
+    candidates = [name for name in SETTINGS if ratios[name]["0"] <= bearable]
+    best = min(candidates, key=lambda name: math.prod(ratios[name][beside] for beside in loaded))
+    told = "; ".join(f"{ratios[best][n]:.2f} beside {n}, where the default has {ratios['default'][n]:.2f}"
+                     for n in loaded)
     why = (f"of the settings that cost at most {bearable - 1:.0%} on an idle machine (this one: "
-           f"{ratio(best, 'idle') - 1:+.1%}) it is the fastest beside busy processes: "
-           f"{ratio(best, 'busy'):.2f} times the idle default, which itself takes "
-           f"{ratio('default', 'busy'):.2f} there")
-    return {"chosen": {"setting": best, "environment": SETTINGS[best], "why": why}, "settings": table}
+           f"{ratios[best]['0'] - 1:+.1%}) the fastest beside busy processes, by the product of the ratios to "
+           f"the idle default: {told}")
+    return {"ratios_to_idle_default": ratios,
+            "chosen": {"setting": best, "environment": SETTINGS[best], "why": why}}
 
 
 def processor() -> str:
@@ -232,27 +236,31 @@ def plot(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(record["settings"])
-    fig, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for i, (condition, colour) in enumerate((("idle", "tab:blue"), ("busy", "tab:orange"))):
-        rows = [record["settings"][name][condition] for name in names]
+    names, conditions = list(SETTINGS), record["conditions"]
+    fig, ax = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    width = .8 / len(conditions)
+    for i, (beside, told) in enumerate(sorted(conditions.items(), key=lambda item: int(item[0]))):
+        rows = [told["settings"][name] for name in names]
         middle = [row["median_seconds"] for row in rows]
-        spread = [[m - row["quartiles"][0] for m, row in zip(middle, rows, strict=True)],
-                  [row["quartiles"][1] - m for m, row in zip(middle, rows, strict=True)]]
-        places = [k + (i - .5) * .38 for k in range(len(names))]
-        label = condition if condition == "idle" else f"beside {record['busy_processes']} busy processes"
-        ax.bar(places, middle, .36, yerr=spread, color=colour, label=label, error_kw={"lw": 1})
-        for place, row in zip(places, rows, strict=True):
-            ax.annotate(f"{row['ratio_to_idle_default']:.2g}x", (place, row["quartiles"][1]), (0, 2),
-                        textcoords="offset points", ha="center", fontsize=7)
+        spread = [[row["median_seconds"] - row["quartiles"][0] for row in rows],
+                  [row["quartiles"][1] - row["median_seconds"] for row in rows]]
+        places = [k + (i - (len(conditions) - 1) / 2) * width for k in range(len(names))]
+        label = "idle machine" if beside == "0" else f"beside {beside} busy processes"
+        ax.bar(places, middle, .95 * width, yerr=spread, label=label, error_kw={"lw": 1})
+        for name, place, row in zip(names, places, rows, strict=True):
+            ax.annotate(f"{record['ratios_to_idle_default'][name][beside]:.2g}", (place, row["quartiles"][1]),
+                        (0, 2), textcoords="offset points", ha="center", fontsize=7)
     chosen = record["chosen"]["setting"]
     ax.set_xticks(range(len(names)), [f"{n}\n(chosen)" if n == chosen else n for n in names], fontsize=8)
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_ylabel("seconds, forward and backward")
-    ax.set_title(f"Tiny Flux, batch {record['batch']}, fp32, torch {record['torch']}, "
-                 f"{record['machine']['cores']} cores: median and quartiles", fontsize=9)
+    ax.set_title(f"Tiny Flux, batch {record['batch']}, {record['machine']['cores']} cores: median, quartiles, and "
+                 "the ratio to the idle default", fontsize=9)
     ax.legend(fontsize=8)
     fig.savefig(path, dpi=120)
+    plt.close(fig)
 
 
 if __name__ == "__main__":

@@ -26,4 +26,4 @@ BUDGETS = {
     "medium": (3 * SMALL, 3 * SMALL_FLUX),
     "large": (10 * SMALL, 6 * SMALL_FLUX),
 }
-SMOKE_BUDGETS = {"small": (500, 200), "medium": (600, 0), "large": (700, 0)}  # 0: nothing is trained there
+SMOKE_BUDGETS = {"small": (500, 80), "medium": (600, 0), "large": (700, 0)}  # 0: nothing is trained there

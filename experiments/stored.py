@@ -1,32 +1,15 @@
 """Today's names, and the words in which cells and trainings are stored.
 
 A cell is found by a hash of what determines it, written in these words. They stay as they were when the first
-cells were measured, so that no renaming in the library orphans a measurement.
+cells were measured, so that no renaming in the library orphans a measurement. The table is stored_words.json.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 # the name in today's code -> the word in the cells
-STORED_WORDS = {
-    "max_train_steps": "updates",
-    "global_batch_size": "batch",
-    "learning_rate": "lr",
-    "lr_scheduler": "schedule",
-    "lr_warmup_steps": "warmup",
-    "adam_weight_decay": "weight_decay",
-    "max_grad_norm": "clip",
-    "teacher_ratio": "teacher_share",
-    "teacher_ratio_end": "share_to",
-    "non_shortcut_ratio": "flow_share",
-    "ema_decay_fast": "fast_decay",
-    "ema_decay_slow": "slow_decay",
-    "ema_target_scale": "speaker_scale",
-    "ema_fast": "fast",
-    "ema_slow": "slow",
-    "weight_dtype": "precision",
-    "checkpointing_steps": "checkpoint_every",
-    "images": "pictures",
-}
+STORED_WORDS: dict[str, str] = json.loads(Path(__file__).with_name("stored_words.json").read_text())
 TODAYS_NAMES = {word: name for name, word in STORED_WORDS.items()}
 
 

@@ -1,3 +1,4 @@
+import io
 import os
 
 import pytest
@@ -21,3 +22,21 @@ def pytest_collection_modifyitems(items):
 def folder(tmp_path_factory):
     """A folder of one test file."""
     return tmp_path_factory.mktemp("folder")
+
+
+@pytest.fixture(scope="session")
+def noise_images(tmp_path_factory):
+    """A folder in the layout of CIFAR-10: 40 images of noise a split, ten labels."""
+    import pyarrow.parquet
+    import torch
+    from PIL import Image
+
+    folder, generator = tmp_path_factory.mktemp("noise_images"), torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        cells = []
+        for pixels in torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8, generator=generator):
+            Image.fromarray(pixels.numpy()).save(file := io.BytesIO(), "png")
+            cells.append({"bytes": file.getvalue(), "path": None})
+        table = pyarrow.table({"img": cells, "label": [i % 10 for i in range(40)]})
+        pyarrow.parquet.write_table(table, folder / f"{split}-0.parquet")
+    return str(folder)

@@ -271,7 +271,7 @@ def test_it_runs_in_bfloat16_without_t5_and_with_checkpointing(tmp_path):
 
 
 def test_sample_and_dial_know_it(folder, distilled, tmp_path, capsys):
-    assert main(["dial", "--lora", str(distilled), "--count", "2", "--steps", "1,2", "--scales", "1", "--goal_steps", "3"]) == 0
+    assert main(["dial", "--lora", str(distilled), "--num_prompts", "2", "--steps", "1,2", "--lora_scales", "1", "--target_steps", "3"]) == 0
     assert set(read_lora_scales(distilled / "pytorch_lora_weights.safetensors").scales) <= {0., 1.}
     words = ["sample", "--lora", str(distilled), "--prompt", "a red star", "--steps", "2", "--output", str(tmp_path / "a.png")]
     assert main(words) == 0 and (tmp_path / "a.png").is_file()
@@ -363,7 +363,7 @@ def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
     config = InferenceConfig(lora=str(out))
     config.check()
     assert (config.guidance_scale, config.teacher_guidance_scale) == (1., 4.5)
-    assert main(["dial", "--lora", str(out), "--count", "2", "--steps", "1,2", "--scales", "1", "--goal_steps", "3"]) == 0
+    assert main(["dial", "--lora", str(out), "--num_prompts", "2", "--steps", "1,2", "--lora_scales", "1", "--target_steps", "3"]) == 0
     assert set(read_lora_scales(out / one).scales) == {1.}              # strength 0 is no guidance at all, hence no choice
     rows = {(r["steps"], r["scale"]): r["distance"] for r in json.loads((out / "lora_scales.json").read_text())["curve"]}
     captions, noise = CAPTIONS[:2], start_noise(run.family, range(2), 1)

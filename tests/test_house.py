@@ -80,7 +80,7 @@ def test_scfm_does_not_import_toy(path):
 
 @each_module
 def test_a_module_needs_only_what_is_installed_with_it(path):
-    allowed = {"torch", "tqdm"} if chapter(path) in ("types", "files", "method") else {r.name for r in requirements(SETTINGS["requirements"])}
+    allowed = {"torch", "tqdm"} if chapter(path) in ("threads", "types", "method") else {r.name for r in requirements(SETTINGS["requirements"])}
     allowed |= {own for name, own in (("pillow", "PIL"), ("pyyaml", "yaml")) if name in allowed}
     allowed |= {r.name for r in requirements(SETTINGS[EXTRAS[chapter(path)]])} if chapter(path) in EXTRAS else set()
     allowed |= {name.replace("-", "_") for name in allowed}

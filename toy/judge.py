@@ -170,7 +170,7 @@ def table(record, teacher="teacher"):
 
 
 def look(images, captions):
-    """What the attribute reader says, for `scfm evaluate --num_eval_prompts toy.judge:look`: (its features
+    """What the attribute reader says, for `scfm evaluate --custom_metric toy.judge:look`: (its features
     (n, 64), {"prompt accuracy":
     (n,) share of the attributes that each caption names}). images: (n, 3, 32, 32) in [-1, 1]; captions None:
     no accuracy."""

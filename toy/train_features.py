@@ -157,7 +157,7 @@ def main(argv=None):
         "seed": args.seed,
         "seconds": round(seconds),
     }
-    save(network, args.out, recipe)
+    save(network, args.output_dir, recipe)
     print(json.dumps(recipe))
     return 0
 

@@ -50,7 +50,8 @@ from experiments.testbeds.cifar import (
     job_of,
 )
 from experiments.testbeds.cifar_judge import Sampler
-from scfm.inference.step_lora import InferenceConfig, StepLora, search_lora_scales
+from scfm.inference.search import search_lora_scales
+from scfm.inference.step_lora import InferenceConfig, StepLora
 from scfm.method.distill import CopiedModels
 from scfm.method.flow import EVALUATIONS, sample, time_grid
 from scfm.method.lora_scale import LoraScales
@@ -181,7 +182,7 @@ def main(argv: Sequence[str] | None = None, should_stop: Callable[[], bool] = la
         nfe=tuple(args.nfe),
     )
     if args.smoke:
-        plan = plan._replace(size="tiny", budget=400, count=40, previews=0)
+        plan = plan._replace(size="tiny", budget=400, count=40, previews=0, searched=(1, 4))
     bed, jobs = Cifar10(plan, should_stop), [job_of(name, seed) for seed in args.seeds for name in args.only]
     if not args.report and any(bed.train(job) is None for job in jobs):
         return 143

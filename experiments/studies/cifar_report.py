@@ -247,7 +247,7 @@ def show_strips(ax: Any, files: dict[int, Path], title: str) -> None:
     strips = [
         load_file(file)["pixels"][:10].permute(2, 0, 3, 1).reshape(32, 320, 3) for file in files.values()
     ]
-    ax.imshow(torch.cat(strips))
+    ax.imshow(torch.cat(strips).numpy())
     ax.set_xticks([])
     ax.set_yticks([16 + 32 * i for i in range(len(strips))], list(files), fontsize=7)
     ax.set_title(title, fontsize=8)

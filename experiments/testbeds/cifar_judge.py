@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.runner import write_json
+from experiments.stored import STORED_WORDS
 from scfm.data.labelled_images import load_labelled_images
 from scfm.files import atomic_write
 from scfm.method.flow import EVALUATIONS
@@ -21,7 +22,7 @@ from scfm.models.unet import header_of
 from toy.features import load_features, look, mark
 
 Sampler = Callable[..., torch.Tensor]  # (labels, noise, steps, solver) -> images (n, 3, 32, 32) in [-1, 1]
-GENERATED = "painted"  # the folder of the images, as the first cells have it
+GENERATED = STORED_WORDS["generated"]  # the folder of the images
 
 
 class Samples:

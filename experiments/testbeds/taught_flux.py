@@ -130,17 +130,17 @@ class TaughtFlux:
 
     def goal(self, kind: str) -> torch.Tensor:
         """Latents that the teacher reaches in all its steps for a judge's captions."""
-        asked, steps = (self.sizes.captions, self.sizes.noises), self.sizes.goal_steps
+        judged, steps = (self.sizes.captions, self.sizes.noises), self.sizes.goal_steps
         spec = {
             "pipeline": pipeline_fingerprint(),
             "kind": kind,
-            "asked": asked,
+            "asked": judged,
             "known": "left out",
             "steps": steps,
         }
 
         def make() -> torch.Tensor:
-            return load_judges(*asked)[kind].endpoints(teacher_field(), steps, STOCK)
+            return load_judges(*judged)[kind].endpoints(teacher_field(), steps, STOCK)
 
         return self.cache("few_flux_goal", spec, make)
 

@@ -1,12 +1,12 @@
 """What the header of a LoRA file says of its scales. Other loaders skip it."""
 
 import json
-import os
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from scfm.files import atomic_write
 from scfm.method.lora_scale import LoraScales
 
 KEY = "scfm_lora_scales"  # one entry of a safetensors header
@@ -19,8 +19,8 @@ def write_lora_scales(path: str | Path, scales: LoraScales) -> None:
     with safe_open(str(path), framework="pt") as opened:
         header = dict(opened.metadata() or {})
     header[KEY] = json.dumps(scales._asdict())
-    save_file(load_file(str(path)), str(path) + ".new", metadata=header)
-    os.replace(str(path) + ".new", path)
+    tensors = load_file(str(path))
+    atomic_write(path, lambda new: save_file(tensors, str(new), metadata=header))
 
 
 def read_lora_scales(path: str | Path) -> LoraScales | None:

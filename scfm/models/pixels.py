@@ -8,8 +8,10 @@ __all__ = ['ClassLabelEncoder', 'IdentityVAE', 'PixelPipeline', 'Pixels', 'pipel
 # %% ../../nbs/learn/21_pixels.ipynb #c03
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers import (
@@ -24,168 +26,231 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from .unet import SIZES
+from .unet import SIZES, UNetFlow
 
 # %% ../../nbs/learn/21_pixels.ipynb #c05
 class ClassLabelEncoder(ModelMixin, ConfigMixin):
-    """Stands where a text encoder stands: captions -> labels (n,). names: of the classes; their number is the label of "not told"."""
+    """In the place of a text encoder: captions -> labels.
+
+    names: of the classes; their number is the label of the empty caption, which means none
+    """
 
     @register_to_config
-    def __init__(self, names=()):
+    def __init__(self, names: Sequence[str] = ()) -> None:
         super().__init__()
-        self.register_buffer("nothing", torch.zeros(1))             # where it is; a float, for it lends the pipeline its dtype
+        self.register_buffer("nothing", torch.zeros(1))       # has the device, and the pipeline's dtype
 
-    def forward(self, captions):
-        return torch.tensor([self.number(caption) for caption in captions], device=self.nothing.device)
+    def forward(self, captions: Sequence[str]) -> torch.Tensor:
+        """The labels (n,) int64 of n captions. ValueError as in `class_index`."""
+        return torch.tensor([self.class_index(caption) for caption in captions], device=self.nothing.device)
 
-    def number(self, caption):
+    def class_index(self, caption: str) -> int:
         """The class that a caption names as a word of its own. ValueError for none, or several."""
-        names = self.config.names
-        found = [i for i, name in enumerate(names) if re.search(rf"\b{re.escape(name)}\b", caption)]
-        if caption.strip() and len(found) != 1:
-            raise ValueError(f"the caption {caption!r} names {'more than one class' if found else 'no class'}: it has to name one of {', '.join(names)}")
-        return found[0] if found else len(names)
+        names = self.config["names"]
+        named = [i for i, name in enumerate(names) if re.search(rf"\b{re.escape(name)}\b", caption)]
+        if caption.strip() and len(named) != 1:
+            what = "more than one class" if named else "no class"
+            raise ValueError(f"the caption {caption!r} names {what}: "
+                             f"it has to name one of {', '.join(names)}")
+        return named[0] if named else len(names)
 
 # %% ../../nbs/learn/21_pixels.ipynb #c08
 class IdentityVAE(ModelMixin, ConfigMixin):
-    """A VAE whose latents are the images (n, 3, H, W) themselves."""
+    """A VAE whose latents are the images (n, 3, H, W) themselves.
+
+    block_out_channels: one, which makes the scale factor 2^0
+    """
 
     @register_to_config
-    def __init__(self, block_out_channels=(3,)):                   # one block: the pipeline's scale factor is 2^0
+    def __init__(self, block_out_channels: Sequence[int] = (3,)) -> None:
         super().__init__()
-        self.register_buffer("nothing", torch.zeros(1))             # where it is, and in which dtype
+        self.register_buffer("nothing", torch.zeros(1))       # has the device and the dtype
 
-    def encode(self, images):
+    def encode(self, images: torch.Tensor) -> SimpleNamespace:
+        """.latent: the images."""
         return SimpleNamespace(latent=images)
 
-    def decode(self, latents):
+    def decode(self, latents: torch.Tensor) -> SimpleNamespace:
+        """.sample: the latents."""
         return SimpleNamespace(sample=latents)
 
 
 class PixelPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
-    """Images from class names, by a `UNetFlow` as transformer, `IdentityVAE`, `ClassLabelEncoder` and a flow-matching scheduler."""
+    """Images from class names.
 
-    def __init__(self, transformer, vae, text_encoder, scheduler):
+    transformer: a `UNetFlow`
+    vae: an `IdentityVAE`
+    text_encoder: a `ClassLabelEncoder`
+    scheduler: of flow matching
+    """
+
+    def __init__(self, transformer: UNetFlow, vae: IdentityVAE, text_encoder: ClassLabelEncoder,
+                 scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, scheduler=scheduler)
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder,
+                              scheduler=scheduler)
         self.vae_scale_factor = 1
 
     @torch.no_grad()
-    def __call__(self, prompt, negative_prompt="", height=None, width=None, num_inference_steps=16, sigmas=None, guidance_scale=1.,
-                 generator=None, latents=None, output_type="pil", max_sequence_length=None,
-                 callback_on_step_end=None):
-        """Images of the classes that `prompt` (a string or a list) names, as .images; output_type pil, np or pt (in [0, 1]).
+    def __call__(self, prompt: str | Sequence[str], negative_prompt: str = "", height: int | None = None,
+                 width: int | None = None, num_inference_steps: int = 16, sigmas: list[float] | None = None,
+                 guidance_scale: float = 1., generator: torch.Generator | None = None,
+                 latents: torch.Tensor | None = None, output_type: str = "pil",
+                 max_sequence_length: int | None = None,
+                 callback_on_step_end: Callable[..., Any] | None = None) -> ImagePipelineOutput:
+        """Images of the classes that the prompts name, as .images.
 
-        sigmas: the grid before the scheduler's shift, 1 to 1 / steps when None. guidance_scale above 1 takes two evaluations a step.
-        callback_on_step_end(pipe, number, timestep, {}): called after each step. max_sequence_length: of no meaning here, taken so that code
-        for other pipelines runs.
+        prompt: one or several
+        negative_prompt: a class to lead away from
+        height, width: in pixels; the network's own when None
+        num_inference_steps: number of steps
+        sigmas: the grid before the scheduler's shift; 1 to 1 / steps when None
+        guidance_scale: above 1 it takes two evaluations a step
+        generator: of the noise
+        latents: the noise (n, 3, height, width) itself
+        output_type: pil, np or pt (in [0, 1])
+        max_sequence_length: of no meaning here, taken so that code for other pipelines runs
+        callback_on_step_end: called as callback(pipe, number, timestep, {}) after each step
         """
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
-        size = height or self.transformer.config.resolution, width or self.transformer.config.resolution
+        config, dtype = self.transformer.config, self.transformer.dtype
+        shape = len(captions), 3, height or config.resolution, width or config.resolution
         labels, negative = self.text_encoder(captions), self.text_encoder([negative_prompt] * len(captions))
-        shape, dtype = (len(captions), 3, *size), self.transformer.dtype
         x = randn_tensor(shape, generator, self.device, dtype) if latents is None else latents.to(self.device)
-        self.scheduler.set_timesteps(sigmas=sigmas or [1 - i / num_inference_steps for i in range(num_inference_steps)], device=self.device)
-        for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        grid = sigmas or [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        self.scheduler.set_timesteps(sigmas=grid, device=self.device)
+        progress_bar: Any = self.progress_bar                   # its decorator of torch hides its type
+        for number, timestep in enumerate(progress_bar(self.scheduler.timesteps)):
             t = (timestep / 1000).expand(len(x))
             v = self.transformer(x, t, labels)
             if guidance_scale > 1:
-                nothing = self.transformer(x, t, negative)
-                v = nothing + guidance_scale * (v - nothing)
+                empty = self.transformer(x, t, negative)
+                v = empty + guidance_scale * (v - empty)
             x = self.scheduler.step(v, timestep, x, return_dict=False)[0]
             if callback_on_step_end:
                 callback_on_step_end(self, number, timestep, {})
-        return ImagePipelineOutput(VaeImageProcessor().postprocess(self.vae.decode(x).sample, output_type))
+        images: Any = VaeImageProcessor().postprocess(self.vae.decode(x).sample, output_type)
+        return ImagePipelineOutput(images)
 
 # %% ../../nbs/learn/21_pixels.ipynb #c10
 class Pixels:
-    """Flows on pixels: everything in which they differ from other families, bound to one image size.
+    """Flows on pixels: all in which they differ from other families, for one image size.
 
-    pipe: a `PixelPipeline`. height, width in pixels. max_sequence_length: no meaning here, a caption is one number. negative: a class to lead
-    away from, none as a rule. ValueError for a size that the levels of the U-Net cannot halve.
+    pipe: a `PixelPipeline`
+    height, width: of the images, in pixels
+    max_sequence_length: of no meaning here, a caption is one number
+    negative_prompt: a class to lead away from, none as a rule
+
+    ValueError for a size that the levels of the U-Net cannot halve.
     """
     pipeline_class = PixelPipeline
-    uses_cfg = True            # by a second evaluation, as the label is the network's only input beside x and t
+    uses_cfg = True                 # by a second evaluation: the network's only inputs are x, t and the label
     time_dtype = torch.float32
-    dynamic_shift = None                # the scheduler has a fixed one
+    dynamic_shift = None            # the scheduler has a fixed one
     extra_text_tokens = 0
 
     # Linear layers and convolutions: residual blocks, their time embedding, ends, changes of size, attention.
-    lora_targets = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out", "conv", "linear_1", "linear_2",
-                    "to_q", "to_k", "to_v", "to_out.0")
+    lora_targets = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out", "conv",
+                    "linear_1", "linear_2", "to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(self, pipe, height, width, max_sequence_length=1, negative_prompt=""):
+    def __init__(self, pipe: Any, height: int, width: int, max_sequence_length: int = 1,
+                 negative_prompt: str = "") -> None:
         patch, widths = SIZES[pipe.transformer.config.size][:2]
         step = patch * 2 ** (len(widths) - 1)
         if height % step or width % step or height < step or width < step:
-            raise ValueError(f"{height} x {width} pixels cannot be halved {len(widths) - 1} times: take multiples of {step}")
-        self.pipe, self.height, self.width, self.max_sequence_length, self.negative_prompt = pipe, height, width, max_sequence_length, negative_prompt
+            raise ValueError(f"{height} x {width} pixels cannot be halved {len(widths) - 1} times: "
+                             f"take multiples of {step}")
+        self.pipe, self.height, self.width = pipe, height, width
+        self.max_sequence_length, self.negative_prompt = max_sequence_length, negative_prompt
 
     @property
-    def latent_shape(self):
+    def latent_shape(self) -> tuple[int, ...]:
         """Of one image: (3, height, width)."""
         return 3, self.height, self.width
 
     @property
-    def captions(self):
-        """Two captions for whoever only wants to see whether two pipelines generate the same: not any words will do here."""
+    def captions(self) -> tuple[str, ...]:
+        """Two captions that two pipelines can be compared on: only class names will do here."""
         return tuple(self.pipe.text_encoder.config.names[:2])
 
     @property
-    def tokens(self):
-        """Places of one image that the network works on."""
+    def tokens(self) -> int:
+        """Positions of one image that the network works on."""
         return self.height * self.width // SIZES[self.pipe.transformer.config.size].patch ** 2
 
     @torch.no_grad()
-    def encode_text(self, captions):
-        """{"label": (n,) int64, "empty_label": the negative's}, on the CPU."""
-        words = self.pipe.text_encoder
-        label = words(list(captions)).cpu()
-        return {"label": label, "empty_label": words([self.negative_prompt]).cpu().expand_as(label)}
+    def encode_text(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """{"label": (n,) int64, "empty_label": the negative prompt's}, on the CPU."""
+        encoder = self.pipe.text_encoder
+        label = encoder(list(captions)).cpu()
+        return {"label": label, "empty_label": encoder([self.negative_prompt]).cpu().expand_as(label)}
 
     @torch.no_grad()
-    def encode_images(self, images):
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """(n, 3, height, width) in [-1, 1] -> the same, in float32 on the pipeline's device."""
         return self.pipe.vae.encode(images.to(self.pipe.vae.device).float()).latent
 
     @torch.no_grad()
-    def decode(self, x):
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """x (n, 3, height, width) -> images in [-1, 1]."""
-        return self.pipe.vae.decode(x).sample.clamp(-1, 1)
+        return self.pipe.vae.decode(latents).sample.clamp(-1, 1)
 
-    def velocity(self, transformer, x, t, cond):
-        """noise - data at x (B, 3, H, W) and t (B,): guided in the rows whose guidance scale is above 1. cond: label, empty_label, guidance, each (B,)."""
+    def velocity(self, transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor,
+                 cond: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The velocity noise - data, (B, 3, H, W), guided where the guidance scale is above 1.
+
+        transformer: the pipeline's, or a wrapped one
+        x: (B, 3, H, W)
+        t: (B,) in [0, 1]
+        cond: label, empty_label, and guidance, the guidance scales, each (B,)
+        """
         guided = cond["guidance"] > 1                                                   # (B,), G of them
-        both = lambda nothing, own: torch.cat([nothing[guided], own])                   # (G + B, ...)
-        out = transformer(both(x, x), both(t, t), both(cond["empty_label"], cond["label"]))
-        nothing, v = out[:-len(x)], out[-len(x):]
-        g = cond["guidance"][guided].to(x).view(-1, 1, 1, 1)
-        return v.index_put((guided,), nothing + g * (v[guided] - nothing))
 
-    def sample_stock(self, captions, noise, steps, guidance, shift=None):
-        """What the pipeline makes from the same noise on the plain grid: (n, 3, H, W) in [-1, 1]."""
-        kept = self.pipe.scheduler
+        def both(empty: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+            return torch.cat([empty[guided], label])                                    # (G + B, ...)
+
+        out = transformer(both(x, x), both(t, t), both(cond["empty_label"], cond["label"]))
+        empty, v = out[:-len(x)], out[-len(x):]
+        g = cond["guidance"][guided].to(x).view(-1, 1, 1, 1)
+        return v.index_put((guided,), empty + g * (v[guided] - empty))
+
+    def sample_stock(self, captions: Sequence[str], noise: torch.Tensor, steps: int, guidance: float,
+                     shift: float | None = None) -> torch.Tensor:
+        """The pipeline's images, (n, 3, height, width) in [-1, 1], from the same noise on the plain grid.
+
+        captions: n of them
+        noise: (n, 3, height, width)
+        steps: number of steps
+        guidance: guidance scale
+        shift: the time shift; the scheduler's own when None
+        """
+        scheduler = self.pipe.scheduler
         if shift is not None:
-            self.pipe.scheduler = type(kept).from_config(kept.config, shift=shift)
+            self.pipe.scheduler = type(scheduler).from_config(scheduler.config, shift=shift)
         try:
-            images = self.pipe(list(captions), self.negative_prompt, self.height, self.width, steps, guidance_scale=guidance, latents=noise,
-                                 output_type="pt").images
+            images = self.pipe(list(captions), self.negative_prompt, self.height, self.width, steps,
+                               guidance_scale=guidance, latents=noise, output_type="pt").images
         finally:
-            self.pipe.scheduler = kept
+            self.pipe.scheduler = scheduler
         return images * 2 - 1
 
 # %% ../../nbs/learn/21_pixels.ipynb #c12
-def pipeline_of(network, names):
-    """The `PixelPipeline` of a `UNetFlow` and its class names. ValueError for a network that is told the step size."""
+def pipeline_of(network: UNetFlow, names: Sequence[str]) -> PixelPipeline:
+    """The pipeline of a network and its class names. ValueError where the step size is an input."""
     if network.levels:
-        raise ValueError("this network is told the step size, and a pipeline's scheduler cannot say it: sample it with scfm.models.unet.generate")
-    pipe = PixelPipeline(network, IdentityVAE(), ClassLabelEncoder(tuple(names)), FlowMatchEulerDiscreteScheduler(shift=1.))
+        raise ValueError("this network has the step size as an input, which a pipeline's scheduler does not "
+                         "pass on: sample it with scfm.models.unet.generate")
+    pipe = PixelPipeline(network, IdentityVAE(), ClassLabelEncoder(tuple(names)),
+                         FlowMatchEulerDiscreteScheduler(shift=1.))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def save_pipeline(network, names, folder):
-    """Writes `pipeline_of` as a folder that every command takes as --pretrained_model_name_or_path; replaces one that is there. Returns the folder."""
+def save_pipeline(network: UNetFlow, names: Sequence[str], folder: str | Path) -> Path:
+    """Writes `pipeline_of` as a folder, which the commands take as a pre-trained model; replaces an old one.
+
+    returns: the folder
+    """
     folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

@@ -1,85 +1,85 @@
-"""The demo and the benches, at a size of seconds: the real scripts, a handful of captions."""
+"""The benchmarks at a size of seconds: the real scripts, a handful of examples."""
+
 import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from scfm.cli import main
-from toy.judge import COLUMNS, STEPS, at_stock, best_of
-from toy.shapes import draw_captions
+from experiments.testbeds.cifar import Plan
+from scfm.data.labelled_images import load_labelled_images
 
-import torch
-
-
-def test_the_demo_writes_image_table_and_results(tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("\n".join(draw_captions(4, torch.Generator().manual_seed(0)).text))
-    out = tmp_path / "demo"
-    for attempt in range(2):  # a second demo starts from nothing and must not stumble over the first
-        assert main(["demo", "--out", str(out), "--updates", "2", "--captions", "4", "--prompts",
-                     str(tmp_path / "prompts.txt")]) == 0
-    said = capsys.readouterr().out
-    assert "prompt acc." in said and "carried LoRA" in said and "EMA decays" in said
-    record = json.loads((out / "results.json").read_text())
-    assert Image.open(out / "comparison.png").width > 600
-    assert record["captions"] == 4 and len(record["entries"]) == 4
-    for name, rows in record["entries"].items():
-        for steps in STEPS:
-            assert {*COLUMNS, "seconds"} <= at_stock(rows, steps).keys()
-    teacher = record["entries"]["teacher"]
-    assert at_stock(teacher, 32)["endpoint"] == 0
-    assert best_of(teacher, 3)["endpoint"] <= at_stock(teacher, 3)["endpoint"]
+pytestmark = pytest.mark.experiment
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_the_demo_refuses_nonsense(capsys):
-    assert main(["demo", "--captions", "0"]) == 2
-    assert "--captions" in capsys.readouterr().err
+@pytest.fixture
+def script(monkeypatch):
+    """Runs a script of benchmarks/ with words."""
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+
+    return run
 
 
-def script(monkeypatch, path, *words):
-    monkeypatch.setattr(sys, "argv", [path, *map(str, words)])
-    runpy.run_path(path, run_name="__main__")
+@pytest.fixture
+def gpu_cifar(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_cifar
+
+    return gpu_cifar
 
 
-def test_update_cost_counts_and_times(tmp_path, monkeypatch):
+def test_update_cost_counts_and_times(script, tmp_path):
     out = tmp_path / "cost"
-    script(monkeypatch, "bench/update_cost.py", "--rounds", 1, "--batch", 4, "--rank", 4, "--out", out)
+    script("update_cost.py", "--rounds", 1, "--batch", 4, "--rank", 4, "--out", out)
     ways = json.loads(out.with_suffix(".json").read_text())["ways"]
-    assert ways["plain"]["flop_ratio"] == 1
-    assert 1.6 < ways["scfm"]["flop_ratio"] < 2 and ways["scfm"]["gflops"] == pytest.approx(ways["swap"]["gflops"], rel=.02)
-    assert all(w["median_seconds"] > 0 for w in ways.values()) and out.with_suffix(".png").is_file()
+    assert ways["plain"]["flop_ratio"] == 1 and 1.6 < ways["scfm"]["flop_ratio"] < 2
+    assert ways["scfm"]["gflops"] == pytest.approx(ways["swap"]["gflops"], rel=0.02)
+    assert all(way["median_seconds"] > 0 for way in ways.values()) and out.with_suffix(".png").is_file()
 
 
-def test_the_evaluation_resumes(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "tiny.json"
-    script(monkeypatch, "bench/tiny_flux.py", "--captions", 8, "--out", out)
-    whole = json.loads(out.read_text())
-    broken = json.loads(out.read_text())
-    lost = broken["entries"]["teacher"].pop()
-    out.write_text(json.dumps(broken))
-    script(monkeypatch, "bench/tiny_flux.py", "--captions", 8, "--out", out)
-    again = json.loads(out.read_text())["entries"]["teacher"][-1]
-    assert {k: again[k] for k in COLUMNS} == {k: lost[k] for k in COLUMNS}
-    assert set(whole["summary"]) == {"teacher_32", *(f"at_{n}_steps" for n in (1, 2, 3, 4, 8))}
+def test_a_cached_step_is_held_against_one_that_encodes_anew(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import embedding_cache
+
+    monkeypatch.setattr(embedding_cache, "IMAGES", 4)
+    found = embedding_cache.measure(batch=2, rounds=1)
+    assert all(found[name]["median_cpu_seconds"] > 0 for name in ("anew", "cached"))
+    assert found["speedup"] > 0 and found["encoding_everything_once_seconds"] > 0
 
 
 @pytest.mark.parametrize("shape", ["flux", "sd35"])
-def test_the_12b_bench_runs_in_small(tmp_path, monkeypatch, shape):
+def test_the_12b_benchmark_runs_in_small(script, tmp_path, shape):
     out = tmp_path / "gpu.json"
-    script(monkeypatch, "bench/gpu_flux.py", "--tiny", "--shape", shape, "--batches", "2", "--rank", 4, "--rounds", 1,
-           "--out", out)
+    words = ["--tiny", "--shape", shape, "--batches", 2, "--rank", 4, "--rounds", 1, "--out", out]
+    script("gpu_flux.py", *words)
     record = json.loads(out.read_text())
-    assert record["tiny"] and len(record["rows"]) == 2      # labelled as what it is; two ways of computing the LoRA
+    assert (
+        record["tiny"] and len(record["rows"]) == 2
+    )  # labelled as what it is; two ways of computing the LoRA
     for row in record["rows"]:
         assert 1.3 < row["ratio_operations"] < 2 and row["scfm"]["seconds"] > 0
-        assert row["memory_gib"]["adapters"] == pytest.approx(3 * row["memory_gib"]["gradients"], abs=2e-4)
+        adapters, gradients = (row["memory_gib"][part] for part in ("adapters", "gradients"))
+        assert adapters == pytest.approx(3 * gradients, abs=2e-4)
 
 
-def test_the_readme_shows_the_committed_evaluation():
-    bench = runpy.run_path("bench/tiny_flux.py")
-    record = json.loads(Path("bench/results/tiny_flux.json").read_text())
-    assert bench["readme_table"](record) in Path("README.md").read_text(encoding="utf-8")
-    assert record["weights"]["lora"] == bench["digest"](bench["WEIGHTS"] / "lora")          # it is of these very weights
-    assert record["weights"]["teacher"] == bench["digest"](bench["FLUX"] / "transformer")
+def test_the_budget_that_fills_the_minutes_is_found_once(gpu_cifar, tmp_path, monkeypatch):
+    plan, path = Plan("data", tmp_path, "tiny", 0, 6), tmp_path / "plan.json"
+    monkeypatch.setattr(gpu_cifar, "seconds_per_evaluation", lambda plan, images: 0.001)
+    filled = gpu_cifar.make_plan(plan, 10, None, path)
+    assert filled.budget == int(
+        10 * 60 * 0.85 / (5 - 2 * 0.8) / 0.001
+    )  # three trainings and two fifths
+    monkeypatch.setattr(gpu_cifar, "seconds_per_evaluation", None)
+    assert gpu_cifar.make_plan(plan, 99, None, path) == filled
+    with pytest.raises(ValueError, match="plan of a tiny network"):
+        gpu_cifar.make_plan(plan._replace(size="full"), 10, None, path)
+
+
+def test_steps_are_timed_by_what_they_cost(gpu_cifar, noise_images, tmp_path):
+    plan, images = Plan(noise_images, tmp_path, "tiny", 0, 6), load_labelled_images(noise_images)
+    assert 0 < gpu_cifar.seconds_per_evaluation(plan, images, steps=2, warm_up=1) < 10

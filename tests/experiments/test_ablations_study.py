@@ -40,7 +40,9 @@ def test_a_small_run_looks_at_every_setting_of_the_plane(study):
         for value in sets["checkerboard"].values():
             assert list(value["looks"]) == ["4", "8"] and value["numbers"] > 0
             for look in value["looks"].values():
-                assert all(list(look[kind]) == ["1", "2", "3", "4", "8"] for kind in ("raw", "dialled", "scales"))
+                assert all(
+                    list(look[kind]) == ["1", "2", "3", "4", "8"] for kind in ("raw", "dialled", "scales")
+                )
 
 
 def test_the_grids_are_of_the_decays_and_of_what_mattered_most(study):
@@ -86,7 +88,11 @@ def test_nothing_is_chosen_for_the_grid_before_all_is_measured():
     candidates = {"a": ("0", "1", "2"), "b": ("0", "1"), "c": ("0", "1")}  # b's third is on no axis of a grid
     ranked, pair = most_sensitive(results, candidates, "moons")
     assert pair == ("a", "b") and [row["family"] for row in ranked] == ["a", "b", "c"]
-    assert [row["beyond_chance"] for row in ranked] == [True, True, False]  # c: log 2, twice the seeds' log 1.5
+    assert [row["beyond_chance"] for row in ranked] == [
+        True,
+        True,
+        False,
+    ]  # c: log 2, twice the seeds' log 1.5
     assert ranked[0]["raw"] == pytest.approx(math.log(4), abs=1e-4)
     assert ranked[0]["dialled"] == pytest.approx(math.log(2), abs=1e-4)
     lost = [result._replace(value=None) if i == 4 else result for i, result in enumerate(results)]

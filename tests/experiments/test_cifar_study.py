@@ -1,193 +1,176 @@
-"""The CIFAR-10 bench at a size of seconds: equal budgets, cells that are computed once, the record. On noise, with an untrained judge."""
-import io
-import json
-import sys
-from pathlib import Path
+"""The study `cifar` at a size of seconds: equal budgets, cells that are made once, the record. On noise, with
+a judge that was never trained.
+"""
 
-import pyarrow
-import pyarrow.parquet
+import json
+
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import carry_flows  # noqa: E402
-import cifar_cells  # noqa: E402
-import cifar_training  # noqa: E402
-from cifar_cells import Judge, Painter, lora_painter, generate_all, precision_recall, sampler, score_all  # noqa: E402
-from cifar_report import aims  # noqa: E402
-from cifar_training import DISTILLED, LORA, METHODS, Plan, train_all, updates_for  # noqa: E402
-from scfm.data.labelled_images import load_labelled_images  # noqa: E402
-from scfm.inference.step_lora import StepLora, InferenceConfig  # noqa: E402
-from scfm.models.unet import generate, header_of, load_flow  # noqa: E402
-from toy.features import Features, look  # noqa: E402
-from toy.train_features import PEAK, augment, rate, save  # noqa: E402
-from toy.train_features import main as train_features  # noqa: E402
+from experiments import carry_flows
+from experiments.studies import cifar
+from experiments.studies.cifar import flow_sampler, lora_samplers
+from experiments.studies.cifar_report import aims
+from experiments.testbeds.cifar import (
+    DISTILLED,
+    LORA,
+    METHODS,
+    Cifar10,
+    Plan,
+    flow_notes,
+    job_of,
+    saved_settings,
+    steps_for,
+)
+from experiments.testbeds.cifar_judge import precision_recall
+from scfm.inference.step_lora import InferenceConfig, StepLora
+from scfm.models.unet import generate, header_of, load_flow
+from toy.features import Features
+
+pytestmark = pytest.mark.experiment
+PLAIN, DISTIL, BY_LORA = (job_of(name, 0) for name in ("plain", DISTILLED, LORA))
+
+
+@pytest.fixture
+def plan(noise_images, tmp_path):
+    """240 evaluations a training, 6 images a measurement."""
+    return Plan(noise_images, tmp_path / "cells", "tiny", 240, 6, 0, searched=(1,))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder, g = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
-    for split in ("train", "test"):
-        cells = []
-        for pixels in torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8, generator=g):
-            Image.fromarray(pixels.numpy()).save(file := io.BytesIO(), "png")
-            cells.append({"bytes": file.getvalue(), "path": None})
-        pyarrow.parquet.write_table(pyarrow.table({"img": cells, "label": [i % 10 for i in range(40)]}), folder / f"{split}-0.parquet")
-    return str(folder)
+def trained(noise_images, tmp_path_factory):
+    """A testbed with its plain flow, of 320 evaluations."""
+    bed = Cifar10(Plan(noise_images, tmp_path_factory.mktemp("cells"), "tiny", 320, 6, 0, searched=(1,)))
+    bed.train(PLAIN)
+    return bed
+
+
+@pytest.fixture
+def untrained_judge(monkeypatch):
+    torch.manual_seed(0)
+    network = Features().eval()
+    monkeypatch.setattr("experiments.testbeds.cifar_judge.load_features", lambda: network)
 
 
 def test_the_same_budget_buys_the_same_evaluations():
-    for told in (*METHODS.values(), {"non_shortcut_ratio": 0.}):
-        updates = updates_for(960_000, {"batch": 64}, told)
-        spent = updates * 64 * (3 + 2 * (1 - told["non_shortcut_ratio"]))
+    for ratio in (*(change["non_shortcut_ratio"] for change in METHODS.values()), 0.0):
+        steps = steps_for(960_000, {"global_batch_size": 64}, ratio)
+        spent = steps * 64 * (3 + 2 * (1 - ratio))
         assert 0 <= 960_000 - spent < 64 * 5
-    with pytest.raises(ValueError, match="buy no update"):
-        updates_for(100, {"batch": 64}, METHODS["plain"])
+    with pytest.raises(ValueError, match="buy no step"):
+        steps_for(100, {"global_batch_size": 64}, 1.0)
 
 
-def test_training_keeps_the_teacher_and_computes_nothing_twice(data, tmp_path, monkeypatch):
-    plan, images = Plan(data, tmp_path, "tiny", 240, 6, 0), load_labelled_images(data)
-    assert train_all(plan, "plain", 0, images, lambda: False) is None                # the time is up after an update
-    flow = train_all(plan, "plain", 0, images)
-    kept = tmp_path / "plain-0" / "kept.safetensors"
-    told = [json.loads(header_of(path)["notes"]) for path in (kept, flow)]
-    assert told == [{"updates": 8, "evaluations": 192}, {"updates": 10, "evaluations": 240}]
-    distilled = train_all(plan, DISTILLED, 0, images)
-    assert json.loads(header_of(distilled)["notes"]) == {"updates": 1, "evaluations": 40}
-    monkeypatch.setattr(cifar_training, "pretrain", None)                                 # would fail if it were called again
-    assert train_all(plan, "plain", 0, images) == flow and train_all(plan, DISTILLED, 0, images) == distilled
+def test_training_leaves_the_teacher_and_computes_nothing_twice(plan, monkeypatch):
+    assert Cifar10(plan, should_stop=lambda: True).train(PLAIN) is None  # the time is up after a step
+    bed = Cifar10(plan)
+    flow = bed.train(PLAIN)
+    assert flow_notes(bed.teacher_file(PLAIN)) == {"train_steps": 8, "evaluations": 192}
+    assert flow_notes(flow) == {"train_steps": 10, "evaluations": 240}
+    distilled = bed.train(DISTIL)
+    assert flow_notes(distilled) == {"train_steps": 1, "evaluations": 40}
+    monkeypatch.setattr("experiments.testbeds.cifar.pretrain", None)  # would fail if it were called again
+    assert bed.train(PLAIN) == flow and bed.train(DISTIL) == distilled
 
 
-def test_flows_are_carried_in_half_precision_with_their_notes_or_not_at_all(data, tmp_path, capsys):
-    plan, images = Plan(data, tmp_path / "cells", "tiny", 240, 6, 0), load_labelled_images(data)
-    flow = train_all(plan, "plain", 0, images)
-    words = ["--cells", str(plan.cells), "--out", str(tmp_path / "out")]
+def test_flows_are_carried_in_half_precision_with_their_notes_or_not_at_all(trained, tmp_path, capsys):
+    flow, out = trained.flow_file(PLAIN), tmp_path / "out"
+    words = ["--cells", str(trained.plan.cells), "--out", str(out)]
     with pytest.raises(SystemExit):
         carry_flows.main(words)
-    assert "scfm-1_4-0" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "scfm-1_4-0" in capsys.readouterr().err and not out.exists()
     for name in ("scfm 1/4", "shortcut"):
-        train_all(plan, name, 0, images)
+        trained.train(job_of(name, 0))
     carry_flows.main(words)
-    carried = tmp_path / "out" / "plain.safetensors"
-    assert header_of(carried)["notes"] == header_of(flow)["notes"]
+    carried = out / "plain.safetensors"
+    assert json.loads(header_of(carried)["notes"]) == flow_notes(flow)
     assert all(torch.equal(half, load_file(flow)[name].half()) for name, half in load_file(carried).items())
 
 
-def test_the_lora_of_the_kept_flow_is_distilled_by_the_engine_and_generated_at_two_strengths(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar_cells, "NFE", (1, 2))
-    plan, images = Plan(data, tmp_path, "tiny", 320, 6, 0), load_labelled_images(data)
-    train_all(plan, "plain", 0, images)
-    assert train_all(plan, LORA, 0, images, lambda: False) is None                   # the time is up after an update
-    path = train_all(plan, LORA, 0, images)
-    assert json.loads((path.parent / "config.json").read_text())["updates"] == 2       # a fifth of 320, 8 rows of 4
-    monkeypatch.setattr(cifar_training, "begin", None)                                 # would fail if it were called again
-    assert train_all(plan, LORA, 0, images) == path
-    raw, turned, dial = lora_painter(plan, 0, images.names, "cpu", noises=2)
+def test_the_lora_of_the_teacher_is_distilled_by_the_library_and_sampled_at_two_scales(trained, monkeypatch):
+    stopped = Cifar10(trained.plan, should_stop=lambda: True)
+    assert stopped.train(BY_LORA) is None  # the time is up after a step
+    path = trained.train(BY_LORA)
+    assert saved_settings(path.parent)["max_train_steps"] == 2  # a fifth of 320, 8 examples of 4
+    monkeypatch.setattr("experiments.testbeds.cifar.init_trainer", None)  # would fail if it were called again
+    assert trained.train(BY_LORA) == path
+    raw, dialled, scales = lora_samplers(trained, BY_LORA, noises=2)
     noise, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     step = StepLora(InferenceConfig(lora=str(path.parent)), "cpu")
-    for generate, scale in ((raw, 1.), (turned, dial.scale(2))):
+    for sampler, scale in ((raw, 1.0), (dialled, scales.scale(2))):
         step.set_scale(scale)
-        assert torch.equal(generate(labels, noise, 2, "euler"), generate(step.pipe.transformer, labels, noise, 2))
-    step.set_scale(0.)                                                                 # and nothing but the kept flow lies below
-    kept = sampler(load_flow(tmp_path / "plain-0" / "kept.safetensors"))
-    assert torch.allclose(generate(step.pipe.transformer, labels, noise, 2), kept(labels, noise, 2, "euler"), atol=1e-5)
+        assert torch.equal(
+            sampler(labels, noise, 2, "euler"), generate(step.pipe.transformer, labels, noise, 2)
+        )
+    step.set_scale(0.0)  # and nothing but the teacher is below
+    teacher = flow_sampler(load_flow(trained.teacher_file(BY_LORA)))
+    below = generate(step.pipe.transformer, labels, noise, 2)
+    assert torch.allclose(below, teacher(labels, noise, 2, "euler"), atol=1e-5)
 
 
-def test_images_are_generated_and_judged_once(data, tmp_path, monkeypatch):
-    plan = Plan(data, tmp_path, "tiny", 48, 6, 0)
-    torch.manual_seed(0)
-    network = Features().eval()
-    monkeypatch.setattr(cifar_cells, "load_features", lambda: network)
-    plan = plan._replace(nfe=(1, 2))
-    flow = load_flow(train_all(plan._replace(budget=60), "shortcut", 0, load_labelled_images(data)))
-    files = generate_all(plan, "shortcut 0", sampler(flow), Painter(plan), ("euler", "midpoint"))
-    assert list(files) == [("euler", 1), ("euler", 2), ("midpoint", 2)]
-    pixels = load_file(files["euler", 2])["pixels"]
+def test_images_are_generated_and_judged_once(trained, untrained_judge):
+    bed = Cifar10(trained.plan._replace(nfe=(1, 2)))
+    sampler = flow_sampler(load_flow(bed.flow_file(PLAIN)))
+    rows = [cifar.measure_all(bed, PLAIN, sampler, solver) for solver in ("euler", "midpoint")]
+    assert [(row["solver"], row["nfe"]) for part in rows for row in part] == [
+        ("euler", 1),
+        ("euler", 2),
+        ("midpoint", 2),
+    ]
+    assert rows[0][1]["frechet_test"] > 0 and 0 <= rows[0][1]["label_accuracy"] <= 1
+    files = [
+        path for folder in (bed.samples.folder, bed.plan.cells / "measured") for path in folder.iterdir()
+    ]
+    pixels = load_file(next(path for path in files if path.name == "plain-0-6-euler-2.safetensors"))["pixels"]
     assert pixels.shape == (6, 3, 32, 32) and pixels.dtype == torch.uint8
-    judge = Judge(plan)
-    score_all(plan, files, judge)
-    rows = sorted((tmp_path / "measured").glob("shortcut-0-6-*.json"))
-    row = json.loads(rows[1].read_text())
-    assert (row["solver"], row["nfe"]) == ("euler", 2) and row["frechet_test"] > 0 and 0 <= row["label_accuracy"] <= 1
-    before = [path.stat().st_mtime_ns for path in (*files.values(), *rows)]
-    score_all(plan, generate_all(plan, "shortcut 0", None, None, ("euler", "midpoint")), judge)
-    assert [path.stat().st_mtime_ns for path in (*files.values(), *rows)] == before
+    before = [path.stat().st_mtime_ns for path in files]
+    again = [cifar.measure_all(bed, PLAIN, None, solver) for solver in ("euler", "midpoint")]
+    assert again == rows and [path.stat().st_mtime_ns for path in files] == before
+
+
+def test_the_command_writes_a_record_of_what_it_trained(noise_images, tmp_path, untrained_judge):
+    words = [noise_images, "--cells", str(tmp_path / "cells"), "--out", str(tmp_path / "cifar"), "--smoke"]
+    assert cifar.main([*words, "--nfe", "1", "4", "64", "--only", "plain", DISTILLED]) == 0
+    record = json.loads((tmp_path / "cifar.json").read_text())
+    assert list(record["samplers"]) == ["plain", DISTILLED, f"{DISTILLED}, dialled"]
+    assert record["trained"]["plain"]["0"]["settings"]["global_batch_size"] == 8
+    assert record["floor"]["frechet_test"] >= 0 and set(record["aims"]) == {DISTILLED}
+    assert (tmp_path / "cifar.png").is_file() and (tmp_path / "cifar_images.png").is_file()
 
 
 def test_precision_and_recall_of_what_is_known():
     real = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
-    assert precision_recall(real, real) == (1., 1.)
-    assert precision_recall(real, real + 100) == (0., 0.)
-    near, far = precision_recall(real, real[:1].repeat(200, 1) + 1e-4 * torch.randn(200, 4))   # one mode: true, and not all of it
-    assert near == 1. and far < .1
-
-
-def test_the_feature_network_comes_back_and_looks_the_same_at_bytes_and_floats(tmp_path):
-    torch.manual_seed(0)
-    network = Features().eval()
-    pixels = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
-    seen = look(network, pixels, batch=2)
-    assert torch.allclose(seen.features, network.features(pixels.float() / 127.5 - 1), atol=1e-5) and seen.logits.shape == (5, 10)
-    save(network, tmp_path / "w.safetensors", {"test_accuracy": .5})
-    from toy.features import load_features, recipe
-    assert recipe(tmp_path / "w.safetensors") == {"test_accuracy": .5}
-    assert torch.allclose(look(load_features(tmp_path / "w.safetensors"), pixels).features, seen.features, atol=1e-2)
-    with pytest.raises(FileNotFoundError, match="toy.train_features"):
-        load_features(tmp_path / "none")
-
-
-def test_augmented_images_are_shifts_of_the_image_with_a_grey_hole():
-    pixels = torch.full((50, 3, 32, 32), 255, dtype=torch.uint8)
-    x = augment(pixels, torch.Generator().manual_seed(0))
-    assert x.shape == (50, 3, 32, 32) and set(x.unique().tolist()) == {0., 1.}
-    holes = (x == 0).sum((2, 3))[:, 0]
-    assert holes.max() == 81 and holes.min() >= 25                  # 9 x 9 and less at the border
-    ramp = torch.arange(32, dtype=torch.uint8).expand(1, 3, 32, 32)
-    for seed in range(20):
-        row = augment(ramp, torch.Generator().manual_seed(seed))[0, 0]
-        middle = row[:, 8:24][(row[:, 8:24] != 0).all(1)][0]
-        assert torch.allclose(middle.diff().abs(), torch.full((15,), 1 / 127.5), atol=1e-6)
-
-
-def test_the_learning_rate_rises_and_falls_twice_the_second_time_half_as_high():
-    rates = [rate(i / 10, (10, 5)) for i in range(151)]
-    assert rates[0] == rates[100] == rates[150] == 0 and rates[20] == max(rates) == PEAK
-    assert rates[110] == max(rates[100:]) == PEAK / 2
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, real + 100) == (0.0, 0.0)
+    one_mode = real[:1].repeat(200, 1) + 1e-4 * torch.randn(200, 4)  # true, and not all of it
+    precision, recall = precision_recall(real, one_mode)
+    assert precision == 1.0 and recall < 0.1
 
 
 def test_the_aims_are_judged_seed_by_seed():
-    row = lambda nfe, value: {"solver": "euler", "nfe": nfe, "frechet_test": value}
-    samplers = {"plain": {"0": [row(4, 2.), row(64, 1.)], "1": [row(4, 4.), row(64, 1.)]},
-                "scfm 1/4": {"1": [row(4, 1.), row(64, 1.04)]}, "shortcut": {"0": [row(4, 1.), row(64, 1.)], "1": [row(4, 3.), row(64, 2.)]}}
-    told = aims({"samplers": samplers})
-    assert told["scfm 1/4"] == {"at 4, times plain": {"1": .25}, "at most half": True, "at 64, times plain": {"1": 1.04}, "at most 1.05": True}
-    assert told["shortcut"]["at 4, times plain"] == {"0": .5, "1": .75} and not told["shortcut"]["at most half"]
+    def rows(at_4, at_64):
+        return [{"solver": "euler", "nfe": n, "frechet_test": v} for n, v in ((4, at_4), (64, at_64))]
+
+    samplers = {
+        "plain": {"0": rows(2.0, 1.0), "1": rows(4.0, 1.0)},
+        "scfm 1/4": {"1": rows(1.0, 1.04)},
+        "shortcut": {"0": rows(1.0, 1.0), "1": rows(3.0, 2.0)},
+    }
+    found = aims({"samplers": samplers})
+    assert found["scfm 1/4"] == {
+        "at 4, times plain": {"1": 0.25},
+        "at most half": True,
+        "at 64, times plain": {"1": 1.04},
+        "at most 1.05": True,
+    }
+    assert found["shortcut"]["at 4, times plain"] == {"0": 0.5, "1": 0.75}
+    assert not found["shortcut"]["at most half"]
 
 
-def test_a_second_cycle_is_trained_and_goes_on_from_its_checkpoint(data, tmp_path):
-    words = [str(data), "--work", str(tmp_path), "--epochs", "1", "1", "--out"]
-    assert train_features([*words, str(tmp_path / "a")]) == 0
-    (tmp_path / "features-1-1-0.pt").rename(tmp_path / "whole.pt")
-    assert train_features([str(data), "--work", str(tmp_path), "--epochs", "1", "0", "--out", str(tmp_path / "b")]) == 0
-    (tmp_path / "features-1-0-0.pt").rename(tmp_path / "features-1-1-0.pt")
-    assert train_features([*words, str(tmp_path / "c")]) == 0
-    first, once, again = (load_file(tmp_path / name) for name in "bac")
-    assert all(torch.equal(once[k], again[k]) for k in once) and any(not torch.equal(once[k], first[k]) for k in once)
-
-
-def test_the_budget_that_fills_the_minutes_is_found_once(data, tmp_path, monkeypatch):
-    import gpu_cifar
-    monkeypatch.setattr(gpu_cifar, "seconds_per_evaluation", lambda plan, images: .001)
-    plan = gpu_cifar.make_plan(Plan(data, tmp_path, "tiny", 0, 6), 10, None, tmp_path / "plan.json")
-    assert plan.budget == int(10 * 60 * .85 / (5 - 2 * .8) / .001)      # three whole trainings and two fifths
-    monkeypatch.setattr(gpu_cifar, "seconds_per_evaluation", None)
-    assert gpu_cifar.make_plan(Plan(data, tmp_path, "tiny", 0, 6), 99, None, tmp_path / "plan.json") == plan
-    with pytest.raises(ValueError, match="plan of a tiny network"):
-        gpu_cifar.make_plan(Plan(data, tmp_path, "full", 0, 6), 10, None, tmp_path / "plan.json")
-
-
-def test_updates_are_timed_by_what_they_cost(data, tmp_path):
-    import gpu_cifar
-    assert 0 < gpu_cifar.seconds_per_evaluation(Plan(data, tmp_path, "tiny", 0, 6), load_labelled_images(data), updates=2, warm=1) < 10
+def test_the_first_trainings_are_read_by_today_s_names(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"updates": 3, "batch": 8, "slow_decay": 0.9, "seed": 0})
+    )
+    settings = {"max_train_steps": 3, "global_batch_size": 8, "ema_decay_slow": 0.9, "seed": 0}
+    assert saved_settings(tmp_path) == settings

@@ -18,7 +18,9 @@ def test_a_small_run_writes_everything(study):
         for name in ("damped", "damped, k/N .2", "paper"):
             for curve in ("raw", "dialled", "scales", "deviation"):
                 assert list(curves[f"{name} {curve}"]) == [str(n) for n in STEPS]
-        assert list(curves["teacher euler"]) == [str(n) for n in STEPS] and "1" not in curves["teacher midpoint"]
+        assert (
+            list(curves["teacher euler"]) == [str(n) for n in STEPS] and "1" not in curves["teacher midpoint"]
+        )
         assert set(curves["paper raw"]["3"]) == {"mean", "spread", "seeds"}
         floor = record["floor"][data]
         assert 0 < floor["low"] <= floor["mean"] <= floor["high"]
@@ -55,6 +57,13 @@ def test_a_part_alone_keeps_what_is_there_of_the_other(study):
     record = study.run("--only", "ablations", out="part").record
     assert record["ablations"] == whole["ablations"] and record["main"] == whole["main"]
     assert not record["floor"] and len(record["missing"]) == len(DATA)
+
+
+def test_other_processes_find_the_cells_and_make_the_lost_one(study):
+    study.run()
+    study.lose("student_sw2")
+    again = study.run("--workers", "2").record
+    assert again["cost"]["this_run"]["cells_made"] == 1 and again["main"] == study.first.record["main"]
 
 
 def test_the_paper_s_further_seeds_come_last():

@@ -28,11 +28,6 @@ def test_a_small_run_measures_both_worlds_and_stores_what_it_made(study):
     assert Image.open(study.folder / "variants.png").width > 400 and "times the base" in printed
 
 
-def test_other_processes_find_the_cells(study):
-    again = study.run("--workers", "2").record
-    assert again["cost"]["this_run"]["cells_made"] == 0 and again["ratios"] == study.first.record["ratios"]
-
-
 BEST = {2: (0.6, 0.9), 3: (1.1, 0.5, 0.3), 4: (0.7, 0.2, 0.2, 0.4), 8: (0.3,) * 8}
 
 
@@ -62,7 +57,9 @@ def value(endpoints, quality=1.0, accuracy=None, at_the_end=False):
     found = {"endpoints": endpoints, "quality": quality}
     if accuracy is not None:
         found["accuracy"] = accuracy
-    return {kind: dict.fromkeys((2, 4), number) for kind, number in found.items()} | {"at_the_end": at_the_end}
+    return {kind: dict.fromkeys((2, 4), number) for kind, number in found.items()} | {
+        "at_the_end": at_the_end
+    }
 
 
 def result(part, label, value):

@@ -288,7 +288,7 @@ def test_a_run_that_is_through_is_left_alone(images, tmp_path, capsys):
                 "2",
                 "--scales",
                 ".5,1",
-                "--goal_steps",
+                "--target_steps",
                 "3",
             ]
         )
