@@ -6,6 +6,12 @@ ARGS  ?=
 JOBS  ?= 2
 FAST  := not slow and not notebook and not experiment
 
+# Threads of torch spin briefly before they sleep: as fast on an idle machine, and no collapse beside other programs
+# (benchmarks/results/openmp_policy.json). Whoever has set OpenMP up differently keeps that.
+ifeq ($(OMP_WAIT_POLICY)$(OMP_NUM_THREADS),)
+export GOMP_SPINCOUNT ?= 20000
+endif
+
 .PHONY: help demo test check test-versions constraints export hooks clean
 
 help:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from scfm.method.baselines import network_evaluations, updates_for
+from scfm.method.baselines import network_evaluations, train_steps_for
 
 PAIR_STEPS = 32  # of the teacher, for a pair of Reflow
 STAGES = (16, 8, 4, 2, 1)  # of progressive distillation: steps of the student
@@ -20,8 +20,8 @@ def plan(method: str, budget: int, batch: int, search: int = 0, lora: bool = Fal
     """
     if method == "reflow":
         pairs = budget // 2 // PAIR_STEPS
-        return updates_for(method, budget, batch, pairs=pairs, pair_steps=PAIR_STEPS, lora=lora), pairs
-    return updates_for(method, budget - (search if method == "scfm" else 0), batch, lora=lora), 0
+        return train_steps_for(method, budget, batch, pairs=pairs, pair_steps=PAIR_STEPS, lora=lora), pairs
+    return train_steps_for(method, budget - (search if method == "scfm" else 0), batch, lora=lora), 0
 
 
 def spent(method: str, budget: int, batch: int, search: int = 0, lora: bool = False) -> int:

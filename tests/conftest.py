@@ -12,7 +12,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """With `-n`, a file's tests stay together, as they share slow fixtures; notebooks are dealt out one by one."""
+    """With `-n`, a file's tests stay together, as they share slow fixtures; notebooks are dealt out one by
+    one."""
     for item in items:
         if item.path.stem != "test_notebooks":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

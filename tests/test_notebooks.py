@@ -1,4 +1,6 @@
-"""Every notebook runs from top to bottom in a fresh kernel and in its time, and is committed with what it then shows."""
+"""Every notebook runs from top to bottom in a fresh kernel and in its time, and is committed with what it
+then shows."""
+
 import json
 import re
 import shutil
@@ -14,7 +16,9 @@ from nbclient.exceptions import CellTimeoutError
 pytestmark = pytest.mark.notebook
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*/*.ipynb"))
-BUDGETS = json.loads((ROOT / "tests" / "budgets.json").read_text())  # seconds, on a laptop with nothing else to do
+BUDGETS = json.loads(
+    (ROOT / "tests" / "budgets.json").read_text()
+)  # seconds, on a laptop with nothing else to do
 PATIENCE = 4  # a slow or busy machine may take so many times the budget
 LARGEST = 500_000  # bytes
 MACHINE_PATH = re.compile(r"(?<![\w.])/(work|home|root|Users)/")
@@ -26,8 +30,17 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     assert path.stem in BUDGETS, f"{path.name} has no budget: write its seconds into tests/budgets.json"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a notebook needs nothing from the network
-    folder = shutil.copytree(path.parent, tmp_path / "nbs" / path.parent.name, ignore=shutil.ignore_patterns(".*", "_*"))
-    for name in ("benchmarks", "docs", "examples", "experiments", "scfm", "toy"):  # a notebook may look at its neighbours
+    folder = shutil.copytree(
+        path.parent, tmp_path / "nbs" / path.parent.name, ignore=shutil.ignore_patterns(".*", "_*")
+    )
+    for name in (
+        "benchmarks",
+        "docs",
+        "examples",
+        "experiments",
+        "scfm",
+        "toy",
+    ):  # a notebook may look at its neighbours
         (tmp_path / name).symlink_to(ROOT / name)
     notebook = nbformat.read(folder / path.name, as_version=4)
     committed = [shown(cell) for cell in code_cells(notebook)]
@@ -38,24 +51,37 @@ def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
         began = began or time.monotonic()  # at the first cell: starting a kernel is not the notebook's work
         return max(1, int(began + PATIENCE * BUDGETS[path.stem] - time.monotonic()))
 
-    client = NotebookClient(notebook, kernel_name="python3", startup_timeout=120, timeout_func=seconds_left,
-                            resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",
+        startup_timeout=120,
+        timeout_func=seconds_left,
+        resources={"metadata": {"path": str(folder)}},
+    )
     try:
         client.execute()
     except CellTimeoutError as error:
         pytest.fail(f"{path.name} takes more than {PATIENCE} x its budget of {BUDGETS[path.stem]} s: {error}")
     took = time.monotonic() - began
     if took > BUDGETS[path.stem]:
-        warnings.warn(f"{path.name} took {took:.0f} s, its budget is {BUDGETS[path.stem]} s")
-    stale = [cell.source for cell, before in zip(code_cells(notebook), committed) if shown(cell) != before]
-    assert not stale, f"committed without the output that it has when run, or with one that it has not:\n{stale[0]}"
+        warnings.warn(f"{path.name} took {took:.0f} s, its budget is {BUDGETS[path.stem]} s", stacklevel=1)
+    stale = [
+        cell.source
+        for cell, before in zip(code_cells(notebook), committed, strict=False)
+        if shown(cell) != before
+    ]
+    assert not stale, (
+        f"committed without the output that it has when run, or with one that it has not:\n{stale[0]}"
+    )
 
 
 @each_notebook
 def test_it_is_committed_with_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert path.stat().st_size <= LARGEST, f"{path.name} has {path.stat().st_size} bytes: smaller or fewer figures"
+    assert path.stat().st_size <= LARGEST, (
+        f"{path.name} has {path.stat().st_size} bytes: smaller or fewer figures"
+    )
     cells = code_cells(notebook)
     outputs = [output for cell in cells for output in cell.outputs]
     assert outputs, f"{path.name} is committed without outputs: run it, then save it"
@@ -71,7 +97,7 @@ def test_it_names_no_path_of_a_machine(path):
     for cell in nbformat.read(path, as_version=4).cells:
         for text in [cell.source, *(t for output in cell.get("outputs", []) for t in texts(output))]:
             found = MACHINE_PATH.search(text)
-            assert not found, f"{path.name}: {text[max(0, found.start() - 40):found.end() + 40]!r}"
+            assert not found, f"{path.name}: {text[max(0, found.start() - 40) : found.end() + 40]!r}"
 
 
 def test_each_budget_has_its_notebook():

@@ -5,6 +5,7 @@ The rule, cell by cell, with an empty line between cells:
 - code stays as it is, without lines that begin with `%` or `#|`;
 - a cell that is one expression, which a notebook would display, is printed.
 """
+
 import ast
 import json
 import os
@@ -45,11 +46,16 @@ def test_the_script_is_the_notebook():
 
 def test_it_runs_with_small_numbers(tmp_path):
     """Steps and samples, all numbers of four digits, become 40; test_notebooks.py runs it with its own."""
-    short, found = re.subn(r"(?<=[ (])[1-9]\d{3}(?=[,)])", "40", script_of(NOTEBOOK))
-    assert found >= 4
+    short, count = re.subn(r"(?<=[ (])[1-9]\d{3}(?=[,)])", "40", script_of(NOTEBOOK))
+    assert count >= 4
     (tmp_path / "short.py").write_text(short, encoding="utf-8")
-    done = subprocess.run([sys.executable, "short.py"], cwd=tmp_path, env={**os.environ, "MPLBACKEND": "agg"},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "short.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "teacher  student" in done.stdout
 

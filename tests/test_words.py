@@ -13,11 +13,16 @@ FOLDERS = ("scfm", "experiments", "benchmarks", "examples", "toy", "nbs", "docs"
 # Names of code: variables, functions, classes, settings.
 NAMES = set(
     """told said asked speakers speaker speak FullSpeakers LoraSpeakers FlowSpeakers CAST RULES follow option
-    one_update draw_update apply_gradient Run Pretraining RunConfig PretrainConfig UseConfig begin_folder told_before MAY_CHANGE
-    surroundings Dial read_dial write_dial find_dial keep_dial StepScales by_step in_turn vertex Eye Towers Cut Peer peers
-    own_samplers find_eyes own_eye paint painted picture pictures stock_pictures encode_pictures gallery judged_captions ship
-    write_whole look_at fault_of rows_of_update CachedRows PictureFlow ClassNames NoVAE LabelAndLevel own_shift clip_tokens
-    true_guidance teacher_share flow_share own_share fast_decay slow_decay speaker_scale micro_batch checkpoint_every
+    one_update draw_update apply_gradient Run Pretraining RunConfig PretrainConfig UseConfig begin_folder
+    told_before MAY_CHANGE
+    surroundings Dial read_dial write_dial find_dial keep_dial StepScales by_step in_turn vertex Eye Towers
+    Cut Peer peers
+    own_samplers find_eyes own_eye paint painted picture pictures stock_pictures encode_pictures gallery
+    judged_captions ship
+    write_whole look_at fault_of rows_of_update CachedRows PictureFlow ClassNames NoVAE LabelAndLevel
+    own_shift clip_tokens
+    true_guidance teacher_share flow_share own_share fast_decay slow_decay speaker_scale micro_batch
+    checkpoint_every
     preview_every student_steps judge_scales sample_shift max_tokens stock_shift_of tuned""".split()
 )
 # Words of prose and of output.

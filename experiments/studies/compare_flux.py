@@ -30,8 +30,8 @@ from experiments.testbeds.tiny_flux import (
 )
 from scfm.method.baselines import (
     distillation_loss,
+    dpm_solver_pp,
     fit,
-    multistep,
     progressive_loss,
     reflow_loss,
     sample_renoised,
@@ -205,7 +205,7 @@ def measure_teacher(bed: TinyFlux, job: Job) -> dict:
             counted = [n for n in bed.sizes.steps if n % cost == 0]
             by_solver = partial(sample, solver=solver)
             curves |= curve_of(solver, lambda n, c=cost, s=by_solver: measure(velocity, n // c, s), counted)
-        return curves | curve_of("multistep", lambda n: measure(velocity, n, multistep), bed.sizes.steps)
+        return curves | curve_of("multistep", lambda n: measure(velocity, n, dpm_solver_pp), bed.sizes.steps)
 
     spec = {
         "pipeline": fingerprint,

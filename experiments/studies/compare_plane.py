@@ -28,10 +28,10 @@ from experiments.testbeds.plane_measures import measure_floor, measure_student, 
 from scfm.method.baselines import (
     SHORTCUT_GRIDS,
     distillation_loss,
+    dpm_solver_pp,
     fit,
     make_pairs,
     meanflow_loss,
-    multistep,
     progressive,
     reflow_loss,
     sample_renoised,
@@ -250,7 +250,9 @@ def measure_multistep(bed: Plane, job: Job) -> dict:
     def make() -> dict:
         score, noise = bed.cloud(job), bed.references(job).noise
         velocity = CopiedModels(network).field("teacher")
-        return {"multistep": {n: score(multistep(velocity, noise, time_grid(n)))[0] for n in bed.sizes.steps}}
+        return {
+            "multistep": {n: score(dpm_solver_pp(velocity, noise, time_grid(n)))[0] for n in bed.sizes.steps}
+        }
 
     return bed.cache("multistep_sw2", {"of": spec, **bed.judged_by(steps=bed.sizes.steps)}, make)
 

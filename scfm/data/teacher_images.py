@@ -130,7 +130,8 @@ def begin_listing(folder: Path, rows: Sequence[Row]) -> set[int]:
     foreign = [row["file_name"] for row, state in zip(rows, states, strict=True) if state == "foreign"]
     if foreign:
         raise ValueError(
-            f"{folder}/{foreign[0]} was not made by this command, and would be overwritten: take another folder"
+            f"{folder}/{foreign[0]} was not made by this command, and would be overwritten: take another "
+            f"folder"
         )
     if not listing.is_file():
         atomic_write(listing, lambda new: new.write_text(text, encoding="utf-8"))

@@ -117,7 +117,7 @@ def lora_samplers(step_lora: StepLora, model: ExternalModel, steps: Sequence[int
     if guidance is None:
         guidance = step_lora.config.teacher_guidance_scale
     if shift:
-        scheduler = fixed_shift(scheduler, shift)
+        scheduler = fixed_shift(shift)
     settings = {
         "lora_scale": model.lora_scale,
         "guidance_scale": guidance,
@@ -204,7 +204,7 @@ def pipeline_samplers(
         ).to(device)
     pipe.set_progress_bar_config(disable=True)
     if model.inference_shift:
-        pipe.scheduler = fixed_shift(pipe.scheduler, model.inference_shift)
+        pipe.scheduler = fixed_shift(model.inference_shift)
     family = step_lora.family if source.class_name == step_lora.source.class_name else None
     network = getattr(pipe, "transformer", None) or pipe.unet
     settings = {

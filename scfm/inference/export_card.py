@@ -35,9 +35,7 @@ pipe = {kind}.from_pretrained("{folder}", torch_dtype=torch.{dtype})"""
 
 MERGED = """from diffusers import FlowMatchEulerDiscreteScheduler
 
-pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-    pipe.scheduler.config, shift={shift:g}, use_dynamic_shifting=False
-)
+pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift:g})
 pipe.load_lora_weights("{folder}")"""
 
 CHECKED = """Checked when it was written: pixels (0 to 1) differ from those of the separate parts by

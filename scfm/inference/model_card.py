@@ -24,9 +24,7 @@ With stock diffusers, for {n} step{s}:
 ```python
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-    pipe.scheduler.config, shift={shift:g}, use_dynamic_shifting=False
-)
+pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift:g})
 pipe.load_lora_weights("{folder}", adapter_name="step")
 {set_scale}
 images = pipe(

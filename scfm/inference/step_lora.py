@@ -51,7 +51,7 @@ class StepLora:
         self.pipe, _ = load_pipeline(self.source, dtype, device or default_device(), quantize=config.quantize)
         self.family = bind_family(self.source, config, self.pipe)
         self.stock_scheduler = self.pipe.scheduler
-        self.pipe.scheduler = fixed_shift(self.stock_scheduler, config.inference_shift)
+        self.pipe.scheduler = fixed_shift(config.inference_shift)
         load_adapter(self.pipe, self.path, "step")
         self.lora_scales = read_lora_scales(self.path)
         self.targets: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -141,14 +141,16 @@ def bind_family(source: PipelineSource, config: InferenceConfig, pipe: Any) -> A
     return family_class(pipe, config.height, config.width, config.max_sequence_length, **more)
 
 
-def fixed_shift(scheduler: Any, shift: float) -> Any:
-    """The flow-matching scheduler with this time shift at every size.
+def fixed_shift(shift: float) -> FlowMatchEulerDiscreteScheduler:
+    """The plain Euler flow-matching scheduler with this time shift at every size: the grid that the student
+    was made for.
 
-    FLUX.1-dev's own would ignore `set_shift` and choose a shift by the size of the image.
+    FLUX.1-dev's own would choose a shift by the size of the image; others of that class bend the grid in
+    further ways (Karras,
+    exponential or beta sigmas, a terminal shift) or add noise. Nothing of the pipeline's scheduler is taken
+    over.
     """
-    return FlowMatchEulerDiscreteScheduler.from_config(
-        scheduler.config, shift=shift, use_dynamic_shifting=False
-    )
+    return FlowMatchEulerDiscreteScheduler(shift=shift)
 
 
 def default_device() -> str:

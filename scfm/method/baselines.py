@@ -358,8 +358,8 @@ def meanflow_target(student: VelocityField, x: torch.Tensor, t: torch.Tensor, st
     return MeanFlowOutput(pred, (v - per_row(step, x) * change).detach())
 
 
-def meanflow_loss(models: Models, data: torch.Tensor, noise: torch.Tensor, generator: torch.Generator | None,
-                  equal_share: float = .5) -> torch.Tensor:
+def meanflow_loss(models: CopiedModels, data: torch.Tensor, noise: torch.Tensor,
+                  generator: torch.Generator | None, equal_share: float = .5) -> torch.Tensor:
     """The loss (B,) of MeanFlow: `meanflow_target`'s squared errors over their own sizes (its section 4.3).
 
     data, noise: (B, ...)

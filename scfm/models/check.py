@@ -75,7 +75,14 @@ def recorded_timesteps(transformer: torch.nn.Module) -> Iterator[list[float]]:
 
 def stock_trajectory(family: Family, captions: Sequence[str], noise: torch.Tensor, steps: int,
                      guidance: float, shift: float | None = None) -> list[StockStep]:
-    """The steps of `family.sample_stock`, whose arguments it takes, recorded at the scheduler's `step`."""
+    """The steps of `family.sample_stock`, recorded at the scheduler's `step`.
+
+    captions: n of them
+    noise: (n, *latent_shape)
+    steps: number of steps, on the plain grid
+    guidance: guidance scale
+    shift: time shift of the grid; the scheduler's own when None
+    """
     scheduler_class, trajectory = type(family.pipe.scheduler), []   # sample_stock may make another instance
     step = scheduler_class.step
 
@@ -140,7 +147,10 @@ def lossless_vae(vae: Any) -> Iterator[Any]:
 
 
 def check_latents(family: Family, tolerance: float = 1e-4) -> str:
-    """Latents: their shape, no chance in encode_images, decode its inverse up to the VAE."""
+    """Latents: their shape, no chance in encode_images, decode its inverse up to the VAE.
+
+    tolerance: largest difference of a latent after decode and encode_images
+    """
     images = torch.rand(2, 3, family.height, family.width, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = family.encode_images(images)
     if latents.shape[1:] != tuple(family.latent_shape):
@@ -185,6 +195,8 @@ def check_velocity(family: Family, captions: Sequence[str] = CAPTIONS, steps: in
                    guidance: Sequence[float] = (1., 4.), tolerance: float = 1e-3) -> str:
     """Velocities along the stock pipeline's trajectory, in float32: times, sign and size, guided and not.
 
+    captions: two or more
+    steps: number of steps
     guidance: guidance scales to try
     tolerance: largest difference, relative to the largest velocity of the stock pipeline at that step
     """
@@ -218,7 +230,12 @@ def check_velocity(family: Family, captions: Sequence[str] = CAPTIONS, steps: in
 
 
 def compare_timesteps(timesteps: list[float], step: StockStep, trajectory: list[StockStep]) -> None:
-    """ValueError, with the formula that fits, when `velocity` and the stock pipeline give other timesteps."""
+    """ValueError, with the formula that fits, when `velocity` and the stock pipeline give other timesteps.
+
+    timesteps: the network's in `velocity`, forward by forward
+    step: the stock pipeline's step
+    trajectory: all its steps
+    """
     if not timesteps or math.isnan(step.timestep) or all(same_time(s, step.timestep) for s in timesteps):
         return
     fits = [name for name, formula in TIMESTEP_FORMULAS.items()
@@ -233,7 +250,10 @@ def check_images(family: Family, captions: Sequence[str] = CAPTIONS, steps: Sequ
                  tolerance: float = 1e-4) -> str:
     """Images of our sampler without LoRA: they are the stock pipeline's, in float32.
 
-    steps, guidance, shift: numbers of steps and guidance scales to try, and the grid's shift (None: its own)
+    captions: two or more
+    steps: numbers of steps to try
+    guidance: guidance scales to try
+    shift: time shift of the grid; the stock pipeline's own when None
     tolerance: largest difference of a pixel, of a range of 2
     """
     def field(x: torch.Tensor, t: torch.Tensor, cond: Condition = None) -> torch.Tensor:

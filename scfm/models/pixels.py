@@ -84,7 +84,7 @@ class PixelPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     scheduler: of flow matching
     """
 
-    def __init__(self, transformer: UNetFlow, vae: IdentityVAE, text_encoder: ClassLabelEncoder,
+    def __init__(self, transformer: ModelMixin, vae: ModelMixin, text_encoder: ModelMixin,
                  scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder,

@@ -137,8 +137,9 @@ class DistillTrainer(Trainer):
         mine = torch.arange(count) + count * self.accelerator.process_index
         size = self.dataset.size_of[index[mine]]
         present: list[int] = size.unique().tolist()
-        alike = [mine[size == s] for s in present]
-        return [part for places in alike for part in places.split(self.config.micro_batch_size or count)]
+        alike = [mine[torch.eq(size, s)] for s in present]
+        most: int = self.config.micro_batch_size or count
+        return [part for places in alike for part in torch.split(places, most)]
 
     def batches(
         self, step: int, index: torch.Tensor, parts: list[torch.Tensor], jumps: Jumps, guidance: torch.Tensor

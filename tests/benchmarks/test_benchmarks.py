@@ -71,9 +71,7 @@ def test_the_budget_that_fills_the_minutes_is_found_once(gpu_cifar, tmp_path, mo
     plan, path = Plan("data", tmp_path, "tiny", 0, 6), tmp_path / "plan.json"
     monkeypatch.setattr(gpu_cifar, "seconds_per_evaluation", lambda plan, images: 0.001)
     filled = gpu_cifar.make_plan(plan, 10, None, path)
-    assert filled.budget == int(
-        10 * 60 * 0.85 / (5 - 2 * 0.8) / 0.001
-    )  # three trainings and two fifths
+    assert filled.budget == int(10 * 60 * 0.85 / (5 - 2 * 0.8) / 0.001)  # three trainings and two fifths
     monkeypatch.setattr(gpu_cifar, "seconds_per_evaluation", None)
     assert gpu_cifar.make_plan(plan, 99, None, path) == filled
     with pytest.raises(ValueError, match="plan of a tiny network"):

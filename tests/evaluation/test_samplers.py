@@ -132,7 +132,7 @@ def test_a_fixed_shift_holds_where_the_pipeline_would_choose_its_own(flux):
     moving = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     fixed, own, plain = (
         stock_latents(flux, CAPTIONS, noise_for(flux), 3, 2.5, scheduler)
-        for scheduler in (fixed_shift(moving, 3.0), moving, flux.pipe.scheduler)
+        for scheduler in (fixed_shift(3.0), moving, flux.pipe.scheduler)
     )
     torch.testing.assert_close(fixed, plain, rtol=0, atol=1e-6)
     assert not torch.allclose(fixed, own, atol=0.01)

@@ -82,7 +82,7 @@ def stock(folder, adapters=None, shift=3.0, steps=2):
     pipe = DiffusionPipeline.from_pretrained(str(folder))
     pipe.set_progress_bar_config(disable=True)
     if shift:
-        pipe.scheduler = fixed_shift(pipe.scheduler, shift)
+        pipe.scheduler = fixed_shift(shift)
     for k, (path, _) in enumerate(adapters or ()):
         pipe.load_lora_weights(str(path), adapter_name=f"a{k}")
     if adapters:

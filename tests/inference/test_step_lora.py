@@ -231,3 +231,29 @@ def test_a_damaged_file_is_named(lora):
     (lora / WEIGHT_NAME).write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="is no safetensors file"):
         InferenceConfig(lora=str(lora)).check()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+        {"shift_terminal": 0.1},
+        {"stochastic_sampling": True},
+        {"invert_sigmas": True},
+        {"use_dynamic_shifting": True},
+        {"shift": 7.0},
+    ],
+)
+def test_the_grid_is_the_plain_one_whatever_the_pipeline_came_with(lora, tmp_path, odd):
+    """The images of the stock pipeline are those of the endpoints that the scales were chosen by."""
+    folder = shutil.copytree(FLUX, tmp_path / "flux")
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **odd}))
+    step_lora = StepLora(InferenceConfig(lora=str(lora), pretrained_model_name_or_path=str(folder)), "cpu")
+    noise = start_noise(step_lora.family, range(2), 0)
+    ours = step_lora.family.decode(step_lora.endpoints(PROMPTS, noise, 3, 0.75))
+    with step_lora.scale_schedule((0.75,) * 3):
+        stock = step_lora.family.sample_stock(PROMPTS, noise, 3, step_lora.config.guidance_scale)
+    torch.testing.assert_close(ours, stock, rtol=0, atol=2e-5)

@@ -1,4 +1,5 @@
-"""The tiny pipeline is genuine, and the real command turns it into a few-step one that stock diffusers loads."""
+"""The tiny pipeline is genuine, the real command turns it into a few-step one that stock diffusers loads."""
+
 import json
 import os
 import signal
@@ -13,16 +14,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from scfm.cli import main
-from scfm.models.flux import Flux
-from scfm.models.source import PipelineSource
-from scfm.models.loading import load_pipeline
 from scfm.method.flow import sample, time_grid
+from scfm.models.flux import Flux
+from scfm.models.loading import load_pipeline
+from scfm.models.source import PipelineSource
 from scfm.training.checkpoint import latest
 from scfm.training.config import DistillConfig
 from scfm.training.distill_trainer import DistillTrainer
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, load_flux
 
-CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]
+CAPTIONS = [
+    "a large red cross",
+    "a small blue ring on the left",
+    "a yellow circle at the top",
+    "a green star",
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +44,22 @@ def prompts(tmp_path):
 
 
 def flags(prompts, out, **more):
-    settings = {"pretrained_model_name_or_path": FLUX, "prompts": prompts, "output_dir": out, "height": 32, "width": 32, "max_sequence_length": TOKENS,
-                "rank": 2, "learning_rate": 1e-3, "max_train_steps": 2, "global_batch_size": 2, "teacher_steps": 2, "num_eval_prompts": 2, "report_to": "none", **more}
+    settings = {
+        "pretrained_model_name_or_path": FLUX,
+        "prompts": prompts,
+        "output_dir": out,
+        "height": 32,
+        "width": 32,
+        "max_sequence_length": TOKENS,
+        "rank": 2,
+        "learning_rate": 1e-3,
+        "max_train_steps": 2,
+        "global_batch_size": 2,
+        "teacher_steps": 2,
+        "num_eval_prompts": 2,
+        "report_to": "none",
+        **more,
+    }
     return [word for k, v in settings.items() for word in (f"--{k}", str(v))]
 
 
@@ -48,7 +68,10 @@ def flags(prompts, out, **more):
 def test_our_sampler_is_the_stock_pipeline(flux, steps, shift):
     noise = torch.randn(4, *flux.latent_shape, generator=torch.Generator().manual_seed(0))
     cond = {**flux.encode_text(CAPTIONS), "guidance": torch.full((4,), GUIDANCE)}
-    field = lambda x, t, cond: flux.velocity(flux.pipe.transformer, x, t, cond)
+
+    def field(x, t, cond):
+        return flux.velocity(flux.pipe.transformer, x, t, cond)
+
     ours = flux.decode(sample(field, noise, time_grid(steps, shift), cond))
     stock = flux.sample_stock(CAPTIONS, noise, steps, GUIDANCE, shift)
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
@@ -56,11 +79,13 @@ def test_our_sampler_is_the_stock_pipeline(flux, steps, shift):
 
 def test_the_carried_pipeline_loads_without_us():
     """Plain diffusers in a process that never imports scfm or toy."""
-    code = ("import sys, torch; from diffusers import FluxPipeline\n"
-            f"pipe = FluxPipeline.from_pretrained({str(FLUX)!r}); pipe.set_progress_bar_config(disable=True)\n"
-            "image = pipe('a red cross', height=32, width=32, num_inference_steps=2, sigmas=[1, .5],"
-            "max_sequence_length=16).images[0]\n"
-            "assert image.size == (32, 32) and not {'scfm', 'toy'} & set(sys.modules)\n")
+    code = (
+        "import sys, torch; from diffusers import FluxPipeline\n"
+        f"pipe = FluxPipeline.from_pretrained({str(FLUX)!r}); pipe.set_progress_bar_config(disable=True)\n"
+        "image = pipe('a red cross', height=32, width=32, num_inference_steps=2, sigmas=[1, .5],"
+        "max_sequence_length=16).images[0]\n"
+        "assert image.size == (32, 32) and not {'scfm', 'toy'} & set(sys.modules)\n"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
@@ -81,33 +106,33 @@ def test_the_command_runs_and_a_stock_pipeline_makes_the_same_images(flux, promp
         stock = load_flux()
         stock.load_lora_weights(str(out / name))
         theirs = Flux(stock, 32, 32, TOKENS).sample_stock(CAPTIONS, noise, 3, GUIDANCE)
-        whole = load_flux()
-        whole.transformer = run.pipe.transformer                    # the run holds no encoder and no VAE
+        stock = load_flux()
+        stock.transformer = run.pipe.transformer  # the run holds no encoder and no VAE
         with run.models.using(name):
-            ours = Flux(whole, 32, 32, TOKENS).sample_stock(CAPTIONS, noise, 3, GUIDANCE)
+            ours = Flux(stock, 32, 32, TOKENS).sample_stock(CAPTIONS, noise, 3, GUIDANCE)
         assert torch.equal(ours, theirs)
 
 
 def vars_of(out):
-    told = json.loads((out / "config.json").read_text())
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+    saved = json.loads((out / "config.json").read_text())
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
 
 
 def test_the_header_keeps_rank_and_alpha(prompts, tmp_path):
     out = tmp_path / "run"
     main(["distill", *flags(prompts, out, lora_alpha=6, validation_steps=0)])
     with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as opened:
-        told = json.loads(opened.metadata()["lora_adapter_metadata"])
-    assert (told["transformer.r"], told["transformer.lora_alpha"]) == (2, 6)
+        saved = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert (saved["transformer.r"], saved["transformer.lora_alpha"]) == (2, 6)
 
 
 def end_by(sent, prompts, out, settings):
-    """Starts the real command, sends it a signal once the first checkpoint is there, returns its exit code."""
+    """Starts the real command, sends it a signal after the first checkpoint, returns its exit code."""
     command = [sys.executable, "-m", "scfm.cli", "distill", *flags(prompts, out, **settings)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.time() + 240
     while not latest(out) and process.poll() is None and time.time() < deadline:
-        time.sleep(.02)
+        time.sleep(0.02)
     assert process.poll() is None, "it ended before the signal"
     os.kill(process.pid, sent)
     return process.wait()
@@ -116,37 +141,43 @@ def end_by(sent, prompts, out, settings):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_ended_by_a_signal_resumes_bit_for_bit(prompts, tmp_path, sent):
     settings = dict(max_train_steps=30, checkpointing_steps=2, validation_steps=0)
-    assert main(["distill", *flags(prompts, tmp_path / "whole", **settings)]) == 0
+    assert main(["distill", *flags(prompts, tmp_path / "stock", **settings)]) == 0
     code = end_by(sent, prompts, tmp_path / "broken", settings)
-    assert code == (143 if sent == signal.SIGTERM else -sent)      # 143: it saved, and left by itself
+    assert code == (143 if sent == signal.SIGTERM else -sent)  # 143: it saved, and left by itself
     assert 2 <= int(latest(tmp_path / "broken").name) < 30
     assert not (tmp_path / "broken/selection.json").exists()
     assert main(["distill", *flags(prompts, tmp_path / "broken", **settings)]) == 0
     for name in ("student", "ema_fast", "ema_slow"):
-        a, b = (load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors") for run in ("whole", "broken"))
+        a, b = (
+            load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors")
+            for run in ("stock", "broken")
+        )
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"pretrained_model_name_or_path": "nowhere"}, "no pipeline in nowhere"),
-    ({"pretrained_model_name_or_path": ""}, "--pretrained_model_name_or_path"),
-    ({"prompts": "nowhere.txt"}, "no captions at nowhere.txt"),
-    ({"prompts": ""}, "--prompts"),
-    ({"train_data_dir": "x"}, "either --prompts"),
-    ({"height": 30}, "multiples of 4"),
-    ({"rank": 0}, "rank"),
-    ({"max_train_steps": 0}, "max_train_steps"),
-    ({"learning_rate": -1}, "learning_rate"),
-    ({"weight_dtype": "fp8"}, "fp32 or bf16"),
-    ({"algorithm": "triple"}, "dual"),
-    ({"teacher_ratio": 1.5}, "teacher_ratio"),
-    ({"guidance_scale_range": "7,0"}, "guidance"),
-    ({"eval_num_steps": "0,3"}, "eval_num_steps"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"pretrained_model_name_or_path": "nowhere"}, "no pipeline in nowhere"),
+        ({"pretrained_model_name_or_path": ""}, "--pretrained_model_name_or_path"),
+        ({"prompts": "nowhere.txt"}, "no captions at nowhere.txt"),
+        ({"prompts": ""}, "--prompts"),
+        ({"train_data_dir": "x"}, "either --prompts"),
+        ({"height": 30}, "multiples of 4"),
+        ({"rank": 0}, "rank"),
+        ({"max_train_steps": 0}, "max_train_steps"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"weight_dtype": "fp8"}, "fp32 or bf16"),
+        ({"algorithm": "triple"}, "dual"),
+        ({"teacher_ratio": 1.5}, "teacher_ratio"),
+        ({"guidance_scale_range": "7,0"}, "guidance"),
+        ({"eval_num_steps": "0,3"}, "eval_num_steps"),
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(prompts, tmp_path, capsys, change, message):
     assert main(["distill", *flags(**{"prompts": prompts, "out": tmp_path / "run", **change})]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("scfm distill: ") and message in said
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert shown.startswith("scfm distill: ") and message in shown
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -159,7 +190,7 @@ def test_a_folder_of_another_run_is_refused(prompts, tmp_path, capsys):
 def test_unknown_pipelines_are_refused_by_name(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ValueError, match="StableDiffusionPipeline"):
-        PipelineSource(tmp_path).family
+        _ = PipelineSource(tmp_path).family
     assert load_pipeline(FLUX, torch.float32)[1] is Flux and issubclass(Flux.pipeline_class, FluxPipeline)
 
 

@@ -1,4 +1,5 @@
 """One update and the loop: settings, keyed draws, what moves, and that a run repeats."""
+
 import copy
 import math
 
@@ -9,14 +10,25 @@ from hypothesis import strategies as st
 
 from scfm.method.consistency import keyed_generator, scfm_loss
 from scfm.method.distill import (
-    Batch, SCFMConfig, CopiedModels, TimeBins, distill, sample_batch, make_emas, make_optimizer, train_step)
+    Batch,
+    CopiedModels,
+    SCFMConfig,
+    TimeBins,
+    distill,
+    make_emas,
+    make_optimizer,
+    sample_batch,
+    train_step,
+)
 
 
 class Net(torch.nn.Module):
     def __init__(self, seed=0, classes=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.layers = torch.nn.Sequential(torch.nn.Linear(3 + classes, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(3 + classes, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)
+        )
 
     def forward(self, x, t, cond=None):
         parts = [x, t[:, None]] + ([cond] if cond is not None else [])
@@ -24,11 +36,13 @@ class Net(torch.nn.Module):
 
 
 def toy_config(**changes):
-    return SCFMConfig(**{**dict(max_train_steps=5, global_batch_size=8, learning_rate=1e-2, shift=(1., 2.)), **changes})
+    return SCFMConfig(
+        **{**dict(max_train_steps=5, global_batch_size=8, learning_rate=1e-2, shift=(1.0, 2.0)), **changes}
+    )
 
 
-def normal(generator, rows):
-    return torch.randn(rows, 2, generator=generator)
+def normal(generator, n):
+    return torch.randn(n, 2, generator=generator)
 
 
 def weights(models, name):
@@ -36,34 +50,87 @@ def weights(models, name):
 
 
 def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a, b))
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=False))
 
 
 # ---------------------------------------------------------------- settings
+
 
 def test_defaults_pass_and_say_what_they_are():
     config = SCFMConfig()
     config.check()
     assert all(f.metadata["help"] for f in config.__dataclass_fields__.values())
-    assert (config.global_batch_size, config.learning_rate, config.adam_weight_decay, config.max_grad_norm) == (8, 2e-5, 1e-4, 10)
-    assert (config.teacher_ratio, config.teacher_grid, config.t_skip, config.shift) == (.4, 32, 2, (2.5, 4.5))
+    assert (
+        config.global_batch_size,
+        config.learning_rate,
+        config.adam_weight_decay,
+        config.max_grad_norm,
+    ) == (8, 2e-5, 1e-4, 10)
+    assert (config.teacher_ratio, config.teacher_grid, config.t_skip, config.shift) == (
+        0.4,
+        32,
+        2,
+        (2.5, 4.5),
+    )
 
 
-@pytest.mark.parametrize("name, value", [
-    ("max_train_steps", 0), ("max_train_steps", 1.5), ("global_batch_size", -1), ("global_batch_size", True), ("learning_rate", 0.), ("learning_rate", float("nan")), ("learning_rate", "2e-5"), ("learning_rate", math.inf),
-    ("lr_scheduler", "linear"), ("adam_weight_decay", -1e-4), ("max_grad_norm", 0.), ("max_grad_norm", float("nan")), ("teacher_ratio", 1.1), ("teacher_ratio", -.1),
-    ("teacher_grid", 31), ("teacher_grid", 0), ("self_grids", ()), ("self_grids", (1,)), ("self_grids", (2, 9)), ("self_grids", 4),
-    ("t_skip", 3), ("t_skip", 0), ("shift", (2., 1.)), ("shift", (0., 1.)), ("shift", 3.), ("shift", (1., 2., 3.)),
-    ("algorithm", "both"), ("ema_decay_fast", 1.), ("ema_decay_fast", .9999), ("ema_decay_slow", -.1), ("restart_every", -1), ("seed", .5)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("max_train_steps", 0),
+        ("max_train_steps", 1.5),
+        ("global_batch_size", -1),
+        ("global_batch_size", True),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", "2e-5"),
+        ("learning_rate", math.inf),
+        ("lr_scheduler", "linear"),
+        ("adam_weight_decay", -1e-4),
+        ("max_grad_norm", 0.0),
+        ("max_grad_norm", float("nan")),
+        ("teacher_ratio", 1.1),
+        ("teacher_ratio", -0.1),
+        ("teacher_grid", 31),
+        ("teacher_grid", 0),
+        ("self_grids", ()),
+        ("self_grids", (1,)),
+        ("self_grids", (2, 9)),
+        ("self_grids", 4),
+        ("t_skip", 3),
+        ("t_skip", 0),
+        ("shift", (2.0, 1.0)),
+        ("shift", (0.0, 1.0)),
+        ("shift", 3.0),
+        ("shift", (1.0, 2.0, 3.0)),
+        ("algorithm", "both"),
+        ("ema_decay_fast", 1.0),
+        ("ema_decay_fast", 0.9999),
+        ("ema_decay_slow", -0.1),
+        ("restart_every", -1),
+        ("seed", 0.5),
+    ],
+)
 def test_nonsense_is_named_with_its_value_and_a_mend(name, value):
     with pytest.raises(ValueError) as error:
         SCFMConfig(**{name: value}).check()
-    assert str(error.value).startswith(f"{name}={value!r}: ") and len(str(error.value)) > len(f"{name}={value!r}: ") + 8
+    assert (
+        str(error.value).startswith(f"{name}={value!r}: ")
+        and len(str(error.value)) > len(f"{name}={value!r}: ") + 8
+    )
 
 
 def test_what_makes_sense_passes():
-    for changes in (dict(teacher_ratio=0.), dict(teacher_ratio=1., self_grids=()), dict(max_grad_norm=math.inf), dict(self_grids=[2, 4]),
-                    dict(t_skip=4), dict(algorithm="one_ema", ema_decay_fast=.9999), dict(shift=(1, 1)), dict(restart_every=10)):
+    for changes in (
+        dict(teacher_ratio=0.0),
+        dict(teacher_ratio=1.0, self_grids=()),
+        dict(max_grad_norm=math.inf),
+        dict(self_grids=[2, 4]),
+        dict(t_skip=4),
+        dict(algorithm="one_ema", ema_decay_fast=0.9999),
+        dict(shift=(1, 1)),
+        dict(restart_every=10),
+    ):
         SCFMConfig(**changes).check()
 
 
@@ -74,13 +141,14 @@ def test_distill_checks_before_it_works():
 
 # ---------------------------------------------------------------- draws
 
+
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from([1, 2, 3, 4]), st.integers(1, 6), st.integers(0, 1000), st.integers(0, 1000))
 def test_parts_are_the_slices_of_the_whole(parts, each, seed, update):
-    config, rows = toy_config(seed=seed), parts * each
-    noise, jumps = sample_batch(config, update, rows, (2, 3))
-    dealt = [sample_batch(config, update, rows, (2, 3), part=(i, parts)) for i in range(parts)]
-    assert torch.equal(torch.cat([d[0] for d in dealt]), noise) and noise.shape == (rows, 2, 3)
+    config, n = toy_config(seed=seed), parts * each
+    noise, jumps = sample_batch(config, update, n, (2, 3))
+    dealt = [sample_batch(config, update, n, (2, 3), part=(i, parts)) for i in range(parts)]
+    assert torch.equal(torch.cat([d[0] for d in dealt]), noise) and noise.shape == (n, 2, 3)
     for i in range(3):
         assert torch.equal(torch.cat([d[1][i] for d in dealt]), jumps[i])
 
@@ -88,7 +156,7 @@ def test_parts_are_the_slices_of_the_whole(parts, each, seed, update):
 def test_draws_depend_on_seed_and_update_alone():
     first = sample_batch(toy_config(seed=1), 3, 8, (2,))
     torch.manual_seed(123)
-    again = sample_batch(toy_config(seed=1, learning_rate=1.), 3, 8, (2,))
+    again = sample_batch(toy_config(seed=1, learning_rate=1.0), 3, 8, (2,))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1].times, again[1].times)
     for seed, update in ((1, 4), (2, 3)):
         other = sample_batch(toy_config(seed=seed), update, 8, (2,))
@@ -103,6 +171,7 @@ def test_uneven_parts_are_refused():
 
 # ---------------------------------------------------------------- one update
 
+
 def test_two_halves_of_an_update_give_the_gradient_of_the_whole():
     config, data = toy_config(), torch.randn(8, 2)
     gradients = []
@@ -110,11 +179,11 @@ def test_two_halves_of_an_update_give_the_gradient_of_the_whole():
         models = CopiedModels(Net())
         for i in range(parts):
             noise, jumps = sample_batch(config, 0, 8, (2,), part=(i, parts))
-            mine = data[i * 8 // parts:(i + 1) * 8 // parts]
+            mine = data[i * 8 // parts : (i + 1) * 8 // parts]
             (scfm_loss(mine, noise, jumps, models).mean() / parts).backward()
         gradients.append([p.grad for p in models.parameters("student")])
-    for whole, halves in zip(*gradients):
-        torch.testing.assert_close(whole, halves)
+    for together, halves in zip(*gradients, strict=False):
+        torch.testing.assert_close(together, halves)
 
 
 @pytest.mark.parametrize("algorithm", ["one_ema", "dual"])
@@ -130,19 +199,24 @@ def test_an_update_moves_the_student_and_the_emas_only(algorithm):
     assert result.losses.shape == (8,) and not result.losses.requires_grad and result.norm > 0
     assert same(before["teacher"], weights(models, "teacher")) and models.networks["teacher"] is network
     assert not any(same(before[name], weights(models, name)) for name in ("student", "ema_fast", "ema_slow"))
-    assert all(p.grad is None for name in ("teacher", "ema_fast", "ema_slow") for p in models.parameters(name))
-    moved = {name: sum((a - b).norm() for a, b in zip(before[name], weights(models, name))) for name in before}
+    assert all(
+        p.grad is None for name in ("teacher", "ema_fast", "ema_slow") for p in models.parameters(name)
+    )
+    moved = {
+        name: sum((a - b).norm() for a, b in zip(before[name], weights(models, name), strict=False))
+        for name in before
+    }
     assert moved["student"] > moved["ema_fast"] > moved["ema_slow"] > 0
     assert emas.updates == 2
 
 
 def test_the_emas_follow_the_new_student():
-    models, config = CopiedModels(Net()), toy_config(ema_decay_fast=.5, ema_decay_slow=.75)
+    models, config = CopiedModels(Net()), toy_config(ema_decay_fast=0.5, ema_decay_slow=0.75)
     optimizer, _ = make_optimizer(models, config)
     emas, start = make_emas(models, config), weights(models, "student")
     train_step(models, emas, optimizer, [Batch(torch.randn(8, 2), *sample_batch(config, 0, 8, (2,)))], config)
-    for name, decay in (("ema_fast", .5), ("ema_slow", .75)):
-        for s, old, new in zip(weights(models, name), start, weights(models, "student")):
+    for name, decay in (("ema_fast", 0.5), ("ema_slow", 0.75)):
+        for s, old, new in zip(weights(models, name), start, weights(models, "student"), strict=False):
             torch.testing.assert_close(s, decay * old + (1 - decay) * new)
 
 
@@ -156,8 +230,10 @@ def test_first_step_is_adamws_own():
     loss = scfm_loss(data, noise, jumps, models).mean()
     grads = torch.autograd.grad(loss, models.parameters("student"))
     train_step(models, make_emas(models, config), optimizer, [Batch(data, noise, jumps)], config)
-    plain = torch.optim.AdamW(twin.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
-    for p, g in zip(twin.parameters(), grads):
+    plain = torch.optim.AdamW(
+        twin.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay
+    )
+    for p, g in zip(twin.parameters(), grads, strict=False):
         p.grad = g
     plain.step()
     assert same(weights(models, "student"), [p.detach() for p in twin.parameters()])
@@ -171,8 +247,15 @@ def test_gradient_is_clipped_and_its_norm_reported():
     class Spy(torch.optim.SGD):
         def step(self, closure=None):
             seen.append(torch.stack([p.grad.norm() for p in models.parameters("student")]).norm())
-    optimizer = Spy(models.parameters("student"), lr=0.)
-    result = train_step(models, make_emas(models, config), optimizer, [Batch(5 * torch.randn(8, 2), *sample_batch(config, 0, 8, (2,)))], config)
+
+    optimizer = Spy(models.parameters("student"), lr=0.0)
+    result = train_step(
+        models,
+        make_emas(models, config),
+        optimizer,
+        [Batch(5 * torch.randn(8, 2), *sample_batch(config, 0, 8, (2,)))],
+        config,
+    )
     assert result.norm > 1e-3 and seen[0] == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -182,14 +265,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     emas = make_emas(models, config)
     before = {name: weights(models, name) for name in models.networks}
     with pytest.raises(FloatingPointError, match="no weight was changed"):
-        train_step(models, emas, optimizer, [Batch(torch.full((8, 2), float("nan")), *sample_batch(config, 0, 8, (2,)))], config)
+        train_step(
+            models,
+            emas,
+            optimizer,
+            [Batch(torch.full((8, 2), float("nan")), *sample_batch(config, 0, 8, (2,)))],
+            config,
+        )
     assert all(same(before[name], weights(models, name)) for name in before) and emas.updates == 0
     assert all(p.grad is None for p in models.parameters("student"))
 
 
 def test_schedules():
     models = CopiedModels(Net())
-    for schedule, expected in (("constant", [1, 1, 1, 1, 1]), ("cosine", [1, .8535534, .5, .1464466, 0])):
+    for schedule, expected in (("constant", [1, 1, 1, 1, 1]), ("cosine", [1, 0.8535534, 0.5, 0.1464466, 0])):
         optimizer, scheduler = make_optimizer(models, toy_config(max_train_steps=4, lr_scheduler=schedule))
         rates = []
         for _ in range(5):
@@ -201,15 +290,16 @@ def test_schedules():
 
 # ---------------------------------------------------------------- models and the loop
 
+
 def test_speakers_start_equal_and_only_the_student_carries_a_gradient():
     models = CopiedModels(torch.nn.Sequential())
     assert models.parameters("student") == []
     models = CopiedModels(Net())
     x, t = torch.randn(4, 2), torch.rand(4)
     assert [name for name, network in models.networks.items() if network.training] == ["student"]
-    said = {name: getattr(models, name)(x, t) for name in models.networks}
-    assert all(torch.equal(v, said["teacher"]) for v in said.values())
-    assert {name for name, v in said.items() if v.requires_grad} == {"student"}
+    velocities = {name: getattr(models, name)(x, t) for name in models.networks}
+    assert all(torch.equal(v, velocities["teacher"]) for v in velocities.values())
+    assert {name for name, v in velocities.items() if v.requires_grad} == {"student"}
 
 
 def test_a_low_precision_network_is_refused_by_the_emas():
@@ -220,7 +310,7 @@ def test_a_low_precision_network_is_refused_by_the_emas():
 def test_distill_repeats_itself_and_a_seed_changes_it():
     runs = []
     for seed in (0, 0, 1):
-        torch.manual_seed(len(runs))                                  # the global generator must not matter
+        torch.manual_seed(len(runs))  # the global generator must not matter
         models = CopiedModels(Net())
         torch.rand(len(runs))
         runs.append(weights(distill(models, normal, toy_config(seed=seed), progress=False), "student"))
@@ -229,8 +319,17 @@ def test_distill_repeats_itself_and_a_seed_changes_it():
 
 def test_distill_reports_every_update_and_passes_the_condition():
     seen = []
-    batch_of = lambda generator, rows: (normal(generator, rows), torch.ones(rows, 3))
-    models = distill(CopiedModels(Net(classes=3)), batch_of, toy_config(), on_step=lambda u, r: seen.append((u, r)), progress=False)
+
+    def batch_of(generator, n):
+        return (normal(generator, n), torch.ones(n, 3))
+
+    models = distill(
+        CopiedModels(Net(classes=3)),
+        batch_of,
+        toy_config(),
+        on_step=lambda u, r: seen.append((u, r)),
+        progress=False,
+    )
     assert [u for u, _ in seen] == list(range(5)) and all(len(r.losses) == 8 for _, r in seen)
     assert isinstance(models, CopiedModels)
 
@@ -249,10 +348,10 @@ def test_distill_is_its_own_steps():
 
 
 def test_time_bins():
-    bins = TimeBins(bins=4, momentum=.5)
+    bins = TimeBins(bins=4, momentum=0.5)
     assert torch.isnan(bins.values).all() and "-" in str(bins)
-    bins.add(torch.tensor([1., 3.]), torch.tensor([.1, 1.]))
-    bins.add(torch.tensor([4.]), torch.tensor([.2]))
+    bins.add(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 1.0]))
+    bins.add(torch.tensor([4.0]), torch.tensor([0.2]))
     values = bins.values
-    assert values[0] == pytest.approx((.5 * 1 + 4) / 1.5) and values[3] == pytest.approx(3.)
+    assert values[0] == pytest.approx((0.5 * 1 + 4) / 1.5) and values[3] == pytest.approx(3.0)
     assert torch.isnan(values[1:3]).all() and str(bins).endswith("3 - - 3")

@@ -1,9 +1,10 @@
 """Four models on one base: the adapter trap, precision, and files that a stock model loads."""
+
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from scfm.method.distill import Batch, SCFMConfig, sample_batch, make_emas, make_optimizer, train_step
+from scfm.method.distill import Batch, SCFMConfig, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels, adapter_parameters, add_adapters, save_lora
 from toy.pipelines import build_flux
@@ -14,23 +15,41 @@ N, TEXT = 16, 8
 def transformer(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     return FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6)).to(dtype)
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    ).to(dtype)
 
 
 def velocity(model, x, t, cond):
     dtype = cond["tokens"].dtype
-    return model(hidden_states=x.to(dtype), timestep=t.to(dtype), guidance=cond["guidance"],
-                 pooled_projections=cond["pooled"], encoder_hidden_states=cond["tokens"],
-                 txt_ids=torch.zeros(TEXT, 3), img_ids=torch.zeros(N, 3), return_dict=False)[0].to(x.dtype)
+    return model(
+        hidden_states=x.to(dtype),
+        timestep=t.to(dtype),
+        guidance=cond["guidance"],
+        pooled_projections=cond["pooled"],
+        encoder_hidden_states=cond["tokens"],
+        txt_ids=torch.zeros(TEXT, 3),
+        img_ids=torch.zeros(N, 3),
+        return_dict=False,
+    )[0].to(x.dtype)
 
 
-def inputs(rows=4, dtype=torch.float32):
+def inputs(n=4, dtype=torch.float32):
     g = torch.Generator().manual_seed(5)
-    cond = {"tokens": torch.randn(rows, TEXT, 32, generator=g).to(dtype),
-            "pooled": torch.randn(rows, 32, generator=g).to(dtype), "guidance": torch.full((rows,), 3.5, dtype=dtype)}
-    return torch.randn(rows, N, 16, generator=g), torch.rand(rows, generator=g), cond
+    cond = {
+        "tokens": torch.randn(n, TEXT, 32, generator=g).to(dtype),
+        "pooled": torch.randn(n, 32, generator=g).to(dtype),
+        "guidance": torch.full((n,), 3.5, dtype=dtype),
+    }
+    return torch.randn(n, N, 16, generator=g), torch.rand(n, generator=g), cond
 
 
 def models(dtype=torch.float32, **options):
@@ -39,40 +58,46 @@ def models(dtype=torch.float32, **options):
     with torch.no_grad():
         for name in ADAPTERS:
             for p in made.parameters(name):
-                p.add_(.1 * torch.randn(p.shape, generator=g))
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
     return made
 
 
 def pipeline_around(model):
     """A stock FluxPipeline of nothing but a transformer."""
-    nothing = dict.fromkeys(["scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    nothing = dict.fromkeys(
+        ["scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+    )
     return FluxPipeline(transformer=model, **nothing)
 
 
 def active(model):
-    return {tuple(m.active_adapters) for m in model.modules() if hasattr(m, "active_adapters") and hasattr(m, "lora_A")}
+    return {
+        tuple(m.active_adapters)
+        for m in model.modules()
+        if hasattr(m, "active_adapters") and hasattr(m, "lora_A")
+    }
 
 
 def test_all_speakers_start_as_the_teacher():
     fresh = LoraModels(transformer(), velocity, Flux.lora_targets, rank=4)
     x, t, cond = inputs()
-    said = [getattr(fresh, n)(x, t, cond) for n in ("teacher", *ADAPTERS)]
-    assert all(torch.equal(said[0], v) for v in said[1:])
-    assert torch.equal(said[0], velocity(transformer(), x, t, cond))
+    velocities = [getattr(fresh, n)(x, t, cond) for n in ("teacher", *ADAPTERS)]
+    assert all(torch.equal(velocities[0], v) for v in velocities[1:])
+    assert torch.equal(velocities[0], velocity(transformer(), x, t, cond))
     for a, b in (("student", "ema_fast"), ("student", "ema_slow")):
-        assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(a), fresh.parameters(b)))
+        assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(a), fresh.parameters(b), strict=False))
 
 
 def test_every_speaker_speaks_for_itself_and_hands_back_to_the_student():
     four = models()
     x, t, cond = inputs()
-    said = [getattr(four, n)(x, t, cond) for n in ("teacher", *ADAPTERS)]
+    velocities = [getattr(four, n)(x, t, cond) for n in ("teacher", *ADAPTERS)]
     for i in range(4):
         assert active(four.transformer) == {("student",)}
         for j in range(i):
-            assert not torch.allclose(said[i], said[j], atol=1e-4)
-    assert torch.equal(said[0], velocity(transformer(), x, t, cond))
-    assert [v.requires_grad for v in said] == [False, True, False, False]
+            assert not torch.allclose(velocities[i], velocities[j], atol=1e-4)
+    assert torch.equal(velocities[0], velocity(transformer(), x, t, cond))
+    assert [v.requires_grad for v in velocities] == [False, True, False, False]
 
 
 def test_the_student_is_active_again_after_an_error():
@@ -82,7 +107,9 @@ def test_the_student_is_active_again_after_an_error():
             with four.using(name):
                 raise RuntimeError("as when memory runs out")
         assert active(four.transformer) == {("student",)}
-    assert {n.split(".")[-2] for n, p in four.transformer.named_parameters() if p.requires_grad} == {"student"}
+    assert {n.split(".")[-2] for n, p in four.transformer.named_parameters() if p.requires_grad} == {
+        "student"
+    }
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -92,22 +119,26 @@ def test_gradients_equal_plain_autograd_on_a_merged_copy(checkpointing):
     if checkpointing:
         four.transformer.enable_gradient_checkpointing()
         four.transformer.train()
-    goal = four.ema_slow(x, t, cond)
-    loss = (four.student(x, t, cond) - goal).square().mean()
-    four.teacher(x, t, cond), four.ema_fast(x, t, cond)  # others speak between forward and backward
+    target = four.ema_slow(x, t, cond)
+    loss = (four.student(x, t, cond) - target).square().mean()
+    four.teacher(x, t, cond), four.ema_fast(x, t, cond)  # others are evaluated between forward and backward
     loss.backward()
     ours = [p.grad for p in four.parameters("student")]
     assert all(g is not None for g in ours)
 
     plain = transformer().requires_grad_(False)
     leaves = [p.detach().clone().requires_grad_() for p in four.parameters("student")]
-    names = [n.replace(".lora_A.student", "") for n, _ in four.transformer.named_parameters() if "lora_A.student" in n]
+    names = [
+        n.replace(".lora_A.student", "")
+        for n, _ in four.transformer.named_parameters()
+        if "lora_A.student" in n
+    ]
     weights = dict(plain.named_parameters())
-    for a, b, name in zip(leaves[::2], leaves[1::2], names):
+    for a, b, name in zip(leaves[::2], leaves[1::2], names, strict=False):
         weights[name] = weights[name] + 8 / 4 * b @ a
-    said = velocity(lambda **k: torch.func.functional_call(plain, weights, kwargs=k), x, t, cond)
-    (said - goal).square().mean().backward()
-    for mine, theirs in zip(ours, (p.grad for p in leaves)):
+    velocities = velocity(lambda **k: torch.func.functional_call(plain, weights, kwargs=k), x, t, cond)
+    (velocities - target).square().mean().backward()
+    for mine, theirs in zip(ours, (p.grad for p in leaves), strict=False):
         assert (mine - theirs).norm() <= 1e-3 * theirs.norm() + 1e-9
     assert all(p.grad is None for n in ("ema_fast", "ema_slow") for p in four.parameters(n))
 
@@ -122,7 +153,7 @@ def test_targets_cover_every_linear_layer_of_flux():
 def test_adapters_are_fp32_on_a_bf16_base_and_the_slow_ema_moves():
     four = LoraModels(transformer(dtype=torch.bfloat16), velocity, Flux.lora_targets, rank=4)
     assert {p.dtype for n in ADAPTERS for p in four.parameters(n)} == {torch.float32}
-    config = SCFMConfig(max_train_steps=3, learning_rate=1e-3, global_batch_size=4, shift=(1., 2.))
+    config = SCFMConfig(max_train_steps=3, learning_rate=1e-3, global_batch_size=4, shift=(1.0, 2.0))
     (optimizer, _), emas = make_optimizer(four, config), make_emas(four, config)
     x, _, cond = inputs(dtype=torch.bfloat16)
     before = [p.detach().clone() for p in four.parameters("ema_slow")]
@@ -130,17 +161,26 @@ def test_adapters_are_fp32_on_a_bf16_base_and_the_slow_ema_moves():
     for update in range(3):
         noise, jumps = sample_batch(config, update, 4, (N, 16), dtype=torch.bfloat16)
         train_step(four, emas, optimizer, [Batch(x, noise, jumps, cond)], config)
-        expected = [e + .001 * (p.detach() - e) for e, p in zip(expected, four.parameters("student"))]
+        expected = [
+            e + 0.001 * (p.detach() - e) for e, p in zip(expected, four.parameters("student"), strict=False)
+        ]
     after = four.parameters("ema_slow")
-    assert any(not torch.equal(a, b) for a, b in zip(before, after))
-    for e, a in zip(expected, after):
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=False))
+    for e, a in zip(expected, after, strict=False):
         torch.testing.assert_close(a.detach(), e, rtol=1e-5, atol=1e-9)
 
 
 def test_one_update_moves_adapters_only():
     four = models()
     base = {n: p.clone() for n, p in four.transformer.named_parameters() if "lora" not in n}
-    config = SCFMConfig(max_train_steps=1, learning_rate=1e-2, global_batch_size=4, shift=(1., 2.), ema_decay_fast=.5, ema_decay_slow=.9)
+    config = SCFMConfig(
+        max_train_steps=1,
+        learning_rate=1e-2,
+        global_batch_size=4,
+        shift=(1.0, 2.0),
+        ema_decay_fast=0.5,
+        ema_decay_slow=0.9,
+    )
     (optimizer, _), emas = make_optimizer(four, config), make_emas(four, config)
     x, _, cond = inputs()
     before = {n: [p.detach().clone() for p in four.parameters(n)] for n in ADAPTERS}
@@ -148,22 +188,27 @@ def test_one_update_moves_adapters_only():
     train_step(four, emas, optimizer, [Batch(x, noise, jumps, cond)], config)
     assert all(torch.equal(base[n], p) for n, p in four.transformer.named_parameters() if "lora" not in n)
     for name in ADAPTERS:
-        assert any(not torch.equal(p, q) for p, q in zip(before[name], four.parameters(name)))
+        assert any(not torch.equal(p, q) for p, q in zip(before[name], four.parameters(name), strict=False))
 
 
 def test_bf16_flux_tells_the_snapped_times_apart():
     """Unsnapped, .750 and .751 are one time to a bf16 Flux; the times that we draw never are."""
     pipe = build_flux()
     flux, model = Flux(pipe, 32, 32, 16), pipe.transformer.to(torch.bfloat16)
-    cond = {k: v.to(torch.bfloat16) for k, v in flux.encode_text(["a red star"]).items()} | {"guidance": torch.ones(1)}
+    cond = {k: v.to(torch.bfloat16) for k, v in flux.encode_text(["a red star"]).items()} | {
+        "guidance": torch.ones(1)
+    }
     x = torch.randn(1, *flux.latent_shape, generator=torch.Generator().manual_seed(0))
-    say = lambda t: flux.velocity(model, x, torch.as_tensor(t).reshape(1), cond)
+
+    def velocity_at(t):
+        return flux.velocity(model, x, torch.as_tensor(t).reshape(1), cond)
+
     with torch.no_grad():
-        assert torch.equal(say(.750), say(.751))
+        assert torch.equal(velocity_at(0.750), velocity_at(0.751))
         config = SCFMConfig(global_batch_size=8)
         _, jumps = sample_batch(config, 0, 8, tuple(x.shape[1:]), dtype=torch.bfloat16)
         for t1, t2, t3 in jumps.times:
-            assert t1 > t2 > t3 and not torch.equal(say(t1), say(t2))
+            assert t1 > t2 > t3 and not torch.equal(velocity_at(t1), velocity_at(t2))
             assert torch.equal(t1.bfloat16().float(), t1) and torch.equal(t2.bfloat16().float(), t2)
 
 

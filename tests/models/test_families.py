@@ -1,8 +1,9 @@
-"""What every family owes: the stock pipeline's images, its scheduler's sign and times, LoRA on every linear layer.
+"""What every family offers: the stock pipeline's images, its scheduler's sign and times, LoRA on all layers.
 
-A new family is one more line in `BUILD`; the checks are those of `scfm.models.check`, which tests/test_new_family.py holds to
-what they promise. Weights are random: a contract does not need images that mean something.
+A new family is one more line in `BUILD`; the checks are those of `scfm.models.check`, which are themselves
+tested in test_new_family.py. Weights are random: a contract does not need images that mean something.
 """
+
 import json
 
 import pytest
@@ -10,31 +11,46 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from scfm.training.selection import endpoints
 from scfm.cli import main
-from scfm.training.config import DistillConfig
-from scfm.method.consistency import consistency_target, draw_jumps, keyed_generator
-from scfm.models.lora_file import read_lora_scales
-from scfm.models.family import FAMILIES, velocities
-from scfm.models.source import PipelineSource
-from scfm.models.loading import load_pipeline
-from scfm.models.check import (
-    LAYERS, check_latents, check_lora, check_images, check_text, check_velocity, left_out)
-from scfm.models.pixels import pipeline_of
-from scfm.models.sd3 import SD3
-from scfm.method.flow import euler_step, sample, time_grid
-from scfm.models.lora import ADAPTERS, LoraModels, add_adapters
-from scfm.method.metrics import endpoint_distance
-from scfm.training.distill_trainer import DistillTrainer
 from scfm.inference.step_lora import InferenceConfig
+from scfm.method.consistency import consistency_target, draw_jumps, keyed_generator
+from scfm.method.flow import euler_step, sample, time_grid
+from scfm.method.metrics import endpoint_distance
+from scfm.models.check import (
+    LAYERS,
+    check_images,
+    check_latents,
+    check_lora,
+    check_text,
+    check_velocity,
+    left_out,
+)
+from scfm.models.family import FAMILIES, velocities
+from scfm.models.loading import load_pipeline
+from scfm.models.lora import ADAPTERS, LoraModels, add_adapters
+from scfm.models.lora_file import read_lora_scales
+from scfm.models.pixels import pipeline_of
 from scfm.models.sampling import start_noise
+from scfm.models.sd3 import SD3
+from scfm.models.source import PipelineSource
 from scfm.models.unet import UNetFlow
+from scfm.training.config import DistillConfig
+from scfm.training.distill_trainer import DistillTrainer
+from scfm.training.selection import endpoints
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
 
-CAPTIONS = ["a large red cross", "a small blue ring on the left", "a yellow circle at the top", "a green star"]
-BUILD = {"FluxPipeline": build_flux, "StableDiffusion3Pipeline": build_sd3,
-         "StableDiffusion3Pipeline without T5": lambda: build_sd3(t5=False), "PixelPipeline": lambda: build_pixels()}
-
+CAPTIONS = [
+    "a large red cross",
+    "a small blue ring on the left",
+    "a yellow circle at the top",
+    "a green star",
+]
+BUILD = {
+    "FluxPipeline": build_flux,
+    "StableDiffusion3Pipeline": build_sd3,
+    "StableDiffusion3Pipeline without T5": lambda: build_sd3(t5=False),
+    "PixelPipeline": lambda: build_pixels(),
+}
 
 
 def build_pixels():
@@ -43,7 +59,7 @@ def build_pixels():
 
 
 each_family = pytest.mark.parametrize("family", BUILD, indirect=True)
-each_guidance = pytest.mark.parametrize("guidance", [1., 4.])
+each_guidance = pytest.mark.parametrize("guidance", [1.0, 4.0])
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +81,7 @@ def field_of(family):
     @torch.no_grad()
     def field(x, t, cond):
         return family.velocity(family.pipe.transformer, x, t, cond)
+
     return field
 
 
@@ -82,7 +99,9 @@ def test_our_sampler_is_the_stock_pipeline(family, guidance, steps, shift):
 
 @each_family
 @each_guidance
-def test_the_network_is_told_the_same_times_and_says_the_same_velocity_as_in_the_stock_pipeline(family, guidance):
+def test_the_network_is_told_the_same_times_and_says_the_same_velocity_as_in_the_stock_pipeline(
+    family, guidance
+):
     assert check_velocity(family, CAPTIONS, 3, [guidance], tolerance=1e-4)
 
 
@@ -90,7 +109,7 @@ def test_the_network_is_told_the_same_times_and_says_the_same_velocity_as_in_the
 def test_the_schedulers_step_is_our_euler_step(family):
     scheduler = type(family.pipe.scheduler).from_config(family.pipe.scheduler.config)
     scheduler.set_timesteps(sigmas=[1 - i / 4 for i in range(4)])
-    x, times, cond = noise_for(family), time_grid(4, scheduler.shift), cond_for(family, 4.)
+    x, times, cond = noise_for(family), time_grid(4, scheduler.shift), cond_for(family, 4.0)
     for i, timestep in enumerate(scheduler.timesteps):
         v = field_of(family)(x, times[i].expand(4), cond)
         theirs = scheduler.step(v, timestep, x, return_dict=False)[0]
@@ -101,10 +120,16 @@ def test_the_schedulers_step_is_our_euler_step(family):
 @each_family
 def test_lora_sits_on_every_linear_layer_and_on_nothing_else(family):
     assert check_lora(family) and left_out(family) == []
-    convolutions = type(family.pipe.transformer) is UNetFlow       # where most of its weights are; SD3's one is a linear layer of patches
-    linear = {n for n, m in family.pipe.transformer.named_modules() if isinstance(m, LAYERS if convolutions else torch.nn.Linear)}
+    convolutions = (
+        type(family.pipe.transformer) is UNetFlow
+    )  # where most of its weights are; SD3's one is a linear layer of patches
+    linear = {
+        n
+        for n, m in family.pipe.transformer.named_modules()
+        if isinstance(m, LAYERS if convolutions else torch.nn.Linear)
+    }
     transformer = type(family.pipe.transformer).from_config(family.pipe.transformer.config)
-    add_adapters(transformer, family.lora_targets, 1)                 # PEFT's own idea of what the targets reach
+    add_adapters(transformer, family.lora_targets, 1)  # PEFT's own idea of what the targets reach
     step_lora = {n.split(".lora_A.")[0] for n, _ in transformer.named_parameters() if ".lora_A.student." in n}
     assert step_lora == linear
 
@@ -112,9 +137,12 @@ def test_lora_sits_on_every_linear_layer_and_on_nothing_else(family):
 @each_family
 def test_text_and_latents(family):
     assert check_text(family, CAPTIONS) and check_latents(family)
-    text = {**family.encode_text(CAPTIONS[:3]), "guidance": torch.tensor([0., 1., 4.])}    # rows of their own guidance each
+    text = {
+        **family.encode_text(CAPTIONS[:3]),
+        "guidance": torch.tensor([0.0, 1.0, 4.0]),
+    }  # examples of their own guidance each
     x = noise_for(family)[:3]
-    assert family.velocity(family.pipe.transformer, x, torch.full((3,), .5), text).shape == x.shape
+    assert family.velocity(family.pipe.transformer, x, torch.full((3,), 0.5), text).shape == x.shape
 
 
 @each_family
@@ -141,36 +169,41 @@ def rows_of(transformer):
 
 
 def test_guidance_goes_from_the_empty_caption_through_the_caption(sd3):
-    x, t, field = noise_for(sd3), torch.tensor([.9, .7, .5, .2]), field_of(sd3)
-    plain = field(x, t, cond_for(sd3, 1.))
+    x, t, field = noise_for(sd3), torch.tensor([0.9, 0.7, 0.5, 0.2]), field_of(sd3)
+    plain = field(x, t, cond_for(sd3, 1.0))
     nothing = field(x, t, {**sd3.encode_text([""] * 4), "guidance": torch.ones(4)})
     assert (plain - nothing).abs().max() > 1e-2
-    scales = torch.tensor([4., .5, 1., 7.5])                    # each row its own; at 1 and below the plain velocity
+    scales = torch.tensor([4.0, 0.5, 1.0, 7.5])  # each example its own; at 1 and below the plain velocity
     want = nothing + scales.clamp(min=1).view(4, 1, 1, 1) * (plain - nothing)
     torch.testing.assert_close(field(x, t, cond_for(sd3, scales)), want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scales, count", [([1., 1., .3, 0.], 4), ([4., 4., 4., 4.], 8), ([1., 4., 1., 1.], 5)])
+@pytest.mark.parametrize(
+    "scales, count", [([1.0, 1.0, 0.3, 0.0], 4), ([4.0, 4.0, 4.0, 4.0], 8), ([1.0, 4.0, 1.0, 1.0], 5)]
+)
 def test_only_guided_rows_are_asked_twice(sd3, scales, count):
     rows, hook = rows_of(sd3.pipe.transformer)
-    field_of(sd3)(noise_for(sd3), torch.full((4,), .5), cond_for(sd3, torch.tensor(scales)))
+    field_of(sd3)(noise_for(sd3), torch.full((4,), 0.5), cond_for(sd3, torch.tensor(scales)))
     hook.remove()
     assert rows == [count]
 
 
 def test_a_row_has_a_gradient_of_its_own_answers_only(sd3):
-    x, t = noise_for(sd3).requires_grad_(), torch.full((4,), .5)
-    v = sd3.velocity(sd3.pipe.transformer, x, t, cond_for(sd3, torch.tensor([4., 1., 4., 1.])))
+    x, t = noise_for(sd3).requires_grad_(), torch.full((4,), 0.5)
+    v = sd3.velocity(sd3.pipe.transformer, x, t, cond_for(sd3, torch.tensor([4.0, 1.0, 4.0, 1.0])))
     (gradient,) = torch.autograd.grad(v[2].sum(), x)
     assert gradient[2].abs().max() > 0 and gradient[[0, 1, 3]].count_nonzero() == 0
 
 
 def test_bfloat16_tells_close_times_apart(sd3):
     import diffusers
+
     diffusers.utils.logging.set_verbosity_error()
     net = build_sd3().transformer.to(torch.bfloat16)
-    cond = {k: v[:3].bfloat16() for k, v in sd3.encode_text(CAPTIONS[:1] * 3).items()} | {"guidance": torch.full((3,), 4.)}
-    v = sd3.velocity(net, noise_for(sd3)[:1].expand(3, -1, -1, -1), torch.tensor([.750, .751, .755]), cond)
+    cond = {k: v[:3].bfloat16() for k, v in sd3.encode_text(CAPTIONS[:1] * 3).items()} | {
+        "guidance": torch.full((3,), 4.0)
+    }
+    v = sd3.velocity(net, noise_for(sd3)[:1].expand(3, -1, -1, -1), torch.tensor([0.750, 0.751, 0.755]), cond)
     assert v.dtype == torch.float32 and len({tuple(row.flatten().tolist()) for row in v}) == 3
 
 
@@ -185,9 +218,9 @@ def test_a_image_larger_than_the_table_of_positions_is_refused(sd3):
 def test_images_need_not_be_square(sd3):
     wide = SD3(sd3.pipe, 24, 40, TOKENS)
     noise = noise_for(wide)
-    ours = wide.decode(sample(field_of(wide), noise, time_grid(2, 3.), cond_for(wide, 4.)))
+    ours = wide.decode(sample(field_of(wide), noise, time_grid(2, 3.0), cond_for(wide, 4.0)))
     assert ours.shape == (4, 3, 24, 40)
-    torch.testing.assert_close(ours, wide.sample_stock(CAPTIONS, noise, 2, 4., 3.), rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours, wide.sample_stock(CAPTIONS, noise, 2, 4.0, 3.0), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("t5", [True, False])
@@ -198,7 +231,9 @@ def test_it_saves_and_reloads(tmp_path, t5):
     assert family_class is SD3 and (pipe.text_encoder_3 is None) == (not t5)
     again, made = SD3(pipe, 32, 32, TOKENS), SD3(build_sd3(seed=1, t5=t5), 32, 32, TOKENS)
     noise = noise_for(again)
-    assert torch.equal(again.sample_stock(CAPTIONS, noise, 2, 4.), made.sample_stock(CAPTIONS, noise, 2, 4.))
+    assert torch.equal(
+        again.sample_stock(CAPTIONS, noise, 2, 4.0), made.sample_stock(CAPTIONS, noise, 2, 4.0)
+    )
 
 
 # SD3 by the command line
@@ -213,9 +248,25 @@ def folder(tmp_path_factory):
 
 
 def distill(folder, out, **more):
-    settings = {"pretrained_model_name_or_path": folder / "pipeline", "prompts": folder / "prompts.txt", "output_dir": out, "height": 32, "width": 32,
-                "max_sequence_length": TOKENS, "rank": 2, "learning_rate": 1e-2, "max_train_steps": 2, "global_batch_size": 2, "teacher_steps": 2, "num_eval_prompts": 2,
-                "guidance_scale_range": "4.5,4.5", "teacher_guidance_scale": 4.5, "max_grad_norm": 2, "report_to": "none", **more}
+    settings = {
+        "pretrained_model_name_or_path": folder / "pipeline",
+        "prompts": folder / "prompts.txt",
+        "output_dir": out,
+        "height": 32,
+        "width": 32,
+        "max_sequence_length": TOKENS,
+        "rank": 2,
+        "learning_rate": 1e-2,
+        "max_train_steps": 2,
+        "global_batch_size": 2,
+        "teacher_steps": 2,
+        "num_eval_prompts": 2,
+        "guidance_scale_range": "4.5,4.5",
+        "teacher_guidance_scale": 4.5,
+        "max_grad_norm": 2,
+        "report_to": "none",
+        **more,
+    }
     return main(["distill", *(word for k, v in settings.items() for word in (f"--{k}", str(v)))])
 
 
@@ -234,33 +285,36 @@ def stock_of(folder, lora=None):
 
 
 def config_of(out):
-    told = json.loads((out / "config.json").read_text())
-    return DistillConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+    saved = json.loads((out / "config.json").read_text())
+    return DistillConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
 def test_a_stock_pipeline_loads_what_distill_wrote(folder, distilled):
     run = DistillTrainer(config_of(distilled), progress=False)
     assert run.resume() == 2
-    whole = stock_of(folder)
-    x, t = noise_for(whole), torch.tensor([.99, .8, .5, .1])
-    plain = field_of(whole)(x, t, cond_for(whole, 4.5))
-    whole.pipe.transformer = run.pipe.transformer                   # the run holds no encoder and no VAE
+    stock = stock_of(folder)
+    x, t = noise_for(stock), torch.tensor([0.99, 0.8, 0.5, 0.1])
+    plain = field_of(stock)(x, t, cond_for(stock, 4.5))
+    stock.pipe.transformer = run.pipe.transformer  # the run holds no encoder and no VAE
     for name in ADAPTERS:
         theirs = stock_of(folder, distilled / name)
-        for guidance in (1., 4.5):
-            ours = run.models.field(name)(x, t, cond_for(whole, guidance))
+        for guidance in (1.0, 4.5):
+            ours = run.models.field(name)(x, t, cond_for(stock, guidance))
             assert torch.equal(ours, field_of(theirs)(x, t, cond_for(theirs, guidance)))
         with run.models.using(name):
-            images = whole.sample_stock(CAPTIONS, x, 3, 4.5)
+            images = stock.sample_stock(CAPTIONS, x, 3, 4.5)
         assert torch.equal(images, theirs.sample_stock(CAPTIONS, x, 3, 4.5))
-        assert name != "student" or (ours - plain).abs().max() > 1e-3           # and it is not the teacher
+        assert name != "student" or (ours - plain).abs().max() > 1e-3  # and it is not the teacher
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(folder, distilled):
     assert distill(folder, folder / "parts", updates=1) == 0
     assert distill(folder, folder / "parts") == 0
     for name in ADAPTERS:
-        a, b = (load_file(out / name / "pytorch_lora_weights.safetensors") for out in (distilled, folder / "parts"))
+        a, b = (
+            load_file(out / name / "pytorch_lora_weights.safetensors")
+            for out in (distilled, folder / "parts")
+        )
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -271,21 +325,48 @@ def test_it_runs_in_bfloat16_without_t5_and_with_checkpointing(tmp_path):
 
 
 def test_sample_and_dial_know_it(folder, distilled, tmp_path, capsys):
-    assert main(["dial", "--lora", str(distilled), "--num_prompts", "2", "--steps", "1,2", "--lora_scales", "1", "--target_steps", "3"]) == 0
-    assert set(read_lora_scales(distilled / "pytorch_lora_weights.safetensors").scales) <= {0., 1.}
-    words = ["sample", "--lora", str(distilled), "--prompt", "a red star", "--steps", "2", "--output", str(tmp_path / "a.png")]
+    assert (
+        main(
+            [
+                "dial",
+                "--lora",
+                str(distilled),
+                "--num_prompts",
+                "2",
+                "--steps",
+                "1,2",
+                "--lora_scales",
+                "1",
+                "--target_steps",
+                "3",
+            ]
+        )
+        == 0
+    )
+    assert set(read_lora_scales(distilled / "pytorch_lora_weights.safetensors").scales) <= {0.0, 1.0}
+    words = [
+        "sample",
+        "--lora",
+        str(distilled),
+        "--prompt",
+        "a red star",
+        "--steps",
+        "2",
+        "--output",
+        str(tmp_path / "a.png"),
+    ]
     assert main(words) == 0 and (tmp_path / "a.png").is_file()
     assert "guidance_scale=4.5" in (distilled / "README.md").read_text()
 
 
 def test_kept_guidance_is_heard_by_every_speaker(sd3):
-    """All four models evaluate empty + g (caption - empty) with the row's own g."""
+    """All four models evaluate empty + g (caption - empty) with the example's own g."""
     net = build_sd3().transformer
     models = LoraModels(net, sd3.velocity, sd3.lora_targets, 2)
-    x, t = noise_for(sd3), torch.full((4,), .5)
+    x, t = noise_for(sd3), torch.full((4,), 0.5)
     for name in ("student", "teacher", "ema_fast", "ema_slow"):
         with torch.no_grad():
-            plain, guided = (getattr(models, name)(x, t, cond_for(sd3, g)) for g in (1., 4.))
+            plain, guided = (getattr(models, name)(x, t, cond_for(sd3, g)) for g in (1.0, 4.0))
             nothing = getattr(models, name)(x, t, {**sd3.encode_text([""] * 4), "guidance": torch.ones(4)})
         torch.testing.assert_close(guided, nothing + 4 * (plain - nothing), rtol=0, atol=1e-5)
 
@@ -293,23 +374,23 @@ def test_kept_guidance_is_heard_by_every_speaker(sd3):
 # SD3, guidance distilled into the weights
 
 
-def speakers_with_voices(sd3):
-    """DistillModels of the distilled kind whose three adapters all say something of their own."""
+def models_with_adapters(sd3):
+    """DistillModels of the distilled kind whose three adapters all have a velocity of their own."""
     velocity, teachers = velocities(sd3, "distilled")
     models = LoraModels(build_sd3().transformer, velocity, sd3.lora_targets, 2, teacher_velocity=teachers)
     with torch.no_grad():
         for i, name in enumerate(ADAPTERS):
             for weight in models.parameters(name):
-                weight.normal_(std=.05, generator=torch.Generator().manual_seed(i))
+                weight.normal_(std=0.05, generator=torch.Generator().manual_seed(i))
     return models
 
 
 def test_the_teachers_rows_aim_at_the_guided_teacher_and_the_others_know_no_guidance(sd3):
-    models, scales = speakers_with_voices(sd3), torch.tensor([4., 2., 7.5, 4.])
-    jumps = draw_jumps(4, 1., shift=(2.5, 4.5), generator=keyed_generator(0, 0))
+    models, scales = models_with_adapters(sd3), torch.tensor([4.0, 2.0, 7.5, 4.0])
+    jumps = draw_jumps(4, 1.0, shift=(2.5, 4.5), generator=keyed_generator(0, 0))
     x, cond, text = noise_for(sd3), cond_for(sd3, scales), sd3.encode_text(CAPTIONS)
 
-    def stock(x, t, name):                                      # the plain network, asked by hand: no class of ours
+    def stock(x, t, name):  # the plain network, called by hand: no class of ours
         tokens, pooled = text[name + "tokens"], text[name + "pooled"]
         with torch.no_grad():
             return sd3.pipe.transformer(x, tokens, pooled, t * 1000, return_dict=False)[0]
@@ -323,7 +404,9 @@ def test_the_teachers_rows_aim_at_the_guided_teacher_and_the_others_know_no_guid
     v2 = guided(x - (t1 - t2) * v1, jumps.times[:, 1])
     want = ((t1 - t2) * v1 + (t2 - t3) * v2) / (t1 - t3)
     for algorithm in ("dual_pure", "one_ema"):
-        torch.testing.assert_close(consistency_target(x, jumps, models, cond, algorithm), want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            consistency_target(x, jumps, models, cond, algorithm), want, rtol=0, atol=1e-4
+        )
 
     own = jumps._replace(is_teacher=torch.zeros(4, dtype=torch.bool))
     ones = {**cond, "guidance": torch.ones(4)}
@@ -334,9 +417,9 @@ def test_the_teachers_rows_aim_at_the_guided_teacher_and_the_others_know_no_guid
 
 
 def test_the_distilled_student_is_asked_once_and_the_kept_one_twice(sd3):
-    x, t, cond = noise_for(sd3), torch.full((4,), .5), cond_for(sd3, 4.)
-    kept = LoraModels(build_sd3().transformer, sd3.velocity, sd3.lora_targets, 2)
-    for models, student in ((speakers_with_voices(sd3), 4), (kept, 8)):
+    x, t, cond = noise_for(sd3), torch.full((4,), 0.5), cond_for(sd3, 4.0)
+    guided_models = LoraModels(build_sd3().transformer, sd3.velocity, sd3.lora_targets, 2)
+    for models, student in ((models_with_adapters(sd3), 4), (guided_models, 8)):
         rows, hook = rows_of(models.transformer)
         for name in ("student", "ema_fast", "ema_slow", "teacher"):
             getattr(models, name)(x, t, cond)
@@ -351,40 +434,78 @@ def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
     assert record["guidance_mode"] == "distilled"
     run = DistillTrainer(config_of(out), progress=False)
     run.resume()
-    whole = stock_of(folder)
-    noise = noise_for(whole)
-    teacher, plain = (sample(field_of(whole), noise, time_grid(2, 3.), cond_for(whole, g)) for g in (4.5, 1.))
+    stock = stock_of(folder)
+    noise = noise_for(stock)
+    teacher, plain = (
+        sample(field_of(stock), noise, time_grid(2, 3.0), cond_for(stock, g)) for g in (4.5, 1.0)
+    )
     torch.testing.assert_close(endpoints(run, "teacher", CAPTIONS, noise, 2), teacher, rtol=0, atol=1e-4)
-    torch.testing.assert_close(endpoints(run, "student", CAPTIONS, noise, 2, 0.), plain, rtol=0, atol=1e-4)
-    ours = whole.decode(endpoints(run, "student", CAPTIONS, noise, 2))
-    theirs = stock_of(folder, out / "student").sample_stock(CAPTIONS, noise, 2, 1., 3.)
+    torch.testing.assert_close(endpoints(run, "student", CAPTIONS, noise, 2, 0.0), plain, rtol=0, atol=1e-4)
+    ours = stock.decode(endpoints(run, "student", CAPTIONS, noise, 2))
+    theirs = stock_of(folder, out / "student").sample_stock(CAPTIONS, noise, 2, 1.0, 3.0)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
     config = InferenceConfig(lora=str(out))
     config.check()
-    assert (config.guidance_scale, config.teacher_guidance_scale) == (1., 4.5)
-    assert main(["dial", "--lora", str(out), "--num_prompts", "2", "--steps", "1,2", "--lora_scales", "1", "--target_steps", "3"]) == 0
-    assert set(read_lora_scales(out / one).scales) == {1.}              # strength 0 is no guidance at all, hence no choice
-    rows = {(r["steps"], r["scale"]): r["distance"] for r in json.loads((out / "lora_scales.json").read_text())["curve"]}
+    assert (config.guidance_scale, config.teacher_guidance_scale) == (1.0, 4.5)
+    assert (
+        main(
+            [
+                "dial",
+                "--lora",
+                str(out),
+                "--num_prompts",
+                "2",
+                "--steps",
+                "1,2",
+                "--lora_scales",
+                "1",
+                "--target_steps",
+                "3",
+            ]
+        )
+        == 0
+    )
+    assert set(read_lora_scales(out / one).scales) == {1.0}  # scale 0 is no guidance at all, hence no choice
+    rows = {
+        (r["steps"], r["scale"]): r["distance"]
+        for r in json.loads((out / "lora_scales.json").read_text())["curve"]
+    }
     captions, noise = CAPTIONS[:2], start_noise(run.family, range(2), 1)
-    walk = lambda steps: endpoints(run, "teacher", captions, noise, steps)
-    assert rows[1, 0.] == pytest.approx(endpoint_distance(walk(1), walk(3)), abs=1e-5)
+
+    def reached(steps):
+        return endpoints(run, "teacher", captions, noise, steps)
+
+    assert rows[1, 0.0] == pytest.approx(endpoint_distance(reached(1), reached(3)), abs=1e-5)
     assert "guidance_scale=1," in (out / "README.md").read_text()
-    words = ["sample", "--lora", str(out), "--prompt", "a red star", "--steps", "2", "--output", str(tmp_path / "a.png")]
+    words = [
+        "sample",
+        "--lora",
+        str(out),
+        "--prompt",
+        "a red star",
+        "--steps",
+        "2",
+        "--output",
+        str(tmp_path / "a.png"),
+    ]
     assert main(words) == 0
 
 
-@pytest.mark.parametrize("pipeline, change, message", [
-    ("sd3", {"guidance_mode": "distilled"}, "dual_pure or one_ema"),
-    ("sd3", {"guidance_mode": "both"}, "kept or distilled"),
-    ("sd3", {"height": 64}, "at most 48 a side"),
-    ("sd3", {"height": 30}, "multiples of 4"),
-    ("sd3", {"max_sequence_length": 600}, "1 to 512"),
-    ("flux", {"guidance_mode": "distilled", "algorithm": "dual_pure"}, "guidance_mode kept"),
-])
+@pytest.mark.parametrize(
+    "pipeline, change, message",
+    [
+        ("sd3", {"guidance_mode": "distilled"}, "dual_pure or one_ema"),
+        ("sd3", {"guidance_mode": "both"}, "kept or distilled"),
+        ("sd3", {"height": 64}, "at most 48 a side"),
+        ("sd3", {"height": 30}, "multiples of 4"),
+        ("sd3", {"max_sequence_length": 600}, "1 to 512"),
+        ("flux", {"guidance_mode": "distilled", "algorithm": "dual_pure"}, "guidance_mode kept"),
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(folder, tmp_path, capsys, pipeline, change, message):
     more = {"pretrained_model_name_or_path": FLUX} if pipeline == "flux" else {}
     assert distill(folder, tmp_path / "run", **more, **change) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("scfm distill: ") and message in said
+    message_shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message_shown.startswith("scfm distill: ") and message in message_shown
     assert not (tmp_path / "run").exists()

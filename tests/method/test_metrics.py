@@ -1,4 +1,5 @@
 """The distances against closed forms, scipy, and the cases that fool them."""
+
 import math
 
 import pytest
@@ -27,16 +28,18 @@ def whiten(x):
 # Sliced Wasserstein
 
 
-@pytest.mark.parametrize("deviation", [.5, 1., 2.])
+@pytest.mark.parametrize("deviation", [0.5, 1.0, 2.0])
 def test_sw2_of_two_isotropic_normals(deviation):
-    assert sliced_wasserstein(deviation * normal(20_000, 2), normal(20_000, 2, seed=1)) == pytest.approx(abs(deviation - 1), abs=.03)
+    assert sliced_wasserstein(deviation * normal(20_000, 2), normal(20_000, 2, seed=1)) == pytest.approx(
+        abs(deviation - 1), abs=0.03
+    )
 
 
 @pytest.mark.parametrize("dims", [1, 2, 5])
 def test_sw2_of_a_shift(dims):
     x, move = normal(300, dims), normal(dims, seed=3)
     measured = sliced_wasserstein(x, x + move, directions=5000)
-    assert measured == pytest.approx(move.norm().item() / math.sqrt(dims), rel=.02)
+    assert measured == pytest.approx(move.norm().item() / math.sqrt(dims), rel=0.02)
 
 
 def test_sw2_on_a_line_is_the_distance_of_scipy():
@@ -56,7 +59,7 @@ def test_sw2_is_no_larger_than_w2():
 
 
 @quick
-@given(seeds, st.floats(.1, 10), st.integers(1, 6))
+@given(seeds, st.floats(0.1, 10), st.integers(1, 6))
 def test_sw2_is_a_scaled_symmetric_distance_of_clouds(seed, scale, dims):
     a, b, c = (normal(50, dims, seed=seed + i) for i in range(3))
     ab = sliced_wasserstein(a, b)
@@ -74,8 +77,11 @@ def test_sw2_depends_on_its_seed_alone():
 
 
 def test_sw2_floor_shrinks_with_the_number_of_points():
-    floors = [sum(sliced_wasserstein(normal(n, 2, seed=i), normal(n, 2, seed=i + 99)) for i in range(10)) / 10 for n in (100, 6400)]
-    assert floors[0] / floors[1] == pytest.approx(8, rel=.5)
+    floors = [
+        sum(sliced_wasserstein(normal(n, 2, seed=i), normal(n, 2, seed=i + 99)) for i in range(10)) / 10
+        for n in (100, 6400)
+    ]
+    assert floors[0] / floors[1] == pytest.approx(8, rel=0.5)
 
 
 @pytest.mark.parametrize("a, b", [((5, 2), (6, 2)), ((5, 2), (5, 3)), ((5,), (5,)), ((5, 2, 2), (5, 2, 2))])
@@ -88,14 +94,14 @@ def test_sw2_refuses_other_shapes(a, b):
 
 
 def test_frechet_of_a_scaled_and_moved_cloud():
-    x = whiten(normal(200, 4))                                       # mean 0, covariance 1, to rounding
-    move = torch.tensor([1., 2, 0, -1], dtype=torch.float64)
+    x = whiten(normal(200, 4))  # mean 0, covariance 1, to rounding
+    move = torch.tensor([1.0, 2, 0, -1], dtype=torch.float64)
     assert frechet_distance(x, 3 * x + move) == pytest.approx(6 + 4 * (3 - 1) ** 2, rel=1e-9)
 
 
 def test_frechet_equals_scipy_where_covariances_do_not_commute():
     linalg = pytest.importorskip("scipy.linalg")
-    a, b = normal(300, 5) @ normal(5, 5, seed=1), normal(400, 5, seed=2) @ normal(5, 5, seed=3) + .5
+    a, b = normal(300, 5) @ normal(5, 5, seed=1), normal(400, 5, seed=2) @ normal(5, 5, seed=3) + 0.5
     (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
     root = linalg.sqrtm(cov_a.numpy() @ cov_b.numpy()).real.trace()
     expected = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
@@ -117,17 +123,19 @@ def test_frechet_with_fewer_points_than_dimensions():
 
 def test_frechet_is_no_larger_than_w2_squared():
     a, b = normal(100, 3), checkerboard(100, torch.Generator().manual_seed(0)) @ normal(2, 3)
-    scale = 100 / 99                                                 # covariances are divided by n - 1
+    scale = 100 / 99  # covariances are divided by n - 1
     assert frechet_distance(a, b) <= scale * (a - b).square().sum(1).mean().item()
 
 
 def test_frechet_is_blind_beyond_two_moments():
     g = torch.Generator().manual_seed(0)
     board, blot = whiten(checkerboard(2000, g)), whiten(normal(2000, 2))
-    assert abs(frechet_distance(board, blot)) < 1e-9 and sliced_wasserstein(board, blot) > .1
+    assert abs(frechet_distance(board, blot)) < 1e-9 and sliced_wasserstein(board, blot) > 0.1
 
 
-@pytest.mark.parametrize("a, b", [((1, 3), (5, 3)), ((5, 3), (1, 3)), ((0, 3), (5, 3)), ((5, 3), (5, 4)), ((5,), (5,))])
+@pytest.mark.parametrize(
+    "a, b", [((1, 3), (5, 3)), ((5, 3), (1, 3)), ((0, 3), (5, 3)), ((5, 3), (5, 4)), ((5,), (5,))]
+)
 def test_frechet_refuses_what_has_no_covariance(a, b):
     with pytest.raises(ValueError, match="features"):
         frechet_distance(torch.rand(a), torch.rand(b))
@@ -140,32 +148,34 @@ def test_endpoint_distance_is_a_root_mean_square():
     x = normal(6, 3, 4, 4)
     assert endpoint_distance(x, x) == 0
     assert endpoint_distance(x, x + 2) == pytest.approx(2, rel=1e-6)
-    assert endpoint_distance(torch.zeros(2, 2), torch.tensor([[3., 4.], [0, 0]])) == 2.5
+    assert endpoint_distance(torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [0, 0]])) == 2.5
 
 
 def test_endpoint_distance_prefers_the_mean_to_fresh_samples():
     a, b = normal(20_000, 2), normal(20_000, 2, seed=1)
-    assert endpoint_distance(a, b) == pytest.approx(math.sqrt(2), rel=.02)
-    assert endpoint_distance(a, torch.zeros_like(a)) == pytest.approx(1, rel=.02)
+    assert endpoint_distance(a, b) == pytest.approx(math.sqrt(2), rel=0.02)
+    assert endpoint_distance(a, torch.zeros_like(a)) == pytest.approx(1, rel=0.02)
 
 
 def test_endpoint_distance_refuses_to_broadcast():
-    with pytest.raises(ValueError, match="row"):
+    with pytest.raises(ValueError, match="one by one"):
         endpoint_distance(torch.zeros(4, 2), torch.zeros(1, 2))
 
 
 # Curvature
 
 
-@pytest.mark.parametrize("grid", [time_grid(1), time_grid(7), time_grid(7, 3.), [1., .4, .3]])
+@pytest.mark.parametrize("grid", [time_grid(1), time_grid(7), time_grid(7, 3.0), [1.0, 0.4, 0.3]])
 def test_a_straight_flow_has_none(grid):
     noise = normal(20, 3, 2, 2)
     assert curvature(lambda x, t, cond: cond, noise, grid, cond=normal(20, 3, 2, 2, seed=1)) < 1e-9
 
 
-@pytest.mark.parametrize("shift", [1., 3.])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_curvature_of_a_field_that_speeds_up(shift):
-    field = lambda x, t, cond: 2 * t[:, None] * torch.tensor([[3., 4.]], dtype=x.dtype)    # chord c, so S = |c|^2 / 3
+    def field(x, t, cond):
+        return 2 * t[:, None] * torch.tensor([[3.0, 4.0]], dtype=x.dtype)  # chord c, so S = |c|^2 / 3
+
     grid = time_grid(2000, shift).double()
     assert curvature(field, normal(4, 2, dtype=torch.float64), grid) == pytest.approx(25 / 3, rel=2e-3)
 
@@ -173,7 +183,9 @@ def test_curvature_of_a_field_that_speeds_up(shift):
 def test_curvature_is_energy_minus_chord():
     ring, noise = ring_mixture(), normal(200, 2)
     path = sample(ring.field, noise, time_grid(32), trajectory=True)
-    energy = ((path[:-1] - path[1:]) * 32).square().sum(2).mean() - (path[0] - path[-1]).square().sum(1).mean()
+    energy = ((path[:-1] - path[1:]) * 32).square().sum(2).mean() - (path[0] - path[-1]).square().sum(
+        1
+    ).mean()
     assert curvature(ring.field, noise, time_grid(32)) == pytest.approx(energy.item(), rel=1e-4)
 
 
@@ -181,5 +193,5 @@ def test_curvature_is_blind_to_the_end_and_to_coarse_grids():
     ring, noise = ring_mixture(), normal(200, 2)
     assert curvature(lambda x, t, cond: x / t[:, None], noise, time_grid(50)) < 1e-6
     assert curvature(ring.field, noise, time_grid(1)) == pytest.approx(0, abs=1e-9)
-    fine = [curvature(ring.field, noise, time_grid(256, shift)) for shift in (1., 3.)]
-    assert fine[0] > .5 and fine[0] == pytest.approx(fine[1], rel=.02)
+    fine = [curvature(ring.field, noise, time_grid(256, shift)) for shift in (1.0, 3.0)]
+    assert fine[0] > 0.5 and fine[0] == pytest.approx(fine[1], rel=0.02)
