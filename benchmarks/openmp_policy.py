@@ -1,4 +1,3 @@
-raise SystemExit("stopped: the measurement that is stored is good enough; finish without measuring again")
 """How long OpenMP's threads should spin before they sleep: the tiny Flux, with every setting, idle and busy.
 
     python benchmarks/openmp_policy.py            # about 10 minutes on 2 cores that do nothing else

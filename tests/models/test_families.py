@@ -23,7 +23,7 @@ from scfm.models.check import (
     check_lora,
     check_text,
     check_velocity,
-    left_out,
+    untargeted_layers,
 )
 from scfm.models.family import FAMILIES, velocities
 from scfm.models.loading import load_pipeline
@@ -119,7 +119,7 @@ def test_the_schedulers_step_is_our_euler_step(family):
 
 @each_family
 def test_lora_sits_on_every_linear_layer_and_on_nothing_else(family):
-    assert check_lora(family) and left_out(family) == []
+    assert check_lora(family) and untargeted_layers(family) == []
     convolutions = (
         type(family.pipe.transformer) is UNetFlow
     )  # where most of its weights are; SD3's one is a linear layer of patches
