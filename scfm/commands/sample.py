@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
         origin = describe_origin(step_lora.lora_scales, steps)
     else:
         origin, scales = "as given", scales * steps if len(scales) == 1 else scales
-    images, scales = generate(step_lora, prompts, steps, scales)
+    images, scales = generate(step_lora, prompts, steps, scales, args.batch_size)
     save_images(images, args.output)
     print(
         f"{args.output}: {len(prompts)} image{'s' * (len(prompts) > 1)}, {steps} step{'s' * (steps > 1)}, "
@@ -51,6 +51,7 @@ def sample_parser() -> ArgumentParser:
         help="scale of the LoRA, or one for each step, such as .9,1.2,1.5 with --steps 3; what the LoRA's "
         "file says when not given, 0: the base without it",
     )
+    parser.add_argument("--batch_size", type=int, default=8, help="images generated together")
     parser.add_argument(
         "--output", type=expanduser, default="image.png", help="PNG file; several images become a grid"
     )
@@ -61,6 +62,8 @@ def check_sample(args: Namespace) -> None:
     """ValueError for flags that do not go together."""
     if bool(args.prompt) == bool(args.prompts):
         raise ValueError("say either --prompt TEXT (several times if you like) or --prompts FILE")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size is {args.batch_size}: give 1 or more")
     if args.steps < 1:
         raise ValueError(f"--steps is {args.steps}: give 1 or more")
     if args.lora_scale is not None and len(args.lora_scale) not in (1, args.steps):

@@ -4,12 +4,14 @@ lazily."""
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -119,9 +121,12 @@ class CachePlan:
         if wrong:
             raise ValueError(f"families: none of {self.max_sequence_length} tokens for the sizes {wrong}")
         mine = [shard for shard in self.shards[process[0] :: process[1]] if not self.is_sound(shard)]
-        for shard in tqdm(mine, desc="encoding", unit="shard", disable=not progress):
-            family = families[shard.size or self.sizes[0]]
-            write_shard(self.folder / shard.name, ENCODERS[shard.kind](family, shard))
+        if process[0] == 0 and any(shard.kind == "text" for shard in mine):
+            warn_of_long_captions(families[self.sizes[0]], self.captions)
+        with fewer_remarks():
+            for shard in tqdm(mine, desc="encoding", unit="shard", disable=not progress):
+                family = families[shard.size or self.sizes[0]]
+                write_shard(self.folder / shard.name, ENCODERS[shard.kind](family, shard))
 
     def open(self) -> "CachedDataset":
         """The `CachedDataset`. ValueError when something is missing."""
@@ -132,6 +137,41 @@ class CachePlan:
                 f"shards: encode it first"
             )
         return CachedDataset(self)
+
+
+def warn_of_long_captions(family: Family, captions: Sequence[str]) -> None:
+    """Says once how many captions are cut, by the tokenizer of the longest text that the family reads."""
+    parts = {
+        name: part
+        for name, part in sorted(family.pipe.components.items())
+        if name.startswith("tokenizer") and part
+    }
+    if not parts:
+        return
+    tokenizer = list(parts.values())[-1]
+    limit = min(family.max_sequence_length, tokenizer.model_max_length)
+    texts = sorted(set(captions))
+    long = [text for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True) if len(ids) > limit]
+    if long:
+        log.warning(
+            "%d of %d captions are longer than %d tokens (max_sequence_length): their ends are not read, "
+            "as of %r",
+            len(long),
+            len(texts),
+            limit,
+            long[0][:60] + "...",
+        )
+
+
+@contextmanager
+def fewer_remarks() -> Iterator[None]:
+    """diffusers prints what it cuts of every caption, which `warn_of_long_captions` has said once."""
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
 
 
 def shard(kind: str, rows: Any, key: Sequence[Any], size: Size | None = None) -> Shard:

@@ -159,11 +159,16 @@ def default_device() -> str:
 
 
 def generate(
-    step_lora: StepLora, prompts: Sequence[str], steps: int, scale: float | Scales | None = None
+    step_lora: StepLora,
+    prompts: Sequence[str],
+    steps: int,
+    scale: float | Scales | None = None,
+    batch_size: int = 8,
 ) -> tuple[torch.Tensor, Scales]:
     """(images (n, 3, H, W) in [-1, 1], the LoRA scale of each step) of the stock pipeline.
 
-    scale: of the LoRA, or one for each step; None: what the file's header says, or 1 where it says nothing
+    scale: of the LoRA, or one for each step; None: what the file's header says, or 1 where it says nothing.
+    batch_size: images generated together; each has the noise of its number, whatever its company.
     ValueError for steps below 1 or another number of scales.
     """
     if steps < 1:
@@ -176,8 +181,13 @@ def generate(
         raise ValueError(f"{len(scales)} LoRA scales for {steps} steps: give one, or one for each step")
     family, pipe, config = step_lora.family, step_lora.pipe, step_lora.config
     noise = start_noise(family, range(len(prompts)), config.seed).to(pipe.device, pipe.dtype)
-    with step_lora.scale_schedule(scales):
-        return family.sample_stock(prompts, noise, steps, config.guidance_scale), scales
+    parts = []
+    for some in range(0, len(prompts), batch_size):
+        part = slice(some, some + batch_size)
+        with step_lora.scale_schedule(scales):
+            images = family.sample_stock(prompts[part], noise[part], steps, config.guidance_scale)
+        parts.append(images.cpu())
+    return torch.cat(parts), scales
 
 
 def format_scales(scales: Sequence[float]) -> str:

@@ -276,3 +276,17 @@ def test_bytes_of_the_hub_and_images_of_pillow_are_read_alike(tmp_path):
     from scfm.data.labelled_images import decode
 
     assert decode(image, "here").tobytes() == decode({"bytes": file.getvalue()}, "here").tobytes()
+
+
+def test_long_captions_are_counted_once(tmp_path, caplog, capfd):
+    own = tmp_path / "own"
+    write_folder(own, 2, ".png")
+    rows = [
+        {"file_name": "0.png", "text": "a large red star " + "on the left " * 40},
+        {"file_name": "1.png", "text": "a ring"},
+    ]
+    (own / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--pretrained_model_name_or_path", str(FLUX), "--train_data_dir", str(own), "--sizes", "32x32"]
+    assert main(["data", *words, "--max_sequence_length", str(TOKENS)]) == 0
+    assert "1 of 2 captions are longer than 16 tokens" in caplog.text
+    assert "truncated" not in caplog.text + capfd.readouterr().err

@@ -257,3 +257,10 @@ def test_the_grid_is_the_plain_one_whatever_the_pipeline_came_with(lora, tmp_pat
     with step_lora.scale_schedule((0.75,) * 3):
         stock = step_lora.family.sample_stock(PROMPTS, noise, 3, step_lora.config.guidance_scale)
     torch.testing.assert_close(ours, stock, rtol=0, atol=2e-5)
+
+
+def test_an_image_is_the_same_whatever_its_company(lora):
+    step_lora = StepLora(InferenceConfig(lora=str(lora), pretrained_model_name_or_path=str(FLUX)), "cpu")
+    prompts = [PROMPTS[i % 2] for i in range(5)]
+    together, alone = (generate(step_lora, prompts, 2, batch_size=n)[0] for n in (8, 2))
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)

@@ -308,7 +308,7 @@ def test_a_stock_pipeline_loads_what_distill_wrote(folder, distilled):
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(folder, distilled):
-    assert distill(folder, folder / "parts", updates=1) == 0
+    assert distill(folder, folder / "parts", max_train_steps=1) == 0
     assert distill(folder, folder / "parts") == 0
     for name in ADAPTERS:
         a, b = (
@@ -321,7 +321,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(folder, distilled):
 def test_it_runs_in_bfloat16_without_t5_and_with_checkpointing(tmp_path):
     build_sd3(t5=False).save_pretrained(tmp_path / "pipeline")
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
-    assert distill(tmp_path, tmp_path / "run", precision="bf16", validation_steps=0) == 0
+    assert distill(tmp_path, tmp_path / "run", weight_dtype="bf16", validation_steps=0) == 0
 
 
 def test_sample_and_dial_know_it(folder, distilled, tmp_path, capsys):
@@ -445,7 +445,7 @@ def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
     theirs = stock_of(folder, out / "student").sample_stock(CAPTIONS, noise, 2, 1.0, 3.0)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
-    config = InferenceConfig(lora=str(out))
+    config = InferenceConfig(lora=str(out)).resolved()
     config.check()
     assert (config.guidance_scale, config.teacher_guidance_scale) == (1.0, 4.5)
     assert (

@@ -97,7 +97,7 @@ def test_the_command_runs_and_a_stock_pipeline_makes_the_same_images(flux, promp
     shipped = load_file(out / "pytorch_lora_weights.safetensors")
     own = load_file(out / choice["selected"] / "pytorch_lora_weights.safetensors")
     assert shipped.keys() == own.keys() and all(torch.equal(shipped[k], own[k]) for k in own)
-    assert (out / "previews" / "000002.png").is_file()
+    assert (out / "validation" / "000002.png").is_file()
 
     run = DistillTrainer(DistillConfig(**{**vars_of(out), "output_dir": str(out)}), progress=False)
     assert run.resume() == 2
