@@ -117,7 +117,7 @@ def test_loss_gradient_and_weights_are_the_librarys(plain, lr):
                 lambda *_, p=parameters, g=gradients: g.append([q.grad.clone() for q in p])
             )
         result = train_step(ours, emas, optimizer, [Batch(data, noise, jumps)], config)
-        loss = plain["update"](
+        loss = plain["train_step"](
             *(theirs[n] for n in ("student", "teacher", "ema_fast", "ema_slow")),
             other,
             data,

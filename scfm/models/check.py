@@ -110,7 +110,8 @@ def check_text(family: Family, captions: Sequence[str] = CAPTIONS) -> str:
     for name, part in text.items():
         if len(part) != len(captions) or part.device.type != "cpu" or part.requires_grad:
             raise ValueError(f"encode_text: {name} has {len(part)} rows for {len(captions)} captions, on "
-                             f"{part.device}: one row a caption, on the CPU, without a gradient")
+                             f"{part.device}, requires_grad {part.requires_grad}: one row a caption, on the "
+                             "CPU, without a gradient")
         if part.shape[1:] != alone[name].shape[1:]:
             raise ValueError(f"encode_text: a row of {name} has shape {(*part.shape[1:],)} beside others and "
                              f"{(*alone[name].shape[1:],)} alone: pad every caption to max_sequence_length")
@@ -154,7 +155,8 @@ def check_latents(family: Family, tolerance: float = 1e-4) -> str:
     images = torch.rand(2, 3, family.height, family.width, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = family.encode_images(images)
     if latents.shape[1:] != tuple(family.latent_shape):
-        raise ValueError(f"encode_images gives {(*latents.shape[1:],)}, latent_shape {family.latent_shape}")
+        raise ValueError(f"encode_images gives {(*latents.shape[1:],)}, "
+                         f"latent_shape is {tuple(family.latent_shape)}")
     if not torch.equal(latents, family.encode_images(images)):
         raise ValueError("encode_images is random: take the mean of the posterior, not a sample")
     if family.decode(latents).shape != images.shape:
@@ -215,7 +217,8 @@ def check_velocity(family: Family, captions: Sequence[str] = CAPTIONS, steps: in
                 v = family.velocity(family.pipe.transformer, step.x, t, cond)
             compare_timesteps(timesteps, step, trajectory)
             if v.shape != step.v.shape:
-                raise ValueError(f"velocity gives {(*v.shape,)}, the stock pipeline {(*step.v.shape,)}")
+                raise ValueError(f"velocity gives {(*v.shape,)} where the stock pipeline gives its scheduler "
+                                 f"{(*step.v.shape,)}")
             gap, opposite = (((w - step.v).abs().max() / step.v.abs().max()).item() for w in (v, -v))
             worst = max(worst, gap)
             if not gap < tolerance:
@@ -266,7 +269,8 @@ def check_images(family: Family, captions: Sequence[str] = CAPTIONS, steps: Sequ
             stock = family.sample_stock(list(captions), noise, n, scale, shift)
             gap = (ours - stock).abs().max().item()
             if not gap < tolerance:
-                raise ValueError(f"images of {n} steps, guidance {scale:g}, are {gap:.2g} off the stock ones")
+                raise ValueError(f"images of {n} steps at guidance {scale:g} differ from the stock "
+                                 f"pipeline's by up to {gap:.2g}")
             if ours.std() < .01:
                 raise ValueError("the images are one grey, which proves nothing (check other weights)")
             worst = max(worst, gap)

@@ -240,7 +240,7 @@ def test_pretrain_distill_kill_resume_dial_sample_evaluate_export(data):
         2,
         "--global_batch_size",
         4,
-        "--guidance",
+        "--guidance_scale_range",
         "1,3",
         "--teacher_guidance_scale",
         1,
@@ -302,13 +302,13 @@ def test_pretrain_distill_kill_resume_dial_sample_evaluate_export(data):
         "--latency_repeats",
         1,
     )
-    listing = {
+    distances = {
         (row["label"], row["steps"]): row["endpoint_distance"]
-        for row in json.loads((data / "full" / "evaluation" / "report.json").read_text())["listing"]
+        for row in json.loads((data / "full" / "evaluation" / "report.json").read_text())["rows"]
     }
     assert (
-        listing["teacher, Euler", 2] > 0.01
-        and listing["teacher, Euler", 2] != listing["teacher, Midpoint", 2]
+        distances["teacher, Euler", 2] > 0.01
+        and distances["teacher, Euler", 2] != distances["teacher, Midpoint", 2]
     )
     run("export", "--lora", data / "full", "--steps", 2, "--output_dir", data / "fused")
     fused, noise = PixelPipeline.from_pretrained(data / "fused"), torch.randn(2, 3, 32, 32)

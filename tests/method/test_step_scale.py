@@ -1,0 +1,134 @@
+"""The scale trained in as the step size: one forward for many scales, the target by hand, the teacher at
+0."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scfm.method.consistency import Jumps, keyed_generator
+from scfm.method.distill import SCFMConfig
+from scfm.method.flow import time_grid
+from scfm.method.step_scale import (
+    ScaledNetwork,
+    StepScale,
+    distill_step_scale,
+    draw_step_jumps,
+    step_scale_loss,
+    step_scale_target,
+)
+from toy.plane import MLP
+
+RULE = StepScale()
+
+
+def random_models(order: int = 2) -> ScaledNetwork:
+    torch.manual_seed(0)
+    models = ScaledNetwork(MLP(16, 2), order)
+    for name in ("student", "ema"):
+        for w in models.parameters(name):
+            w.data.normal_(0, 0.05)
+    return models
+
+
+@given(seed=st.integers(0, 2**16), shift=st.floats(0.5, 4), exponent=st.floats(0.3, 1.5))
+@settings(max_examples=30, deadline=None)
+def test_a_drawn_jump_is_a_step_of_its_grid_and_its_middle_one_of_twice_as_many(seed, shift, exponent):
+    rule = StepScale(exponent)
+    jumps = draw_step_jumps(64, rule, (shift, shift), generator=keyed_generator(seed, 0))
+    assert set((jumps.steps // 2).tolist()) <= set(rule.counts)
+    assert torch.equal(jumps.is_teacher, jumps.steps > rule.finest)
+    for times, steps in zip(jumps.times, jumps.steps.tolist(), strict=True):
+        grid = time_grid(steps, shift).clamp(max=1 - 1e-5)
+        start = int((grid - times[0]).abs().argmin())
+        assert start % 2 == 0 and torch.allclose(grid[start : start + 3], times, atol=1e-5)
+
+
+def test_the_weights_of_the_counts_are_obeyed():
+    jumps = draw_step_jumps(4000, RULE, weights=[0, 3, 0, 1, 0, 0, 0, 0], generator=keyed_generator(0, 0))
+    assert (jumps.steps == 4).float().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_many_scales_at_once_are_one_at_a_time(order):
+    models, x, t = random_models(order), torch.randn(9, 2), torch.rand(9)
+    scales = torch.tensor([0.0, 1.0, 0.3, 0.3, 0.0, 1.0, 0.5, 0.5, 0.3])
+    together = models.velocity("student", scales, x, t)
+    for i, scale in enumerate(scales.tolist()):
+        network = copy.deepcopy(models.network)
+        count = len(models.base)
+        for j, w in enumerate(network.parameters()):
+            for k in range(order):
+                w.data += scale ** (k + 1) * models.parameters("student")[k * count + j].data
+        torch.testing.assert_close(together[i], network(x[i : i + 1], t[i : i + 1])[0], rtol=0, atol=1e-6)
+
+
+def test_scale_0_is_the_teacher_to_the_last_bit():
+    models, x, t = random_models(), torch.randn(5, 2), torch.rand(5)
+    assert torch.equal(models.field(0.0)(x, t), models.network(x, t))
+    assert torch.equal(models.velocity("ema", torch.zeros(5), x, t), models.network(x, t))
+
+
+def test_the_target_by_hand():
+    """Two examples: halves of a half of the path by the average at s(4), of a 32nd by the teacher."""
+    models = random_models()
+    jumps = Jumps(
+        torch.tensor([[0.75, 0.5, 0.25], [0.5, 0.46875, 0.4375]]),
+        torch.tensor([False, True]),
+        torch.tensor([4, 32]),
+    )
+    x = torch.randn(2, 2)
+    target = step_scale_target(x, jumps, models, RULE)
+    for i, scale in enumerate((4**-0.85, 0.0)):
+        field, (t1, t2, t3) = models.field(scale), jumps.times[i]
+        v1 = field(x[i : i + 1], t1[None])
+        v2 = field(x[i : i + 1] - (t1 - t2) * v1, t2[None])
+        by_hand = ((t1 - t2) * v1 + (t2 - t3) * v2) / (t1 - t3)
+        torch.testing.assert_close(target[i : i + 1], by_hand, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_gradient_is_plain_autograds_with_a_detached_target(order):
+    models, n = random_models(order), 12
+    jumps = draw_step_jumps(n, RULE, generator=keyed_generator(3, 0))
+    data, noise = torch.randn(n, 2), torch.randn(n, 2)
+    step_scale_loss(data, noise, jumps, models, RULE).mean().backward()
+    ours = [w.grad.clone() for w in models.parameters("student")]
+    for w in models.parameters("student"):
+        w.grad = None
+    t1 = jumps.times[:, :1]
+    x1 = (1 - t1) * data + t1 * noise
+    target = step_scale_target(x1, jumps, models, RULE)
+    total = 0.0
+    for i, steps in enumerate((jumps.steps // 2).tolist()):
+        weights = models.weights("student", RULE.scale(steps))
+        v = torch.func.functional_call(models.network, weights, (x1[i : i + 1], jumps.t1[i : i + 1]))
+        total = total + (v - target[i : i + 1]).square().mean()
+    (total / n).backward()
+    for a, b in zip(ours, models.parameters("student"), strict=True):
+        torch.testing.assert_close(a, b.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_training_moves_the_differences_alone_and_repeats_itself():
+    def trained():
+        torch.manual_seed(0)
+        models = ScaledNetwork(MLP(16, 2))
+        before = [w.clone() for w in models.base.values()]
+        config = SCFMConfig(max_train_steps=4, global_batch_size=16, learning_rate=1e-3, shift=(0.9, 1.1))
+        distill_step_scale(
+            models, lambda g, n: torch.randn(n, 2, generator=g), config, RULE, progress=False
+        )
+        assert all(torch.equal(a, b) for a, b in zip(before, models.base.values(), strict=True))
+        return models
+
+    one, two = trained(), trained()
+    for name in ("student", "ema"):
+        pairs = zip(one.parameters(name), two.parameters(name), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) and any(w.abs().sum() > 0 for w in one.parameters(name))
+
+
+def test_any_number_of_steps_has_a_scale():
+    assert [round(RULE.scale(n), 3) for n in (1, 2, 5, 64)] == [1.0, 0.555, 0.255, 0.029]
+    assert RULE.scales(torch.tensor([1, 16, 17])).tolist() == pytest.approx([1.0, 16**-0.85, 0.0])
