@@ -121,16 +121,16 @@ def measure(
 ) -> dict[str, Any]:
     """All settings beside so many busy processes: for each the median and the quartiles, and what was run."""
     seconds: dict[str, list[float]] = {name: [] for name in workers}
-    told: dict[str, Any] = {}
+    reply: dict[str, Any] = {}
     disturbed = []
     for visit in range(args.rounds):
         for name, worker in workers.items():
-            told = turn(worker, beside, args)
-            seconds[name] += told["seconds"]
-            disturbed.append(told["others"])
+            reply = turn(worker, beside, args)
+            seconds[name] += reply["seconds"]
+            disturbed.append(reply["others"])
             print(
                 f"beside {beside}  round {visit + 1}/{args.rounds}  {name:12} "
-                f"{statistics.median(told['seconds']):7.3f} s",
+                f"{statistics.median(reply['seconds']):7.3f} s",
                 flush=True,
             )
     rows = {}
@@ -142,8 +142,8 @@ def measure(
         "rounds": args.rounds,
         "repetitions": args.rounds * args.repetitions,
         "largest_share_of_the_cores_used_by_others": max(disturbed),
-        "torch": told["torch"],
-        "openmp_runtime": told["openmp_runtime"],
+        "torch": reply["torch"],
+        "openmp_runtime": reply["openmp_runtime"],
     }
 
 
@@ -222,9 +222,9 @@ def turn(worker: subprocess.Popen[str], busy: int, args: argparse.Namespace) -> 
             continue
         with busy_processes(busy) as beside:
             print(*beside, file=worker.stdin, flush=True)
-            told = json.loads(worker.stdout.readline())
-        if told["others"] <= args.quiet:
-            return told
+            reply = json.loads(worker.stdout.readline())
+        if reply["others"] <= args.quiet:
+            return reply
     raise RuntimeError(
         f"for {args.patience:g} s others used more than {args.quiet:.0%} of the cores: "
         "stop them, or allow more with --quiet or --patience"
@@ -268,21 +268,21 @@ def choose(conditions: dict[str, Any], bearable: float) -> dict[str, Any]:
     base = conditions["0"]["settings"]["default"]["median_seconds"]
     ratios = {
         name: {
-            beside: round(told["settings"][name]["median_seconds"] / base, 3)
-            for beside, told in conditions.items()
+            beside: round(reply["settings"][name]["median_seconds"] / base, 3)
+            for beside, reply in conditions.items()
         }
         for name in SETTINGS
     }
     loaded = [beside for beside in conditions if beside != "0"]
     candidates = [name for name in SETTINGS if ratios[name]["0"] <= bearable]
     best = min(candidates, key=lambda name: math.prod(ratios[name][beside] for beside in loaded))
-    told = "; ".join(
+    reply = "; ".join(
         f"{ratios[best][n]:.2f} beside {n}, where the default has {ratios['default'][n]:.2f}" for n in loaded
     )
     why = (
         f"of the settings that cost at most {bearable - 1:.0%} on an idle machine (this one: "
         f"{ratios[best]['0'] - 1:+.1%}) the fastest beside busy processes, by the product of the ratios to "
-        f"the idle default: {told}"
+        f"the idle default: {reply}"
     )
     return {
         "ratios_to_idle_default": ratios,
@@ -306,8 +306,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     names, conditions = list(SETTINGS), record["conditions"]
     fig, ax = plt.subplots(figsize=(9, 3.8), layout="constrained")
     width = 0.8 / len(conditions)
-    for i, (beside, told) in enumerate(sorted(conditions.items(), key=lambda item: int(item[0]))):
-        rows = [told["settings"][name] for name in names]
+    for i, (beside, reply) in enumerate(sorted(conditions.items(), key=lambda item: int(item[0]))):
+        rows = [reply["settings"][name] for name in names]
         middle = [row["median_seconds"] for row in rows]
         spread = [
             [row["median_seconds"] - row["quartiles"][0] for row in rows],

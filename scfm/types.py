@@ -22,7 +22,7 @@ class VelocityField(Protocol):
 
 
 class Models(Protocol):
-    """Student, teacher and EMAs as fields. Only the student's answer carries a gradient."""
+    """Student, teacher and EMAs as fields. Only the student's velocity carries a gradient."""
 
     @property
     def student(self) -> VelocityField: ...
@@ -48,14 +48,22 @@ class Family(Protocol):
     """What differs between model families, bound to one pipeline and image size; `scfm.models.check` holds a
     class to it."""
 
-    pipeline_class: type
-    uses_cfg: bool
-    extra_text_tokens: int
-    lora_targets: Sequence[str]
     pipe: Any
     height: int
     width: int
     max_sequence_length: int
+
+    @property
+    def pipeline_class(self) -> type: ...
+
+    @property
+    def uses_cfg(self) -> bool: ...
+
+    @property
+    def extra_text_tokens(self) -> int: ...
+
+    @property
+    def lora_targets(self) -> Sequence[str]: ...
 
     @property
     def latent_shape(self) -> tuple[int, ...]: ...

@@ -126,6 +126,7 @@ def test_the_first_chapters_load_no_heavy_library():
     assert python(code) == ""
 
 
+@pytest.mark.slow
 def test_importing_scfm_takes_no_time_beyond_torch():
     code = "import time, torch\nbegan = time.perf_counter()\n"
     code += "import scfm\nscfm.scfm_loss\nprint(time.perf_counter() - began)"

@@ -70,9 +70,9 @@ def pair(plain, seed=0):
     return ours, theirs
 
 
-def batch(config, update):
-    data = torch.randn(config.global_batch_size, 2, generator=keyed_generator(0, update, stream=1))
-    return data, *sample_batch(config, update, config.global_batch_size, (2,))
+def batch(config, step):
+    data = torch.randn(config.global_batch_size, 2, generator=keyed_generator(0, step, stream=1))
+    return data, *sample_batch(config, step, config.global_batch_size, (2,))
 
 
 def test_the_target_is_the_librarys(plain):
@@ -106,8 +106,8 @@ def test_loss_gradient_and_weights_are_the_librarys(plain, lr):
                 p.copy_(q)
     optimizer.param_groups[0]["lr"] = lr
     other = torch.optim.AdamW(theirs["student"].parameters(), lr, weight_decay=config.adam_weight_decay)
-    for update in range(8):
-        data, noise, jumps = batch(config, update)
+    for step in range(8):
+        data, noise, jumps = batch(config, step)
         gradients = []
         for parameters, opt in (
             (ours.parameters("student"), optimizer),

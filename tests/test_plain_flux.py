@@ -202,6 +202,7 @@ def test_a_stock_pipeline_with_the_file_is_the_student(plain, tmp_path):
     assert (before - student).abs().max() > .1
 
 
+@pytest.mark.slow
 def test_the_command_of_its_docstring_runs_and_its_last_words_sample(plain, tmp_path, capsys, monkeypatch):
     """In two steps instead of a hundred, with the images that the docstring draws."""
     words = plain.__doc__.replace("runs/", f"{tmp_path}/").replace("\n    ", "\n").split("python -c '\n")[1]

@@ -15,6 +15,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = next((ROOT / "nbs").rglob("plain_scfm.ipynb"))
 SCRIPT = ROOT / "examples" / "plain_scfm.py"
@@ -44,6 +46,7 @@ def test_the_script_is_the_notebook():
     assert SCRIPT.read_text(encoding="utf-8") == script_of(NOTEBOOK), f"python {Path(__file__)} writes it"
 
 
+@pytest.mark.slow
 def test_it_runs_with_small_numbers(tmp_path):
     """Steps and samples, all numbers of four digits, become 40; test_notebooks.py runs it with its own."""
     short, count = re.subn(r"(?<=[ (])[1-9]\d{3}(?=[,)])", "40", script_of(NOTEBOOK))

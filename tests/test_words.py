@@ -25,10 +25,11 @@ NAMES = set(
     checkpoint_every
     preview_every student_steps judge_scales sample_shift max_tokens stock_shift_of tuned""".split()
 )
-# Words of prose and of output.
-PROSE = re.compile(r"\b([Pp]ictures?|[Pp]aint(s|ed|er|ing)?|[Ss]peakers?)\b")
+# Words of prose and of output. ("a picture of" begins captions that the toy models were trained on.)
+PROSE = re.compile(r"\b(?!picture of\b)([Pp]ictures?|[Pp]aint(s|ed|er|ing)?|[Ss]peakers?)\b")
 FLAGS = re.compile(
-    r"--(pipeline|pictures|out|lr|updates|clip|precision|keep|resume|tracker|targets|alpha|negative|max_tokens)\b"
+    r"--(pipeline|pictures|out|lr|updates|clip(?= [0-9.])|precision|keep|resume|tracker"
+    r"|targets|alpha|negative|max_tokens)\b"
 )
 
 SCRIPTS = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py")) if p.name != "_modidx.py"]

@@ -74,10 +74,9 @@ STEP_FREQUENCIES = 3
 class MLP(nn.Module):
     """A velocity field on the plane: x (B, 2), t (B,) -> (B, 2). SiLU layers, Fourier features of the time.
 
-    step_input: it has a second input, the step size d (B,), as d and its three lowest features; left out, d is
-    0. (With all
-    eight, a Shortcut student of 600,000 evaluations stayed at SW2 .17 with 32 steps, checkerboard, one seed;
-    with three, .05.)"""
+    step_input: it has a second input, the step size d (B,), as d and its three lowest features; left out,
+    d is 0. (With all eight, a Shortcut student of 600,000 evaluations stayed at SW2 .17 with 32 steps,
+    checkerboard, one seed; with three, .05.)"""
 
     def __init__(self, width=256, depth=4, frequencies=8, step_input=False):
         super().__init__()

@@ -18,7 +18,7 @@ Cost of the carried weights, in seconds on 2 cores that also did other work: 173
 saved (in
 float16): `--start FOLDER` does that; without it the two rounds follow each other in one process. What they
 reach is in
-bench/results/tiny_flux.json.
+experiments/results/tiny_flux.json.
 
 Why two rounds. After the first one the shapes of held-out pairs were right in 85 % of the images, every other
 attribute
@@ -72,7 +72,7 @@ HARD = (
 
 def main():
     args = parse()
-    out = Path(args.out)
+    out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     for name, value in vars(args).items():
         if name in UPDATES and value is not None:

@@ -189,7 +189,7 @@ def show_family(axes: Sequence[Any], values: Values, title: str) -> None:
     show_last(axes[0], values, title)
     axes[2].sharey(axes[1])
     for ax, kind in zip(axes[1:], KINDS, strict=True):
-        show_iterations(ax, values, kind, f"{kind}, by updates")
+        show_iterations(ax, values, kind, f"{kind}, by training steps")
     level_axis(axes[1], LEVELS, fontsize=7)  # of both, as they share it
     axes[2].minorticks_off()
     axes[2].tick_params(labelleft=False)

@@ -190,7 +190,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure, axes = headless_pyplot().subplots(1, 2, figsize=(11, 3.6), dpi=80)
     not_fid = "Frechet distance on the features of a small ResNet (not FID)"
     plot_curves(axes[0], record, "frechet_test", not_fid)
-    plot_curves(axes[1], record, "label_accuracy", "share of images taken for what was asked")
+    plot_curves(axes[1], record, "label_accuracy", "share of images taken for their label")
     axes[0].set_yscale("log")  # the floor is far below, and would squeeze the curves
     axes[0].minorticks_off()
     low, high = axes[0].get_ylim()

@@ -3,7 +3,7 @@
 Students of 1, 3, 10, 30, 100 and all images, five random subsets of each size, by two trainings of as many
 steps:
 
-    SCFM         the method; the images only say where the network is asked
+    SCFM         the method; the images only say where the network is evaluated
     fine-tuning  plain flow matching on the same images (target noise - data): same weights or LoRA, same
                  optimizer and EMAs
 

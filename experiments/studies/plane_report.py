@@ -163,7 +163,7 @@ def plot_ablations(record: dict[str, Any], path: str | Path) -> None:
     protocol = record["protocol"]
     figure.suptitle(
         f"One thing changed of the paper's recipe: {protocol['ablated']}, seed 0, "
-        f"{protocol['ablation_updates']} updates; lines: dialled, dashes: raw",
+        f"{protocol['ablation_updates']} training steps; lines: dialled, dashes: raw",
         fontsize=10,
     )
     figure.tight_layout()

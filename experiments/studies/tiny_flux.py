@@ -191,7 +191,7 @@ def readme_table(record: dict[str, Any]) -> str:
         lines.append(readme_line("teacher, stock shift" if n > 1 else "teacher", n, at_stock(teacher, n)))
         if n > 1:
             lines.append(readme_line("teacher, best shift for each column", n, best_of(teacher, n)))
-        lines.append(readme_line(f"**LoRA at strength {scales.scale(n):g}**", n, at_stock(ours, n)))
+        lines.append(readme_line(f"**LoRA at scale {scales.scale(n):g}**", n, at_stock(ours, n)))
     return "\n".join(lines)
 
 

@@ -108,13 +108,11 @@ def make_recipe(sizes: Any, change: dict[str, Any]) -> Recipe:
 
 
 def ramp_teacher_ratio(config: SCFMConfig, last: float | None) -> Callable | None:
-    """on_step for `distill`: k/N goes evenly from what config has to `last`, where it ends; None where it
-    stays.
-    """
+    """on_step for `distill`: k/N goes evenly from config's to `last`, which it ends at; None: it stays."""
     first = config.teacher_ratio
 
-    def on_step(update: int, _: Any) -> None:
-        config.teacher_ratio = first + (last - first) * (update + 1) / config.max_train_steps
+    def on_step(step: int, _: Any) -> None:
+        config.teacher_ratio = first + (last - first) * (step + 1) / config.max_train_steps
 
     return None if last is None else on_step
 
@@ -125,12 +123,11 @@ def load_weights(network: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Mod
 
 
 def distill_in_sample_space(models: CopiedModels, batch_of: BatchOf, config: SCFMConfig) -> None:
-    """`distill` with the same condition asked of the point reached at t3: examples weighted by (t1 -
-    t3)^2."""
+    """`distill` with the loss on the point reached at t3: an example's weight is (t1 - t3)^2."""
     (optimizer, scheduler), emas = make_optimizer(models, config), make_emas(models, config)
-    for update in range(config.max_train_steps):
-        data = batch_of(keyed_generator(config.seed, update, stream=1), config.global_batch_size)
-        noise, jumps = sample_batch(config, update, len(data), data.shape[1:])
+    for step in range(config.max_train_steps):
+        data = batch_of(keyed_generator(config.seed, step, stream=1), config.global_batch_size)
+        noise, jumps = sample_batch(config, step, len(data), data.shape[1:])
         weight = (jumps.times[:, 0] - jumps.times[:, -1]).square()  # (B,)
         (weight * scfm_loss(data, noise, jumps, models, algorithm=config.algorithm)).mean().backward()
         torch.nn.utils.clip_grad_norm_(models.parameters("student"), config.max_grad_norm)

@@ -4,7 +4,6 @@ A family from outside joins through `register`, or through the entry point group
 installed package.
 """
 
-from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
@@ -14,12 +13,11 @@ from scfm.models.check import missing
 from scfm.models.flux import Flux
 from scfm.models.pixels import Pixels
 from scfm.models.sd3 import SD3
-from scfm.types import Condition, Family
+from scfm.types import Condition, Family, FamilyVelocity
 
 FAMILIES: dict[str, Any] = {"FluxPipeline": Flux, "StableDiffusion3Pipeline": SD3, "PixelPipeline": Pixels}
 GROUP = "scfm.families"  # entry points: name = the pipeline's class, value = module:Class
 FamilyClass = TypeVar("FamilyClass", bound=type)
-Velocity = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Condition], torch.Tensor]
 
 
 def register(family: FamilyClass) -> FamilyClass:
@@ -89,7 +87,7 @@ def find_family(name: str) -> Any | None:
     )
 
 
-def velocities(family: Family, guidance_mode: str) -> tuple[Velocity, Velocity]:
+def velocities(family: Family, guidance_mode: str) -> tuple[FamilyVelocity, FamilyVelocity]:
     """(velocity of student and EMAs, velocity of the teacher): the same for "kept", for "distilled" the first
     unguided.
 
@@ -106,7 +104,7 @@ def velocities(family: Family, guidance_mode: str) -> tuple[Velocity, Velocity]:
     return unguided(family.velocity), family.velocity
 
 
-def unguided(velocity: Velocity) -> Velocity:
+def unguided(velocity: FamilyVelocity) -> FamilyVelocity:
     """A family's velocity with guidance scale 1 for every example, whatever the condition holds: one
     evaluation each."""
 

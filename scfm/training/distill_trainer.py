@@ -27,7 +27,7 @@ from scfm.models.lora import ADAPTERS, LoraModels, adapter_state, load_adapter_s
 from scfm.models.sampling import on_device
 from scfm.models.source import PipelineSource
 from scfm.training.checkpoint import find_checkpoint, load_checkpoint
-from scfm.training.config import DistillConfig, init_output_dir
+from scfm.training.config import DistillConfig
 from scfm.training.selection import select_and_save, validation_image
 from scfm.training.trainer import StepPlan, Trainer, make_accelerator
 from scfm.types import Family
@@ -56,8 +56,7 @@ class DistillTrainer(Trainer):
         }
         self.resume_from = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         with self.accelerator.main_process_first():
-            self.lock()
-            init_output_dir(self.output_dir, config, marks)
+            self.take_folder(marks)
         dataset = make_data(data, self.source, inputs, self.accelerator, progress)[1]
         assert dataset is not None  # a run's own data are always cached
         self.dataset: CachedDataset = dataset

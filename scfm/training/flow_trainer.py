@@ -25,7 +25,6 @@ from scfm.method.metrics import endpoint_distance
 from scfm.models.pixels import save_pipeline
 from scfm.models.unet import UNetFlow, drop_labels, generate, load_flow, save_flow
 from scfm.training.checkpoint import latest, load_checkpoint
-from scfm.training.config import init_output_dir
 from scfm.training.flow_config import LEVELS, FlowConfig
 from scfm.training.trainer import StepPlan, Trainer, make_accelerator
 
@@ -116,8 +115,7 @@ class FlowTrainer(Trainer):
         self.images = images or load_labelled_images(config.train_data_dir)
         torch.manual_seed(config.seed)
         with self.accelerator.main_process_first():
-            self.lock()
-            init_output_dir(self.output_dir, config)
+            self.take_folder({})
         self.models = make_models(config, self.images, self.accelerator.device)
         self.optimizer, self.scheduler = make_optimizer(self.models, config)
         student, slow = self.models.parameters("student"), self.models.parameters("ema_slow")

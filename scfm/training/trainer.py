@@ -16,7 +16,7 @@ from scfm.files import lock_folder, unlock_folder
 from scfm.method.consistency import Jumps
 from scfm.method.distill import Batch, StepOutput, TimeBins, train_step, training_loop
 from scfm.training.checkpoint import latest, save_checkpoint, set_aside
-from scfm.training.config import as_json, refuse_strangers
+from scfm.training.config import as_json, init_output_dir, refuse_strangers
 
 log = logging.getLogger(__name__)
 OPTIMIZER_SETTINGS = ("learning_rate", "adam_weight_decay", "max_grad_norm", "lr_scheduler")
@@ -85,12 +85,18 @@ class Trainer(ABC):
     def validate(self) -> torch.Tensor | None:
         """Writes what people look at during the run; returns an image (3, H, W) for the trackers, or None."""
 
-    def lock(self) -> None:
-        """Takes the folder for this run. ValueError when another process trains in it."""
+    def take_folder(self, inputs: dict[str, str]) -> None:
+        """Makes the folder this run's own, see `init_output_dir`. ValueError when another process trains in
+        it."""
         if self.is_main:
             refuse_strangers(self.output_dir)
             lock_folder(self.output_dir)
             atexit.register(unlock_folder, self.output_dir)
+        try:
+            init_output_dir(self.output_dir, self.config, inputs)
+        except ValueError:
+            self.close()
+            raise
 
     def train(self, until: int | None = None, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Steps up to `until` (config.max_train_steps when None), or until should_stop() holds in any process

@@ -54,6 +54,7 @@ def test_dial_keeps_the_tensors_and_a_stock_pipeline_still_loads_them(lora, prom
     assert pipe.get_list_adapters() == {"transformer": ["a"]}
 
 
+@pytest.mark.slow
 def test_dial_finds_a_scale_for_each_step_and_sample_uses_it(lora, prompts, tmp_path, capsys):
     assert dial(lora, prompts, "--steps", "2,4", "--per_step", "2") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("   2 steps")]

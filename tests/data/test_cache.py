@@ -78,6 +78,7 @@ def kinds(shards):
 # What is in it
 
 
+@pytest.mark.slow
 def test_each_row_is_its_own_images_and_its_own_captions(families, images, made):
     rows = plan_of(images, made).open()
     assert len(rows) == 150 and rows.captions == CAPTIONS * 30 and rows.sizes == SIZES
@@ -104,6 +105,7 @@ def test_a_caption_is_kept_once_and_only_its_rows_are_copied(images, made):
     assert cond["tokens"].untyped_storage().nbytes() == 2 * TOKENS * 64 * 4
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_named(images, made):
     rows = plan_of(images, made).open()
     several = [int((rows.size_of == s).nonzero()[0]) for s in (0, 1)]
@@ -237,12 +239,13 @@ def test_damage_between_the_check_and_the_opening_is_seen(images, made, tmp_path
         plan.open()
 
 
+@pytest.mark.slow
 def test_stopped_after_any_shard_it_goes_on(families, images, made, tmp_path, monkeypatch):
     write = scfm.data.cache.write_shard
     for stop in range(len(plan_of(images, made).shards)):
         folder, count = tmp_path / str(stop), [0]
 
-        def stopping(path, tensors):
+        def stopping(path, tensors, count=count, stop=stop):
             if count[0] == stop:
                 raise KeyboardInterrupt
             count[0] += 1

@@ -398,6 +398,7 @@ def test_a_folder_of_ones_own_is_cached_without_loading_twice(tmp_path, capsys, 
     assert "3 images of 3 different captions" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_and_a_kill_give_what_one_gives(prompts, tmp_path):
     """The real command under torchrun, killed in the middle, run again; then against one process."""
 

@@ -92,6 +92,7 @@ def test_the_endpoint_distance_is_that_of_the_latents(lora, prompts, tmp_path, f
     assert rows_in(tmp_path / "out")["teacher-2"]["endpoint_distance"] == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_resumes_and_an_image_is_the_same_alone_and_in_a_batch(lora, prompts, tmp_path, capsys):
     out = tmp_path / "out"
     assert evaluate(lora, prompts, out, *NO_METRICS) == 0
@@ -144,6 +145,7 @@ def random_lora(folder):
     return save_lora(type(pipe), pipe.transformer, folder, "style")
 
 
+@pytest.mark.slow
 def test_external_models_come_through_the_same_door(lora, prompts, tmp_path):
     random_lora(tmp_path / "hyper")
     schnell = build_flux(seed=1)

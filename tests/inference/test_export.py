@@ -127,6 +127,7 @@ def test_a_fused_pipeline_is_the_lora_at_its_scale_with_the_shift_of_training(
     assert [path.name for path in tmp_path.iterdir()] == ["fused"]
 
 
+@pytest.mark.slow
 def test_a_merged_lora_is_both_at_their_scales(place, tmp_path):
     """Ranks 4 and 3, alphas 4 and 7, targets that overlap in part."""
     words = ["--style_lora", place / "style", "--style_lora_scale", 0.6]

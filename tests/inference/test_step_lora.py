@@ -81,6 +81,7 @@ def by_callback(lora, scales):
     return stock_call(pipe, len(scales), callback_on_step_end=set_scale)
 
 
+@pytest.mark.slow
 def test_a_scale_for_each_step_is_that_of_the_callback(lora):
     scales = (0.25, 1.0, 0.5)
     write_lora_scales(lora / WEIGHT_NAME, LoraScales((1, 4), (1.0, 0.5), 3.0, (scales, (0.1, 0.2))))
@@ -194,6 +195,7 @@ def test_a_lora_of_a_4_bit_run_is_used_on_a_4_bit_base_unless_one_says_otherwise
     assert len(dtypes) == 1
 
 
+@pytest.mark.slow
 def test_generating_is_quantized_and_encoding_alone_is_not(tmp_path, monkeypatch):
     dtypes = []
     monkeypatch.setattr(prepare, "require_bitsandbytes", lambda: None)

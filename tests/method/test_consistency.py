@@ -360,6 +360,7 @@ def test_targets_come_before_the_student():
     assert order.count("student") == 1 and order[-1] == "student"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["consistency", "ema", "distill"])
 def test_chapters_need_torch_alone(module):
     code = f"import sys, scfm.method.{module}\n"

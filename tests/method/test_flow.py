@@ -268,6 +268,7 @@ def test_the_default_grid_of_diffusers_wastes_a_step(scheduler):
 # Imports
 
 
+@pytest.mark.slow
 def test_flow_and_metrics_need_torch_alone():
     code = "import scfm.method.flow, scfm.method.metrics, sys\n"
     code += "print([m for m in ('diffusers', 'transformers', 'peft', 'toy') if m in sys.modules])"

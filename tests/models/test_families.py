@@ -289,6 +289,7 @@ def config_of(out):
     return DistillConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
+@pytest.mark.slow
 def test_a_stock_pipeline_loads_what_distill_wrote(folder, distilled):
     run = DistillTrainer(config_of(distilled), progress=False)
     assert run.resume() == 2
@@ -307,6 +308,7 @@ def test_a_stock_pipeline_loads_what_distill_wrote(folder, distilled):
         assert name != "student" or (ours - plain).abs().max() > 1e-3  # and it is not the teacher
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_is_the_run_in_one(folder, distilled):
     assert distill(folder, folder / "parts", max_train_steps=1) == 0
     assert distill(folder, folder / "parts") == 0
@@ -318,6 +320,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(folder, distilled):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_it_runs_in_bfloat16_without_t5_and_with_checkpointing(tmp_path):
     build_sd3(t5=False).save_pretrained(tmp_path / "pipeline")
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
@@ -427,6 +430,7 @@ def test_the_distilled_student_is_asked_once_and_the_kept_one_twice(sd3):
         assert rows == [student, student, student, 8]
 
 
+@pytest.mark.slow
 def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
     out, one = tmp_path / "run", "pytorch_lora_weights.safetensors"
     assert distill(folder, out, guidance_mode="distilled", algorithm="dual_pure") == 0

@@ -77,6 +77,7 @@ def test_our_sampler_is_the_stock_pipeline(flux, steps, shift):
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_carried_pipeline_loads_without_us():
     """Plain diffusers in a process that never imports scfm or toy."""
     code = (
@@ -89,6 +90,7 @@ def test_the_carried_pipeline_loads_without_us():
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
+@pytest.mark.slow
 def test_the_command_runs_and_a_stock_pipeline_makes_the_same_images(flux, prompts, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["distill", *flags(prompts, out)]) == 0
@@ -118,6 +120,7 @@ def vars_of(out):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
 
 
+@pytest.mark.slow
 def test_the_header_keeps_rank_and_alpha(prompts, tmp_path):
     out = tmp_path / "run"
     main(["distill", *flags(prompts, out, lora_alpha=6, validation_steps=0)])
@@ -138,6 +141,7 @@ def end_by(sent, prompts, out, settings):
     return process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_ended_by_a_signal_resumes_bit_for_bit(prompts, tmp_path, sent):
     settings = dict(max_train_steps=30, checkpointing_steps=2, validation_steps=0)
@@ -181,6 +185,7 @@ def test_bad_input_is_one_line_and_code_2(prompts, tmp_path, capsys, change, mes
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run_is_refused(prompts, tmp_path, capsys):
     main(["distill", *flags(prompts, tmp_path / "run", validation_steps=0)])
     assert main(["distill", *flags(prompts, tmp_path / "run", rank=3)]) == 2

@@ -247,6 +247,7 @@ def test_a_vae_of_unknown_scale_is_one_line(tmp_path):
         _ = PipelineSource(tmp_path).skeleton
 
 
+@pytest.mark.slow
 def test_distill_takes_it_and_the_stock_pipeline_takes_the_lora(site, tmp_path, capsys):
     """All of it by the real command: an installed family, two training steps, the stock pipeline."""
     source = importlib.import_module("outside_lumina")
@@ -447,6 +448,7 @@ def test_layers_without_lora_are_reported_and_allowed(lumina):
     assert "on 10 of 45 linear layers, not on x_embedder" in check_lora(some)
 
 
+@pytest.mark.slow
 def test_flux_passes_also_with_a_shift_of_its_own():
     pipe = build_flux()
     pipe.set_progress_bar_config(disable=True)

@@ -201,6 +201,7 @@ def run(*words):
     assert main([str(word) for word in words]) == 0
 
 
+@pytest.mark.slow
 def test_pretrain_distill_kill_resume_dial_sample_evaluate_export(data):
     """What a person does on one small data set, by the commands; a resumed run equals an unbroken one."""
     run(

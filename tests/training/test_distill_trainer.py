@@ -29,6 +29,8 @@ from scfm.training.distill_trainer import DistillTrainer
 from toy.pipelines import FLUX, TOKENS, build_flux
 from toy.shapes import draw_captions, draw_images
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
@@ -282,11 +284,11 @@ def test_a_run_that_is_through_is_left_alone(images, tmp_path, capsys):
                 "dial",
                 "--lora",
                 str(tmp_path / "run"),
-                "--count",
+                "--num_prompts",
                 "2",
                 "--steps",
                 "2",
-                "--scales",
+                "--lora_scales",
                 ".5,1",
                 "--target_steps",
                 "3",

@@ -63,6 +63,7 @@ def test_the_count_is_that_of_a_real_update(family_class, build, checkpointing, 
     assert planned["LoRA, parameters"] == sum(p.numel() for p in models.parameters("student"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, billion, lora, static", [("flux-dev", 11.90, 347.1, 29.9), ("sd35-large", 8.06, 295.4, 21.6)]
 )

@@ -404,6 +404,7 @@ def test_a_mistake_is_named_with_its_mend(told, message):
         FlowConfig(**{**QUICK, **told}).check()
 
 
+@pytest.mark.slow
 def test_the_command_is_killed_and_goes_on(tmp_path, images):
     """The real command: SIGTERM saves and leaves with 143, and the same command ends where an unbroken run
     ends."""
@@ -436,6 +437,7 @@ def test_the_command_is_killed_and_goes_on(tmp_path, images):
     assert same(load_file(killed), load_file(unbroken)) and header_of(killed) == header_of(unbroken)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path, images):
     """The real command under torchrun: the same updates, evaluations counted over both, weights equal up to
     rounding."""

@@ -18,6 +18,8 @@ from scfm.files import LOCK, atomic_write, lock_folder, unlock_folder
 from scfm.training.checkpoint import all_checkpoints
 from toy.pipelines import FLUX, TOKENS
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "height": 32,
     "width": 32,
