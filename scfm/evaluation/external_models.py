@@ -56,7 +56,7 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "guidance_scale": float,
     "inference_shift": float,
 }
-OWN_NAMES = ("teacher", "student")
+OWN_NAMES = ("teacher", "student", "step")  # "step": the adapter of the LoRA that is judged
 
 
 def parse_external_model(text: str) -> ExternalModel:

@@ -6,11 +6,13 @@
 __all__ = ['SD3']
 
 # %% ../../nbs/learn/21_sd3.ipynb #c03
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
 # %% ../../nbs/learn/21_sd3.ipynb #c06
 class SD3:
@@ -27,7 +29,6 @@ class SD3:
     pipeline_class = StableDiffusion3Pipeline
     uses_cfg = True                 # by a second evaluation, not by an input of the network
     time_dtype = torch.float32      # what the time embedding computes in, whatever the weights are
-    dynamic_shift = None            # the scheduler has a fixed one
     extra_text_tokens = 77          # of the two CLIPs, side by side, before those of T5
 
     # All linear layers: attention, feed-forward, adaptive norms, embedders and output. The patches enter by a
@@ -62,6 +63,15 @@ class SD3:
         """Image tokens of one image."""
         _, rows, columns = self.latent_shape
         return rows * columns // self.pipe.transformer.config.patch_size ** 2
+
+    @property
+    def dynamic_shift(self) -> float | None:
+        """The stock pipeline's time shift at this size; None, as a rule: the scheduler has a fixed one."""
+        config = self.pipe.scheduler.config
+        if not config.use_dynamic_shifting:
+            return None
+        return math.exp(calculate_shift(self.tokens, config.base_image_seq_len, config.max_image_seq_len,
+                                        config.base_shift, config.max_shift))
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -222,6 +222,29 @@ def test_steps_guidance_shift_and_size_are_obeyed(families, tmp_path):
         assert (other - stock).abs().max() > 0.05
 
 
+def test_sd3_asks_a_scheduler_that_shifts_by_size():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = build_sd3()
+    family = SD3(pipe, 32, 32, 16)
+    assert family.dynamic_shift is None
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=1.0)
+    noise = start_noise(family, [0], 0)
+    pipe(
+        ["a red star"],
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        sigmas=[1.0, 0.5],
+        max_sequence_length=16,
+        guidance_scale=1.0,
+        latents=noise,
+        output_type="latent",
+    )
+    middle = float(pipe.scheduler.sigmas[1])  # shift / (shift + 1), which t = 1/2 becomes
+    assert stock_shift(family) == family.dynamic_shift == pytest.approx(middle / (1 - middle), rel=1e-5)
+
+
 def test_the_stock_shift_of_a_scheduler_that_works_it_out(families):
     from diffusers import FlowMatchEulerDiscreteScheduler
 

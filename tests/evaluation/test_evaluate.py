@@ -248,6 +248,7 @@ def test_frechet_distances_are_to_the_teacher_and_to_the_reference():
         (["--negative_prompt", "ugly"], "a negative prompt means nothing to Flux"),
         (["--external_model", "hyper"], "say NAME=PATH"),
         (["--external_model", "teacher=x.safetensors"], "none of teacher, student"),
+        (["--external_model", "step=x.safetensors"], "none of teacher, student"),
         (["--external_model", "a-b=x.safetensors"], "letters, digits"),
         (["--external_model", "x=nowhere.safetensors"], "no LoRA and no pipeline at nowhere.safetensors"),
         (["--external_model", f"x={WEIGHTS / 'lora'},weight=1"], "no option 'weight'; there are lora_scale,"),
