@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'WEIGHT_NAME', 'METADATA', 'add_adapters', 'adapter_parameters', 'copy_adapter', 'LoraModels', 'set_scale',
-           'save_lora', 'adapter_metadata', 'adapter_state', 'load_adapter_state']
+           'save_lora', 'adapter_metadata', 'folded_state', 'adapter_state', 'load_adapter_state']
 
 # %% ../../nbs/learn/20_lora.ipynb #c03
 import os
@@ -167,7 +167,7 @@ def save_lora(pipeline_class: Any, transformer: Any, folder: str | Path, name: s
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         pipeline_class.save_lora_weights(
-            temporary, transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=name),
+            temporary, transformer_lora_layers=folded_state(transformer, name),
             transformer_lora_adapter_metadata=adapter_metadata(transformer.peft_config[name]),
             weight_name=weight_name)
         os.replace(Path(temporary) / weight_name, folder / weight_name)
@@ -193,7 +193,14 @@ def adapter_metadata(config: LoraConfig) -> dict[str, Any]:
     peft's whole configuration names settings of the version that wrote it, and an older one refuses those.
     """
     metadata = {key: getattr(config, key) for key in METADATA}
-    return metadata | {"target_modules": sorted(metadata["target_modules"])}
+    return metadata | {"target_modules": sorted(metadata["target_modules"]), "lora_alpha": config.r}
+
+
+def folded_state(transformer: Any, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter, alpha / rank multiplied into B: some loaders do not read alpha."""
+    config, state = transformer.peft_config[name], adapter_state(transformer, name)
+    factor = config.lora_alpha / config.r
+    return {key: tensor * factor if "lora_B" in key else tensor for key, tensor in state.items()}
 
 
 def adapter_state(transformer: Any, name: str) -> dict[str, torch.Tensor]:

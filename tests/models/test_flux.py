@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from scfm.cli import main
 from scfm.method.flow import sample, time_grid
@@ -121,12 +121,21 @@ def vars_of(out):
 
 
 @pytest.mark.slow
-def test_the_header_keeps_rank_and_alpha(prompts, tmp_path):
-    out = tmp_path / "run"
+def test_every_loader_finds_the_same_scale(prompts, tmp_path):
+    """alpha is in the tensors: what reads the header and what does not load one LoRA."""
+    out, bare = tmp_path / "run", tmp_path / "bare"
     main(["distill", *flags(prompts, out, lora_alpha=6, validation_steps=0)])
     with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as opened:
         saved = json.loads(opened.metadata()["lora_adapter_metadata"])
-    assert (saved["transformer.r"], saved["transformer.lora_alpha"]) == (2, 6)
+    assert (saved["transformer.r"], saved["transformer.lora_alpha"]) == (2, 2)
+    bare.mkdir()
+    save_file(
+        load_file(out / "pytorch_lora_weights.safetensors"), bare / "pytorch_lora_weights.safetensors"
+    )
+    for folder in (out, bare):
+        pipe = load_flux()
+        pipe.load_lora_weights(folder)
+        assert set(pipe.transformer.transformer_blocks[0].attn.to_q.scaling.values()) == {1.0}
 
 
 def end_by(sent, prompts, out, settings):
