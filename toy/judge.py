@@ -1,9 +1,9 @@
 """One protocol for every sampler of the tiny Flux: same captions, same noises, same reference, whatever is
 judged.
 
-Per step count: prompt accuracy (read by `toy.reader`), Frechet distance on the reader's features (not FID) to
-drawings
-of the same captions, distance to the teacher's own 32-step endpoints from the same noise, and seconds.
+Per step count: prompt accuracy (read by `toy.reader`), Frechet distance on the reader's features (not FID)
+to drawings of the same captions, distance to the teacher's own 32-step endpoints from the same noise, and
+seconds.
 The captions name only colour-shape pairs of which the teacher never saw an image, unless a judge is asked for
 the others.
 """

@@ -115,9 +115,8 @@ def name_attributes(colour, shape, size=None, place=None):
 def draw_images(captions, generator, anywhere=False):
     """Images that obey the captions and leave the rest to chance.
 
-    Figures stand near one of nine places, almost upright; with `anywhere` they stand and tilt freely (harder
-    to
-    learn: the flow's first stage, the VAE and the reader see these).
+    Figures stand near one of nine places, almost upright; with `anywhere` they stand and tilt freely
+    (harder to learn: the flow's first stage, the VAE and the reader see these).
 
     Returns `images` (n, 3, 32, 32) in [-1, 1] and `truth` (n, 5), every attribute of the main figure, named
     or not.

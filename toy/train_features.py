@@ -2,10 +2,9 @@
 
 FOLDER holds CIFAR-10 as parquet files (default: the environment variable SCFM_CIFAR10). SGD with Nesterov
 momentum, label
-smoothing, flips and crops, in bfloat16, in two cycles of the learning rate: the first with a cut-out square,
-the second without
-and half as fast. It stops and goes on anywhere: every epoch leaves a checkpoint in --work, and the same
-command continues.
+smoothing, flips and crops, in bfloat16, in two cycles of the learning rate: the first with a cut-out
+square, the second without and half as fast. It stops and goes on anywhere: every epoch leaves a checkpoint
+in --work, and the same command continues.
 """
 
 import argparse

@@ -17,22 +17,17 @@ Cost of the carried weights, in seconds on 2 cores that also did other work: 173
 3584 + 1163 on one of these cores for the second round. The second round began from the first one's weights as
 saved (in
 float16): `--start FOLDER` does that; without it the two rounds follow each other in one process. What they
-reach is in
-experiments/results/tiny_flux.json.
+reach is in experiments/results/tiny_flux.json.
 
-Why two rounds. After the first one the shapes of held-out pairs were right in 85 % of the images, every other
-attribute
-in 99 % or more, and of 44 wrong shapes among 256 captions 43 were stars. So the second round shows more
-stars, with their
-captions: what an image without a caption shows is drawn as before, else guidance would push away from stars.
-The world
-was changed once on the way: "settle" brought in the nine places after "flow" had learned shapes too slowly (2
-of 5 right).
+Why two rounds. After the first one the shapes of held-out pairs were right in 85 % of the images, every
+other attribute in 99 % or more, and of 44 wrong shapes among 256 captions 43 were stars. So the second
+round shows more stars, with their captions: what an image without a caption shows is drawn as before, else
+guidance would push away from stars. The world was changed once on the way: "settle" brought in the nine
+places after "flow" had learned shapes too slowly (2 of 5 right).
 All of these looks used captions other than those of the committed evaluation, whose seed was taken afresh.
 
-The text encoders read captions of every pair, as real ones have read every word; the flow never sees an image
-of
-a held-out pair.
+The text encoders read captions of every pair, as real ones have read every word; the flow never sees an
+image of a held-out pair.
 """
 
 import argparse
@@ -160,9 +155,8 @@ def fit(stage, model, loss_of, out, lr, ema_decay=0.999, every=500, decay=0.25):
     """Adam, warm-up, constant rate, linear to zero over the share `decay` at the end; the average of the
     weights stays.
 
-    `loss_of(generator)` draws a batch and returns its loss. The state is written every `every` updates under
-    a
-    temporary name and renamed, so that a kill costs at most that many updates.
+    `loss_of(generator)` draws a batch and returns its loss. The state is written every `every` updates
+    under a temporary name and renamed, so that a kill costs at most that many updates.
     """
     updates, path = UPDATES[stage], out / f"{stage}.safetensors"
     weights = [p for p in model.parameters() if p.requires_grad]

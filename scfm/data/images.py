@@ -126,9 +126,8 @@ def read_image(path: str | Path, height: int, width: int) -> torch.Tensor:
 
 
 def read_folder(folder: str | Path) -> list[tuple[Path, str]]:
-    """[(image path, caption)] of an `imagefolder`: metadata.jsonl or metadata.csv with file_name and text in
-    each row, or
-    a .txt file with the caption beside each image.
+    """[(image path, caption)] of an `imagefolder`: metadata.jsonl or metadata.csv with file_name and text
+    in each row, or a .txt file with the caption beside each image.
 
     FileNotFoundError or ValueError that name the file, the line and what is missing.
     """

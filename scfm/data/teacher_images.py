@@ -42,8 +42,7 @@ def generate_images(
     process: (number, count) of the processes that share the work, which may run at once.
     pipeline: its fingerprint, which each row remembers.
     Resumes: whole images stay. Returns the folder. ValueError when it was begun with other captions, steps,
-    guidance,
-    seed or sizes.
+    guidance, seed or sizes.
     """
     folder = Path(folder)
     by_size: Mapping[Size, Family] = (
@@ -111,8 +110,7 @@ def begin_listing(folder: Path, rows: Sequence[Row]) -> set[int]:
     finds its own.
 
     An image counts only when it carries the mark of its row. ValueError when the list that is there is
-    another one, or when
-    a file of an image's name is not of this command.
+    another one, or when a file of an image's name is not of this command.
     """
     listing, text = folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
     states = in_threads(lambda row: state_of(folder / row["file_name"], row), rows)

@@ -75,7 +75,7 @@ def generate_set(
 
     seed: with an image's number the key of its noise, so that any part can be made again
     teacher: folder of the teacher's images; None: these are the teacher's, and their latents stay beside them
-    done: is told how many images have been made
+    done: called with the number of images made so far
 
     An image carries the mean squared distance of its latents to the teacher's.
     """

@@ -30,11 +30,9 @@ def load_pipeline(
     parts: "all"; "transformer", for training from a cache (no VAE, no text encoders); "encoders", all but the
     transformer.
     quantize: "nf4" holds the transformer in 4 bits, needs bitsandbytes (ValueError when it is not there).
-    Parts that the folder was saved without (SD3's T5, say) stay away; diffusers wants to be told so. Assumed
-    of every
-    family: the parts are called transformer, vae, text_encoder*, tokenizer*, scheduler; their classes may
-    come from any
-    package that can be imported.
+    Parts that the folder was saved without (SD3's T5, say) are passed to diffusers as None.
+    Assumed of every family: the parts are called transformer, vae, text_encoder*, tokenizer*, scheduler;
+    their classes may come from any package that can be imported.
     """
     source = PipelineSource(source)
     text = [name for name in source.index if name.startswith(TEXT_PARTS)]

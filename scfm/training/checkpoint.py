@@ -14,10 +14,8 @@ def save_checkpoint(output_dir: str | Path, step: int, state: dict[str, Any], li
     newest `limit`.
 
     Whole or not at all: it is written and flushed under another name, then renamed, and only then are older
-    ones removed,
-    so a kill or a full disk costs the new checkpoint at most. OSError that names the last good one when it
-    cannot be
-    written.
+    ones removed, so a kill or a full disk costs the new checkpoint at most. OSError that names the last
+    good one when it cannot be written.
     """
     folder = Path(output_dir) / "checkpoints"
     new, final = folder / f".new-{uuid.uuid4().hex[:8]}", folder / f"{step:06d}"

@@ -36,9 +36,8 @@ from scfm.types import Family
 class DistillTrainer(Trainer):
     """A LoRA on a frozen pipeline, trained by SCFM.
 
-    Attributes beside those of `Trainer`: source (the pipeline's files), dataset (`CachedDataset`), pipe (the
-    transformer
-    alone: no encoders, no VAE), families by size, family (of the main size).
+    Attributes beside those of `Trainer`: source (the pipeline's files), dataset (`CachedDataset`), pipe
+    (the transformer alone: no encoders, no VAE), families by size, family (of the main size).
     """
 
     config: DistillConfig

@@ -167,10 +167,9 @@ def make_plan(
     GPU.
 
     config: its pipeline may be empty when a shape is named. efficiency: share of the stated operations a
-    second that is
-    assumed to be reached. images: how many the teacher is to generate first. The hours and the activations
-    are guesses, the
-    rest is counted from tensors without content. ValueError for an unknown shape or GPU.
+    second that is assumed to be reached. images: how many the teacher is to generate first. The hours and
+    the activations are guesses, the rest is counted from tensors without content. ValueError for an unknown
+    shape or GPU.
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu {gpu!r} is not known: take one of {', '.join(GPUS)}")

@@ -82,10 +82,8 @@ def select_and_save(trainer: "DistillTrainer") -> dict[str, Any]:
     """Saves all three adapters with their scales, puts the one that lands nearest on top; returns the record.
 
     Each is given, for each of config.eval_num_steps, the scale among config.eval_lora_scales at which its
-    endpoints lie
-    nearest to the teacher's own in config.teacher_steps; the smallest sum of log distances is saved on top,
-    or the one that
-    config.select_adapter names.
+    endpoints lie nearest to the teacher's own in config.teacher_steps; the smallest sum of log distances is
+    saved on top, or the one that config.select_adapter names.
     """
     config = trainer.config
     captions, noise = eval_captions(trainer, config.num_eval_prompts)

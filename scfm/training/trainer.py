@@ -34,7 +34,7 @@ class StepPlan(NamedTuple):
     """The examples of a training step. jumps: of all of them; places: (m,) which of them this process
     computes, in order.
 
-    batches: this process's, as they are asked for: each may change the state of the models before it is
+    batches: this process's, drawn lazily: each may change the state of the models before it is
     handed out.
     """
 
