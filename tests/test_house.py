@@ -253,6 +253,15 @@ def test_no_file_names_a_path_of_a_machine():
             assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
 
 
+def test_what_a_fixture_patches_is_undone_after_its_file():
+    """A process runs the tests of many folders: a patch that stands for its whole life reaches all of them."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and "MonkeyPatch" in ast.unparse(node):
+                scopes = [ast.unparse(d) for d in node.decorator_list]
+                assert not re.search("scope='(session|package)'", " ".join(scopes)), f"{path.name}: {node.name}"
+
+
 def python(code):
     """What a fresh interpreter prints."""
     return subprocess.run(

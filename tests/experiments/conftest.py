@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def few_drawings():
-    """Judges of the tiny Flux hold samples against few drawings: what they say means nothing here."""
+    """Judges of the tiny Flux hold samples against few drawings: what they say means nothing here.
+
+    For a file and no longer: a process goes on to other folders' tests, whose judges are to mean something.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("toy.judge.REFERENCE", 100)
         yield
