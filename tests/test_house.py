@@ -254,12 +254,13 @@ def test_no_file_names_a_path_of_a_machine():
 
 
 def test_what_a_fixture_patches_is_undone_after_its_file():
-    """A process runs the tests of many folders: a patch that stands for its whole life reaches all of them."""
+    """A process runs the tests of many folders: one that stands for its life reaches all."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and "MonkeyPatch" in ast.unparse(node):
                 scopes = [ast.unparse(d) for d in node.decorator_list]
-                assert not re.search("scope='(session|package)'", " ".join(scopes)), f"{path.name}: {node.name}"
+                outlives = re.search("scope='(session|package)'", " ".join(scopes))
+                assert not outlives, f"{path.name}: {node.name}"
 
 
 def python(code):
