@@ -7,6 +7,8 @@ import io
 import sys
 from collections.abc import Sequence
 
+from safetensors import SafetensorError
+
 from scfm.threads import bound_spinning
 
 COMMANDS = {
@@ -77,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # a loss that is not finite, a full disk: the line says what is safe
     except (FloatingPointError, OSError) as error:
         print(f"scfm {name}: {error}", file=sys.stderr)
+        return 1
+    except SafetensorError as error:  # is no OSError, whatever went wrong with the disk
+        print(f"scfm {name}: a file of weights could not be read or written ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,16 +24,41 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     The file gets the mode that the umask asks for (safetensors alone would make it private). OSError names
     the path.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(new)
         new.chmod(0o666 & ~current_umask())
         os.replace(new, path)
     except SafetensorError as error:  # is no OSError, whatever went wrong with the disk
         raise OSError(f"{path} could not be written ({error})") from None
+    except OSError as error:  # of a full disk it names no file, otherwise the temporary one
+        raise OSError(f"{path} could not be written ({error.strerror or error})") from None
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses even to remove what is not there
+            new.unlink()
+
+
+def check_writable(folder: str | Path, mend: str) -> None:
+    """ValueError with the mend when a folder, or the one to be made it in, takes no new file. Leaves nothing
+    there.
+
+    For what works long and writes at its end.
+    """
+    folder = Path(folder)
+    place = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".scfm-") as file:
+            file.write(b"0")  # a full disk may still take an empty file
+            file.flush()
+    except OSError as error:
+        raise ValueError(f"{place} cannot be written to ({error.strerror}): {mend}") from None
+
+
+def short_path(path: str | Path) -> str:
+    """A path for people: relative where it lies below the working folder, else as it is."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def current_umask() -> int:

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scfm.cli import main
-from scfm.files import LOCK, atomic_write, lock_folder, unlock_folder
+from scfm.files import LOCK, lock_folder, unlock_folder
 from scfm.training.checkpoint import all_checkpoints
 from toy.pipelines import FLUX, TOKENS
 
@@ -242,28 +241,3 @@ def test_somebodys_accelerate_settings_change_no_gradient(own, tmp_path, monkeyp
         state(tmp_path / name / "checkpoints/000002")["adapters"]["student"] for name in ("plain", "odd")
     )
     assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-# Files
-
-
-def test_a_file_has_the_mode_that_the_umask_asks_for(tmp_path):
-    path = tmp_path / "a.safetensors"
-    before = os.umask(0o027)
-    try:
-        atomic_write(path, lambda new: save_file({"a": torch.zeros(1)}, str(new)))
-    finally:
-        os.umask(before)
-    assert path.stat().st_mode & 0o777 == 0o640
-
-
-def test_a_disk_that_takes_no_more_is_an_oserror_that_names_the_file(tmp_path):
-    from safetensors import SafetensorError
-
-    def full(path: Path) -> None:
-        path.write_bytes(b"half")
-        raise SafetensorError("No space left on device")
-
-    with pytest.raises(OSError, match="a.safetensors could not be written .*No space left"):
-        atomic_write(tmp_path / "a.safetensors", full)
-    assert not list(tmp_path.iterdir())
