@@ -144,6 +144,7 @@ def read_inputs(config: DataConfig, source: PipelineSource) -> Inputs:
     FileNotFoundError or ValueError that name the line, the image, or the size that the model cannot take.
     """
     make_families(config, source)
+    source.check_files()
     if config.quantize and config.prompts:
         require_bitsandbytes()
     if config.train_data_dir:

@@ -105,6 +105,7 @@ def evaluate(
     config.check()
     source = PipelineSource(config.pretrained_model_name_or_path)
     _ = source.family  # names a pipeline that is not known
+    source.check_files()
     out, protocol = Path(config.output_dir), protocol_of(config, captions)
     init_store(out, protocol)
     device = device or default_device()

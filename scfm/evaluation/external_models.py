@@ -77,6 +77,7 @@ def parse_external_model(text: str) -> ExternalModel:
         return replace(model, path=lora_file(model.path))
     if "lora_scale" in options:
         raise ValueError(f"--external_model {name}: a pipeline has no lora_scale")
+    PipelineSource(model.path).check_files()
     return model
 
 
@@ -200,7 +201,7 @@ def pipeline_samplers(
     config, source = step_lora.config, PipelineSource(model.path)
     with no_loading_bars():
         pipe: Any = DiffusionPipeline.from_pretrained(
-            str(source.folder), dtype=DTYPES[config.weight_dtype]
+            str(source.folder), dtype=DTYPES[config.weight_dtype], variant=source.variant or None
         ).to(device)
     pipe.set_progress_bar_config(disable=True)
     if model.inference_shift:

@@ -30,7 +30,9 @@ def load_pipeline(
     parts: "all"; "transformer", for training from a cache (no VAE, no text encoders); "encoders", all but the
     transformer.
     quantize: "nf4" holds the transformer in 4 bits, needs bitsandbytes (ValueError when it is not there).
-    Parts that the folder was saved without (SD3's T5, say) are passed to diffusers as None.
+    Weights of a variant (fp16) are taken where there are no others. Parts that the folder was saved without
+    (SD3's T5, say) are passed to diffusers as None. FileNotFoundError or ValueError as of
+    `PipelineSource.check_files`, before anything is loaded.
     Assumed of every family: the parts are called transformer, vae, text_encoder*, tokenizer*, scheduler;
     their classes may come from any package that can be imported.
     """
@@ -40,10 +42,13 @@ def load_pipeline(
     absent: dict[str, Any] = {
         name: None for name, part in source.index.items() if part == [None, None] or name in without
     }
+    source.check_files(without=absent)
     with no_loading_bars():
         if quantize:
             absent["transformer"] = load_nf4(source, dtype)
-        pipe = source.family.pipeline_class.from_pretrained(str(source.folder), dtype=dtype, **absent)
+        pipe = source.family.pipeline_class.from_pretrained(
+            str(source.folder), dtype=dtype, variant=source.variant or None, **absent
+        )
     pipe.vae_scale_factor = source.skeleton.vae_scale_factor
     if parts == "encoders":  # a family reads the transformer's configuration
         pipe.transformer = source.skeleton.transformer
@@ -63,7 +68,11 @@ def load_nf4(source: PipelineSource, dtype: torch.dtype) -> torch.nn.Module:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
     return model_class.from_pretrained(
-        str(source.folder), subfolder="transformer", quantization_config=config, dtype=dtype
+        str(source.folder),
+        subfolder="transformer",
+        variant=source.variant_of("transformer"),
+        quantization_config=config,
+        dtype=dtype,
     )
 
 
@@ -83,7 +92,9 @@ def with_vae(pipe: Any, source: PipelineSource) -> Iterator[Any]:
         return
     vae_class: Any = source.part_class("vae")
     with no_loading_bars():
-        vae = vae_class.from_pretrained(str(source.folder), subfolder="vae", dtype=pipe.dtype)
+        vae = vae_class.from_pretrained(
+            str(source.folder), subfolder="vae", variant=source.variant_of("vae"), dtype=pipe.dtype
+        )
     pipe.vae = vae.to(pipe.device)
     try:
         yield pipe

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -13,8 +14,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
 
 from scfm.models.family import find_family, known_families
+from scfm.models.weight_files import common_variant, folder_error, variants_in, weights_error
 
 INDEX = "model_index.json"
+MODELS = ("transformer", "vae", "text_encoder", "image_encoder", "unet")  # how their names begin
+LIBRARIES = ("diffusers", "transformers")  # whose files of weights have names that we know
+BELOW = (f"snapshots/*/{INDEX}", f"*/{INDEX}")  # where a pipeline lies in the hub's cache, or in a download
 HUB_FILES = [INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
 
 
@@ -25,6 +30,7 @@ class PipelineSource:
     Attributes: `folder`, resolved; `index`, what model_index.json holds: the class of the pipeline and of
     each part.
     FileNotFoundError when there is no pipeline, or when the hub cannot be reached and has no copy here.
+    ValueError when model_index.json is damaged.
     """
 
     def __init__(self, name: "str | Path | PipelineSource") -> None:
@@ -34,16 +40,19 @@ class PipelineSource:
         self.folder = resolve_folder(name)
         index = self.folder / INDEX
         if not index.is_file():
-            raise FileNotFoundError(
-                f"no pipeline in {self.folder}: expected {INDEX} there "
-                "(a folder written by save_pretrained, or a downloaded snapshot)"
-            )
-        self.index: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+            raise FileNotFoundError(f"no pipeline in {self.folder}: {what_is_there(self.folder)}")
+        try:
+            self.index: dict[str, Any] = dict(json.loads(index.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{index} is not as save_pretrained writes it ({type(error).__name__}: {error}): download or "
+                "save the pipeline again"
+            ) from None
 
     @property
     def class_name(self) -> str:
         """The name of the pipeline's class."""
-        return self.index.get("_class_name", "")
+        return self.index.get("_class_name", "pipeline of no class")
 
     @cached_property
     def family(self) -> type:
@@ -71,9 +80,58 @@ class PipelineSource:
             vae_scale_factor=2 ** (len(blocks) - 1),
         )
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """{part: the library of its class}, without those that the folder was saved without."""
+        pairs = {name: value for name, value in self.index.items() if isinstance(value, list)}
+        return {name: value[0] for name, value in pairs.items() if value and isinstance(value[0], str)}
+
+    def check_files(self, without: Collection[str] = ()) -> None:
+        """FileNotFoundError when a part has no folder or no weights, or weights that are not whole. None is
+        loaded.
+
+        without: parts that nobody will load. Configuration files alone are enough for everything else here.
+        """
+        for name in (part for part in self.parts if part not in without):
+            error = folder_error(self.folder / name)
+            if name in self.variants and not error:
+                error = weights_error(self.folder / name, self.variant_of(name) or "")
+            if error:
+                raise FileNotFoundError(
+                    f"the pipeline in {self.folder} {error}: download or save the whole pipeline again"
+                )
+
+    @cached_property
+    def variant(self) -> str:
+        """The variant of the weights to load, such as fp16, where there are none without; else "".
+
+        ValueError when the parts have none in common.
+        """
+        try:
+            return common_variant(self.variants)
+        except ValueError as error:
+            raise ValueError(f"the pipeline in {self.folder} cannot be loaded: {error}") from None
+
+    @cached_property
+    def variants(self) -> dict[str, set[str]]:
+        """{part: the variants of which it has weights}, of the models whose files are named as we know it."""
+        models = [
+            name for name, library in self.parts.items() if library in LIBRARIES and name.startswith(MODELS)
+        ]
+        return {name: variants_in(self.folder / name) for name in models}
+
+    def variant_of(self, part: str) -> str | None:
+        """The variant of one part's weights, as `from_pretrained` takes it."""
+        return self.variant if self.variant in self.variants.get(part, ()) and self.variant else None
+
     def part_config(self, part: str) -> dict[str, Any]:
-        """The config.json of one part."""
-        return json.loads((self.folder / part / "config.json").read_text(encoding="utf-8"))
+        """The config.json of one part. FileNotFoundError names the part that lacks it."""
+        path = self.folder / part / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"the pipeline in {self.folder} has no {part}/config.json: download or save it again"
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def part_class(self, part: str) -> type:
         """The class of one part, from whatever package model_index.json names. ValueError when it cannot be
@@ -95,6 +153,21 @@ class PipelineSource:
         model_class: Any = self.part_class("transformer")
         with torch.device("meta"):
             return model_class.from_config(model_class.load_config(str(self.folder), subfolder="transformer"))
+
+
+def what_is_there(path: Path) -> str:
+    """What lies where a pipeline was expected, and the mend."""
+    if path.is_file():
+        return (
+            "it is a single file, and a pipeline is a folder: read it with from_single_file of the "
+            "pipeline's class in diffusers, write it with save_pretrained, and name that folder"
+        )
+    below = next((found.parent for pattern in BELOW for found in sorted(path.glob(pattern))), None)
+    if below:
+        return f"there is one in {below}: name that folder"
+    if (path / "config.json").is_file():
+        return f"it is a part alone; {INDEX} and the other parts lie one folder above it in a whole pipeline"
+    return f"expected {INDEX} there (a folder written by save_pretrained, or a downloaded snapshot)"
 
 
 def resolve_folder(name: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -277,3 +278,13 @@ def test_a_lora_that_fits_nothing_is_named_before_anything_is_generated(lora, pr
     assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS, "--external_model", f"x={path}") == 2
     assert "x.safetensors" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not list((tmp_path / "out").rglob("*.png"))
+
+
+@pytest.mark.parametrize("flag", ["--pretrained_model_name_or_path={}", "--external_model=x={}"])
+def test_a_pipeline_that_is_not_whole_is_named_before_the_folder_is_made(
+    lora, prompts, tmp_path, capsys, flag
+):
+    flux = shutil.copytree(FLUX, tmp_path / "flux")
+    (flux / "vae/diffusion_pytorch_model.safetensors").unlink()
+    assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS, flag.format(flux)) == 2
+    assert "has no weights in vae" in capsys.readouterr().err and not (tmp_path / "out").exists()
