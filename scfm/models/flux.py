@@ -6,16 +6,16 @@
 __all__ = ['Flux']
 
 # %% ../../nbs/learn/21_flux.ipynb #c03
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from .base import PipelineFamily
 
 # %% ../../nbs/learn/21_flux.ipynb #c06
-class Flux:
+class Flux(PipelineFamily):
     """FLUX.1 (dev and its fine-tunes): all in which it differs from other families, for one image size.
 
     pipe: a diffusers.FluxPipeline
@@ -62,15 +62,6 @@ class Flux:
     def time_dtype(self) -> torch.dtype:
         """What the time embedding is fed in: Flux casts t to the dtype of its weights first."""
         return self.pipe.transformer.dtype
-
-    @property
-    def dynamic_shift(self) -> float | None:
-        """The stock pipeline's time shift at this size; None where its scheduler has a fixed one."""
-        config = self.pipe.scheduler.config
-        if not config.use_dynamic_shifting:
-            return None
-        return math.exp(calculate_shift(self.latent_shape[0], config.base_image_seq_len,
-                                        config.max_image_seq_len, config.base_shift, config.max_shift))
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -119,26 +110,3 @@ class Flux:
         ids[..., 1] += torch.arange(rows, device=device, dtype=dtype)[:, None]
         ids[..., 2] += torch.arange(columns, device=device, dtype=dtype)
         return ids.reshape(-1, 3)
-
-    def sample_stock(self, captions: Sequence[str], noise: torch.Tensor, steps: int, guidance: float,
-                     shift: float | None = None) -> torch.Tensor:
-        """The stock pipeline's images, (n, 3, height, width) in [-1, 1], from the same noise.
-
-        captions: n of them
-        noise: (n, N, C)
-        steps: number of steps, on the plain grid, which is given as sigmas; the scheduler adds the shift
-        guidance: guidance scale
-        shift: the time shift; the scheduler's own when None
-        """
-        scheduler = self.pipe.scheduler
-        if shift is not None:           # set_shift would do nothing where the shift is dynamic
-            self.pipe.scheduler = type(scheduler).from_config(scheduler.config, shift=shift,
-                                                              use_dynamic_shifting=False)
-        try:
-            images = self.pipe(list(captions), height=self.height, width=self.width,
-                               num_inference_steps=steps, sigmas=[1 - i / steps for i in range(steps)],
-                               guidance_scale=guidance, latents=noise,
-                               max_sequence_length=self.max_sequence_length, output_type="pt").images
-        finally:
-            self.pipe.scheduler = scheduler
-        return images * 2 - 1

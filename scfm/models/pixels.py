@@ -26,6 +26,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .base import PipelineFamily
+from .sd3 import Joined, guided_velocity
 from .unet import SIZES, UNetFlow
 
 # %% ../../nbs/learn/21_pixels.ipynb #c05
@@ -133,7 +135,7 @@ class PixelPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return ImagePipelineOutput(images)
 
 # %% ../../nbs/learn/21_pixels.ipynb #c10
-class Pixels:
+class Pixels(PipelineFamily):
     """Flows on pixels: all in which they differ from other families, for one image size.
 
     pipe: a `PixelPipeline`
@@ -146,7 +148,6 @@ class Pixels:
     pipeline_class = PixelPipeline
     uses_cfg = True                 # by a second evaluation: the network's only inputs are x, t and the label
     time_dtype = torch.float32
-    dynamic_shift = None            # the scheduler has a fixed one
     extra_text_tokens = 0
 
     # Linear layers and convolutions: residual blocks, their time embedding, ends, changes of size, attention.
@@ -204,35 +205,9 @@ class Pixels:
         t: (B,) in [0, 1]
         cond: label, empty_label, and guidance, the guidance scales, each (B,)
         """
-        guided = cond["guidance"] > 1                                                   # (B,), G of them
-
-        def both(empty: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-            return torch.cat([empty[guided], label])                                    # (G + B, ...)
-
-        out = transformer(both(x, x), both(t, t), both(cond["empty_label"], cond["label"]))
-        empty, v = out[:-len(x)], out[-len(x):]
-        g = cond["guidance"][guided].to(x).view(-1, 1, 1, 1)
-        return v.index_put((guided,), empty + g * (v[guided] - empty))
-
-    def sample_stock(self, captions: Sequence[str], noise: torch.Tensor, steps: int, guidance: float,
-                     shift: float | None = None) -> torch.Tensor:
-        """The pipeline's images, (n, 3, height, width) in [-1, 1], from the same noise on the plain grid.
-
-        captions: n of them
-        noise: (n, 3, height, width)
-        steps: number of steps
-        guidance: guidance scale
-        shift: the time shift; the scheduler's own when None
-        """
-        scheduler = self.pipe.scheduler
-        if shift is not None:
-            self.pipe.scheduler = type(scheduler).from_config(scheduler.config, shift=shift)
-        try:
-            images = self.pipe(list(captions), self.negative_prompt, self.height, self.width, steps,
-                               guidance_scale=guidance, latents=noise, output_type="pt").images
-        finally:
-            self.pipe.scheduler = scheduler
-        return images * 2 - 1
+        def evaluate(both: Joined) -> torch.Tensor:
+            return transformer(both(x, x), both(t, t), both(cond["empty_label"], cond["label"]))
+        return guided_velocity(evaluate, x, cond["guidance"])
 
 # %% ../../nbs/learn/21_pixels.ipynb #c12
 def pipeline_of(network: UNetFlow, names: Sequence[str]) -> PixelPipeline:
