@@ -2,10 +2,9 @@
 of 11.9 B.
 
 `build_flux` makes it with random weights, `load_flux` reads the trained one that the repo carries,
-`toy/train_flux.py`
-is how it was trained. What differs from FLUX.1-dev beside the size: 32 x 32 pixels instead of 1024 x 1024, a
-VAE that
-halves the side once, 16 text tokens (so pass `max_sequence_length=16`), and a fixed sampling shift of 3.
+`toy/train_flux.py` is how it was trained. What differs from FLUX.1-dev beside the size: 32 x 32 pixels
+instead of 1024 x 1024, a VAE that halves the side once, 16 text tokens (so pass `max_sequence_length=16`),
+and a fixed sampling shift of 3.
 
 `build_sd3` makes a StableDiffusion3Pipeline of the same kind, with random weights: nobody has trained one
 yet.
@@ -44,7 +43,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 FLUX = WEIGHTS / "flux"
 TOKENS = 16  # length of every caption, in tokens
 GUIDANCE = 2.5  # the guidance scale at which the carried pipeline is sampled; set beforehand, not tuned
-WIDTH = 64  # of both text encoders
+WIDTH = 64  # of the text's tokens
+SHIFT = 3.0  # of the sampling grid, fixed
 
 WORDS = sorted({w for line in (*COLOURS, *SHAPES, *SIZES, *PLACES, *OPENINGS, "a an") for w in line.split()})
 
@@ -55,49 +55,11 @@ def build_flux(seed=0):
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False),
-        vae=AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            block_out_channels=[16, 32],
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=8,
-            mid_block_add_attention=False,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            sample_size=SIDE,
-            scaling_factor=1.0,
-            shift_factor=0.0,
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(clip),
-                hidden_size=WIDTH,
-                intermediate_size=2 * WIDTH,
-                projection_dim=WIDTH,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=TOKENS,
-                bos_token_id=clip.bos_token_id,
-                eos_token_id=clip.eos_token_id,
-                pad_token_id=clip.pad_token_id,
-            )
-        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False),
+        vae=small_vae(1.0, 0.0),
+        text_encoder=CLIPTextModel(clip_config(clip, WIDTH)),
         tokenizer=clip,
-        text_encoder_2=T5EncoderModel(
-            T5Config(
-                vocab_size=len(t5),
-                d_model=WIDTH,
-                d_kv=16,
-                d_ff=2 * WIDTH,
-                num_layers=2,
-                num_heads=4,
-                feed_forward_proj="gated-gelu",
-                dropout_rate=0.0,
-                pad_token_id=t5.pad_token_id,
-            )
-        ),
+        text_encoder_2=t5_encoder(t5),
         tokenizer_2=t5,
         transformer=FluxTransformer2DModel(
             patch_size=1,
@@ -118,66 +80,20 @@ def build_sd3(seed=0, t5=True):
     """A StableDiffusion3Pipeline with random weights, in fp32 on the CPU, for 32 x 32 pixels.
 
     Built like SD3.5: normalized queries and keys, a second attention in the first block (as in Medium). The
-    VAE's scale and
-    shift are those of SD3, and the table of positions is larger than the image, so that it is cropped.
-    t5=False leaves
-    the third text encoder out, as people do to save memory.
+    VAE's scale and shift are those of SD3, and the table of positions is larger than the image, so that it is
+    cropped. t5=False leaves the third text encoder out, as people do to save memory.
     """
     torch.manual_seed(seed)
     clip = clip_tokenizer()
-
-    def encoder():
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=len(clip),
-                hidden_size=WIDTH // 2,
-                intermediate_size=WIDTH,
-                projection_dim=WIDTH // 2,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=TOKENS,
-                bos_token_id=clip.bos_token_id,
-                eos_token_id=clip.eos_token_id,
-                pad_token_id=clip.pad_token_id,
-            )
-        )
-
     t5_words = t5_tokenizer() if t5 else None
     return StableDiffusion3Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False),
-        vae=AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            block_out_channels=[16, 32],
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=8,
-            mid_block_add_attention=False,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            sample_size=SIDE,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-        ),
-        text_encoder=encoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False),
+        vae=small_vae(1.5305, 0.0609),
+        text_encoder=CLIPTextModelWithProjection(clip_config(clip, WIDTH // 2)),
         tokenizer=clip,
-        text_encoder_2=encoder(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(clip, WIDTH // 2)),
         tokenizer_2=clip,
-        text_encoder_3=T5EncoderModel(
-            T5Config(
-                vocab_size=len(t5_words),
-                d_model=WIDTH,
-                d_kv=16,
-                d_ff=2 * WIDTH,
-                num_layers=2,
-                num_heads=4,
-                feed_forward_proj="gated-gelu",
-                dropout_rate=0.0,
-                pad_token_id=t5_words.pad_token_id,
-            )
-        )
-        if t5
-        else None,
+        text_encoder_3=t5_encoder(t5_words) if t5 else None,
         tokenizer_3=t5_words,
         transformer=SD3Transformer2DModel(
             sample_size=SIDE // 2,
@@ -194,6 +110,57 @@ def build_sd3(seed=0, t5=True):
             dual_attention_layers=(0,),
             qk_norm="rms_norm",
         ),
+    )
+
+
+def small_vae(scaling_factor, shift_factor):
+    """An AutoencoderKL of four latent channels that halves the side once."""
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[16, 32],
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=SIDE,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+    )
+
+
+def clip_config(tokenizer, width):
+    """Of a CLIP text encoder of two layers."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def t5_encoder(tokenizer):
+    """A T5 encoder of two layers."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=WIDTH,
+            d_kv=16,
+            d_ff=2 * WIDTH,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     )
 
 
