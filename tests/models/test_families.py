@@ -11,7 +11,6 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from scfm.cli import main
 from scfm.inference.step_lora import InferenceConfig
 from scfm.method.consistency import consistency_target, draw_jumps, keyed_generator
 from scfm.method.flow import euler_step, sample, time_grid
@@ -99,10 +98,18 @@ def test_our_sampler_is_the_stock_pipeline(family, guidance, steps, shift):
 
 @each_family
 @each_guidance
-def test_the_network_is_told_the_same_times_and_says_the_same_velocity_as_in_the_stock_pipeline(
-    family, guidance
-):
+def test_the_networks_times_and_its_velocity_are_those_of_the_stock_pipeline(family, guidance):
     assert check_velocity(family, CAPTIONS, 3, [guidance], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("family", ["FluxPipeline", "StableDiffusion3Pipeline"], indirect=True)
+def test_a_shift_that_the_pipeline_takes_by_the_size_is_met(family, monkeypatch):
+    scheduler = family.pipe.scheduler
+    own = type(scheduler).from_config(scheduler.config, use_dynamic_shifting=True)
+    monkeypatch.setattr(family.pipe, "scheduler", own)
+    assert check_velocity(family, CAPTIONS) and check_images(family, CAPTIONS, (2,))
+    assert check_images(family, CAPTIONS, (2,), shift=3.0)  # a fixed one for the call, and its own again
+    assert family.pipe.scheduler is own
 
 
 @each_family
@@ -181,14 +188,14 @@ def test_guidance_goes_from_the_empty_caption_through_the_caption(sd3):
 @pytest.mark.parametrize(
     "scales, count", [([1.0, 1.0, 0.3, 0.0], 4), ([4.0, 4.0, 4.0, 4.0], 8), ([1.0, 4.0, 1.0, 1.0], 5)]
 )
-def test_only_guided_rows_are_asked_twice(sd3, scales, count):
+def test_only_guided_examples_are_evaluated_twice(sd3, scales, count):
     rows, hook = rows_of(sd3.pipe.transformer)
     field_of(sd3)(noise_for(sd3), torch.full((4,), 0.5), cond_for(sd3, torch.tensor(scales)))
     hook.remove()
     assert rows == [count]
 
 
-def test_a_row_has_a_gradient_of_its_own_answers_only(sd3):
+def test_an_examples_gradient_is_of_its_own_velocity_only(sd3):
     x, t = noise_for(sd3).requires_grad_(), torch.full((4,), 0.5)
     v = sd3.velocity(sd3.pipe.transformer, x, t, cond_for(sd3, torch.tensor([4.0, 1.0, 4.0, 1.0])))
     (gradient,) = torch.autograd.grad(v[2].sum(), x)
@@ -207,7 +214,7 @@ def test_bfloat16_tells_close_times_apart(sd3):
     assert v.dtype == torch.float32 and len({tuple(row.flatten().tolist()) for row in v}) == 3
 
 
-def test_a_image_larger_than_the_table_of_positions_is_refused(sd3):
+def test_an_image_larger_than_the_table_of_positions_is_refused(sd3):
     assert SD3(sd3.pipe, 48, 32, TOKENS).latent_shape == (4, 24, 16)
     with pytest.raises(ValueError, match="at most 48 a side"):
         SD3(sd3.pipe, 52, 32, TOKENS)
@@ -247,32 +254,25 @@ def folder(tmp_path_factory):
     return path
 
 
-def distill(folder, out, **more):
+@pytest.fixture(scope="module")
+def distill_sd3(folder, distill):
+    """Distills the pipeline of the folder, or the one that is given, into an output_dir."""
     settings = {
         "pretrained_model_name_or_path": folder / "pipeline",
         "prompts": folder / "prompts.txt",
-        "output_dir": out,
         "height": 32,
         "width": 32,
         "max_sequence_length": TOKENS,
-        "rank": 2,
-        "learning_rate": 1e-2,
-        "max_train_steps": 2,
-        "global_batch_size": 2,
-        "teacher_steps": 2,
-        "num_eval_prompts": 2,
         "guidance_scale_range": "4.5,4.5",
         "teacher_guidance_scale": 4.5,
         "max_grad_norm": 2,
-        "report_to": "none",
-        **more,
     }
-    return main(["distill", *(word for k, v in settings.items() for word in (f"--{k}", str(v)))])
+    return lambda out, **more: distill(output_dir=out, **{**settings, **more})
 
 
 @pytest.fixture(scope="module")
-def distilled(folder):
-    assert distill(folder, folder / "run") == 0
+def distilled(folder, distill_sd3):
+    assert distill_sd3(folder / "run") == 0
     return folder / "run"
 
 
@@ -309,9 +309,9 @@ def test_a_stock_pipeline_loads_what_distill_wrote(folder, distilled):
 
 
 @pytest.mark.slow
-def test_a_run_in_two_parts_is_the_run_in_one(folder, distilled):
-    assert distill(folder, folder / "parts", max_train_steps=1) == 0
-    assert distill(folder, folder / "parts") == 0
+def test_a_run_in_two_parts_is_the_run_in_one(folder, distilled, distill_sd3):
+    assert distill_sd3(folder / "parts", max_train_steps=1) == 0
+    assert distill_sd3(folder / "parts") == 0
     for name in ADAPTERS:
         a, b = (
             load_file(out / name / "pytorch_lora_weights.safetensors")
@@ -321,48 +321,33 @@ def test_a_run_in_two_parts_is_the_run_in_one(folder, distilled):
 
 
 @pytest.mark.slow
-def test_it_runs_in_bfloat16_without_t5_and_with_checkpointing(tmp_path):
+def test_it_runs_in_bfloat16_without_t5_and_with_checkpointing(tmp_path, distill_sd3):
     build_sd3(t5=False).save_pretrained(tmp_path / "pipeline")
-    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
-    assert distill(tmp_path, tmp_path / "run", weight_dtype="bf16", validation_steps=0) == 0
+    bare = {"pretrained_model_name_or_path": tmp_path / "pipeline", "weight_dtype": "bf16"}
+    assert distill_sd3(tmp_path / "run", validation_steps=0, **bare) == 0
 
 
-def test_sample_and_dial_know_it(folder, distilled, tmp_path, capsys):
-    assert (
-        main(
-            [
-                "dial",
-                "--lora",
-                str(distilled),
-                "--num_prompts",
-                "2",
-                "--steps",
-                "1,2",
-                "--lora_scales",
-                "1",
-                "--target_steps",
-                "3",
-            ]
-        )
-        == 0
-    )
-    assert set(read_lora_scales(distilled / "pytorch_lora_weights.safetensors").scales) <= {0.0, 1.0}
-    words = [
-        "sample",
-        "--lora",
-        str(distilled),
-        "--prompt",
-        "a red star",
-        "--steps",
-        "2",
-        "--output",
-        str(tmp_path / "a.png"),
-    ]
-    assert main(words) == 0 and (tmp_path / "a.png").is_file()
+@pytest.fixture
+def dial_and_sample(command, tmp_path):
+    """Dials a run at one and two steps, then samples from it; returns the scales that its file holds then."""
+
+    def run(out):
+        dial = {"num_prompts": 2, "steps": "1,2", "lora_scales": 1, "target_steps": 3}
+        assert command("dial", lora=out, **dial) == 0
+        image = tmp_path / "a.png"
+        assert command("sample", lora=out, prompt="a red star", steps=2, output=image) == 0
+        assert image.is_file()
+        return set(read_lora_scales(out / "pytorch_lora_weights.safetensors").scales)
+
+    return run
+
+
+def test_sample_and_dial_know_it(distilled, dial_and_sample):
+    assert dial_and_sample(distilled) <= {0.0, 1.0}
     assert "guidance_scale=4.5" in (distilled / "README.md").read_text()
 
 
-def test_kept_guidance_is_heard_by_every_speaker(sd3):
+def test_kept_guidance_reaches_all_four_models(sd3):
     """All four models evaluate empty + g (caption - empty) with the example's own g."""
     net = build_sd3().transformer
     models = LoraModels(net, sd3.velocity, sd3.lora_targets, 2)
@@ -388,7 +373,7 @@ def models_with_adapters(sd3):
     return models
 
 
-def test_the_teachers_rows_aim_at_the_guided_teacher_and_the_others_know_no_guidance(sd3):
+def test_teacher_examples_have_the_guided_teacher_as_target_and_the_others_no_guidance(sd3):
     models, scales = models_with_adapters(sd3), torch.tensor([4.0, 2.0, 7.5, 4.0])
     jumps = draw_jumps(4, 1.0, shift=(2.5, 4.5), generator=keyed_generator(0, 0))
     x, cond, text = noise_for(sd3), cond_for(sd3, scales), sd3.encode_text(CAPTIONS)
@@ -419,7 +404,7 @@ def test_the_teachers_rows_aim_at_the_guided_teacher_and_the_others_know_no_guid
     torch.testing.assert_close(consistency_target(x, own, models, cond, "dual_pure"), want, rtol=0, atol=1e-5)
 
 
-def test_the_distilled_student_is_asked_once_and_the_kept_one_twice(sd3):
+def test_the_distilled_student_is_evaluated_once_and_the_kept_one_twice(sd3):
     x, t, cond = noise_for(sd3), torch.full((4,), 0.5), cond_for(sd3, 4.0)
     guided_models = LoraModels(build_sd3().transformer, sd3.velocity, sd3.lora_targets, 2)
     for models, student in ((models_with_adapters(sd3), 4), (guided_models, 8)):
@@ -431,9 +416,9 @@ def test_the_distilled_student_is_asked_once_and_the_kept_one_twice(sd3):
 
 
 @pytest.mark.slow
-def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
-    out, one = tmp_path / "run", "pytorch_lora_weights.safetensors"
-    assert distill(folder, out, guidance_mode="distilled", algorithm="dual_pure") == 0
+def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path, distill_sd3, dial_and_sample):
+    out = tmp_path / "run"
+    assert distill_sd3(out, guidance_mode="distilled", algorithm="dual_pure") == 0
     record = json.loads((out / "selection.json").read_text())
     assert record["guidance_mode"] == "distilled"
     run = DistillTrainer(config_of(out), progress=False)
@@ -452,25 +437,7 @@ def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
     config = InferenceConfig(lora=str(out)).resolved()
     config.check()
     assert (config.guidance_scale, config.teacher_guidance_scale) == (1.0, 4.5)
-    assert (
-        main(
-            [
-                "dial",
-                "--lora",
-                str(out),
-                "--num_prompts",
-                "2",
-                "--steps",
-                "1,2",
-                "--lora_scales",
-                "1",
-                "--target_steps",
-                "3",
-            ]
-        )
-        == 0
-    )
-    assert set(read_lora_scales(out / one).scales) == {1.0}  # scale 0 is no guidance at all, hence no choice
+    assert dial_and_sample(out) == {1.0}  # scale 0 is no guidance at all, hence no choice
     rows = {
         (r["steps"], r["scale"]): r["distance"]
         for r in json.loads((out / "lora_scales.json").read_text())["curve"]
@@ -482,18 +449,6 @@ def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
 
     assert rows[1, 0.0] == pytest.approx(endpoint_distance(reached(1), reached(3)), abs=1e-5)
     assert "guidance_scale=1," in (out / "README.md").read_text()
-    words = [
-        "sample",
-        "--lora",
-        str(out),
-        "--prompt",
-        "a red star",
-        "--steps",
-        "2",
-        "--output",
-        str(tmp_path / "a.png"),
-    ]
-    assert main(words) == 0
 
 
 @pytest.mark.parametrize(
@@ -507,9 +462,9 @@ def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path):
         ("flux", {"guidance_mode": "distilled", "algorithm": "dual_pure"}, "guidance_mode kept"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(folder, tmp_path, capsys, pipeline, change, message):
+def test_bad_input_is_one_line_and_code_2(distill_sd3, tmp_path, capsys, pipeline, change, message):
     more = {"pretrained_model_name_or_path": FLUX} if pipeline == "flux" else {}
-    assert distill(folder, tmp_path / "run", **more, **change) == 2
+    assert distill_sd3(tmp_path / "run", **more, **change) == 2
     message_shown = capsys.readouterr().err.strip().splitlines()[-1]
     assert message_shown.startswith("scfm distill: ") and message in message_shown
     assert not (tmp_path / "run").exists()

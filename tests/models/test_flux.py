@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scfm.cli import main
-from scfm.method.flow import sample, time_grid
+from scfm.models.check import check_images
 from scfm.models.flux import Flux
 from scfm.models.loading import load_pipeline
 from scfm.models.source import PipelineSource
@@ -66,15 +66,7 @@ def flags(prompts, out, **more):
 @pytest.mark.parametrize("steps", [1, 3, 8])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_our_sampler_is_the_stock_pipeline(flux, steps, shift):
-    noise = torch.randn(4, *flux.latent_shape, generator=torch.Generator().manual_seed(0))
-    cond = {**flux.encode_text(CAPTIONS), "guidance": torch.full((4,), GUIDANCE)}
-
-    def field(x, t, cond):
-        return flux.velocity(flux.pipe.transformer, x, t, cond)
-
-    ours = flux.decode(sample(field, noise, time_grid(steps, shift), cond))
-    stock = flux.sample_stock(CAPTIONS, noise, steps, GUIDANCE, shift)
-    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
+    assert check_images(flux, CAPTIONS, [steps], [GUIDANCE], shift)
 
 
 @pytest.mark.slow
@@ -129,9 +121,7 @@ def test_every_loader_finds_the_same_scale(prompts, tmp_path):
         saved = json.loads(opened.metadata()["lora_adapter_metadata"])
     assert (saved["transformer.r"], saved["transformer.lora_alpha"]) == (2, 2)
     bare.mkdir()
-    save_file(
-        load_file(out / "pytorch_lora_weights.safetensors"), bare / "pytorch_lora_weights.safetensors"
-    )
+    save_file(load_file(out / "pytorch_lora_weights.safetensors"), bare / "pytorch_lora_weights.safetensors")
     for folder in (out, bare):
         pipe = load_flux()
         pipe.load_lora_weights(folder)

@@ -15,7 +15,6 @@ import torch
 from diffusers import Lumina2Pipeline
 from diffusers.utils import logging
 
-from scfm.cli import main
 from scfm.models import family as families
 from scfm.models.check import (
     CONTRACT,
@@ -33,7 +32,7 @@ from scfm.models.flux import Flux
 from scfm.models.loading import load_pipeline, with_vae
 from scfm.models.sd3 import SD3
 from scfm.models.source import PipelineSource
-from toy.pipelines import FLUX, TOKENS, build_flux
+from toy.pipelines import FLUX
 
 NOTEBOOK = Path(__file__).parents[2] / "nbs" / "learn/21_new_family.ipynb"
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a green star"]
@@ -121,7 +120,7 @@ def install(site, points, name="outside"):
 # Joining
 
 
-def test_an_installed_family_is_found_and_imported_only_when_it_is_asked_for(site):
+def test_an_installed_family_is_found_and_imported_only_when_it_is_needed(site):
     install(site, {"Lumina2Pipeline": "outside_lumina:Lumina2"})
     assert find_family("FluxPipeline") is Flux and "Lumina2Pipeline" in installed_families()
     assert "outside_lumina" not in sys.modules
@@ -248,7 +247,7 @@ def test_a_vae_of_unknown_scale_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_distill_takes_it_and_the_stock_pipeline_takes_the_lora(site, tmp_path, capsys):
+def test_distill_takes_it_and_the_stock_pipeline_takes_the_lora(site, tmp_path, capsys, command, distill):
     """All of it by the real command: an installed family, two training steps, the stock pipeline."""
     source = importlib.import_module("outside_lumina")
     source.build_lumina2().save_pretrained(tmp_path / "pipeline")
@@ -261,26 +260,18 @@ def test_distill_takes_it_and_the_stock_pipeline_takes_the_lora(site, tmp_path, 
         "height": 64,
         "width": 64,
         "max_sequence_length": 48,
-        "rank": 2,
-        "learning_rate": 1e-2,
-        "max_train_steps": 2,
-        "global_batch_size": 2,
-        "teacher_steps": 2,
-        "num_eval_prompts": 2,
         "guidance_scale_range": "4,4",
         "teacher_guidance_scale": 4,
         "select_adapter": "student",
-        "report_to": "none",
         "validation_steps": 0,
     }
-    words = ["distill", *(word for k, v in settings.items() for word in (f"--{k}", str(v)))]
-    assert main(words) == 2 and not (tmp_path / "run").exists()  # nobody has registered the family yet
+    assert distill(**settings) == 2 and not (tmp_path / "run").exists()  # no family yet
     assert (
         "holds a Lumina2Pipeline, which scfm does not know"
         in capsys.readouterr().err.strip().splitlines()[-1]
     )
     install(site, {"Lumina2Pipeline": "outside_lumina:Lumina2"})
-    assert main(words) == 0
+    assert distill(**settings) == 0
 
     stock = Lumina2Pipeline.from_pretrained(str(tmp_path / "pipeline"), dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
@@ -290,18 +281,9 @@ def test_distill_takes_it_and_the_stock_pipeline_takes_the_lora(site, tmp_path, 
     stock.load_lora_weights(str(tmp_path / "run"))
     assert (family.sample_stock(CAPTIONS, x, 2, 4.0) - before).abs().max() > 1e-3
     assert check_images(family, CAPTIONS, (2,)) and check_velocity(family, CAPTIONS)  # LoRA and all
-    words = [
-        "sample",
-        "--lora",
-        str(tmp_path / "run"),
-        "--prompt",
-        "a red star",
-        "--steps",
-        "2",
-        "--output",
-        str(tmp_path / "a.png"),
-    ]
-    assert main(words) == 0 and (tmp_path / "a.png").is_file()
+    image = tmp_path / "a.png"
+    assert command("sample", lora=tmp_path / "run", prompt="a red star", steps=2, output=image) == 0
+    assert image.is_file()
 
 
 # The check finds what it is for
@@ -446,16 +428,6 @@ def test_a_grid_that_the_pipeline_chose_itself_is_found(lumina):
 def test_layers_without_lora_are_reported_and_allowed(lumina):
     some = changed(lumina, lora_targets=("to_q", "to_k"))
     assert "on 10 of 45 linear layers, not on x_embedder" in check_lora(some)
-
-
-@pytest.mark.slow
-def test_flux_passes_also_with_a_shift_of_its_own():
-    pipe = build_flux()
-    pipe.set_progress_bar_config(disable=True)
-    flux = Flux(pipe, 32, 32, TOKENS)
-    assert len(check_family(flux, CAPTIONS).splitlines()) == 5
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_dynamic_shifting=True)
-    assert check_velocity(flux, CAPTIONS) and check_images(flux, CAPTIONS, (2,))  # the model's own shift
 
 
 def test_an_instance_that_forgot_its_size_is_refused(lumina):
