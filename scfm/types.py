@@ -38,8 +38,30 @@ class TrainableModels(Models, Protocol):
         ...
 
 
+class ScaledModels(Protocol):
+    """Student and EMA whose weights depend on a scale, for the algorithm step_scaled; at 0 both are the
+    teacher."""
+
+    def scaled_velocity(
+        self, name: str, scales: torch.Tensor, x: torch.Tensor, t: torch.Tensor, cond: Condition = None
+    ) -> torch.Tensor:
+        """Velocities (B, ...) of "student", with a gradient, or "ema" at x (B, ...) and t (B,), each example
+        at its own scale (B,)."""
+        ...
+
+    def field(self, name: str, scale: float = 1.0) -> VelocityField:
+        """One of both at one scale, without a gradient."""
+        ...
+
+    def parameters(self, name: str) -> list[torch.Tensor]:
+        """The tensors of "student" or "ema", in one order for both."""
+        ...
+
+
 class Averages(Protocol):
-    """EMAs of the student: `scfm.method.ema.EMA` or `FastSlow`."""
+    """EMAs of the student: `scfm.method.ema.EMA` or `FastSlow`. `updates` counts the calls of update()."""
+
+    updates: int
 
     def update(self) -> None: ...
 

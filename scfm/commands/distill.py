@@ -8,6 +8,8 @@ from typing import Any
 from scfm.commands.options import make_parser, parse_config
 from scfm.commands.signals import exit_code, signals_noted
 from scfm.inference.model_card import write_card
+from scfm.models.lora import WEIGHT_NAME
+from scfm.models.scaled_lora import second_file
 from scfm.training.checkpoint import latest
 from scfm.training.config import DistillConfig, as_json, load_saved_config
 from scfm.training.distill_trainer import finalize, init_trainer
@@ -65,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         return exit_code(stopped)
     if trainer.is_main:  # this takes minutes on a large model, without a bar
         print(
-            f"{trainer.global_step} steps made; now student, fast and slow EMA are compared on "
+            f"{trainer.global_step} steps made; now {', '.join(config.model_names)} are compared on "
             f"{config.num_eval_prompts} captions",
             flush=True,
         )
@@ -98,7 +100,7 @@ def print_summary(record: dict[str, Any], output_dir: str) -> None:
     for name, distances in record["endpoint_distance"].items():
         scales = record["lora_scales"].get(name, {})
         cells = [
-            f"{n} steps {d:.4f}" + (f" (LoRA scale {scales[n]:g})" if n in scales else "")
+            f"{n} steps {d:.4f}" + (f" (LoRA scale {scales[n]:.3g})" if n in scales else "")
             for n, d in distances.items()
         ]
         print(f"  {name:8}  " + "  ".join(cells))
@@ -110,4 +112,6 @@ def print_summary(record: dict[str, Any], output_dir: str) -> None:
             f"(more steps, a higher "
             "learning_rate)"
         )
-    print(f"the {record['selected']} adapter is saved as {output_dir}/pytorch_lora_weights.safetensors")
+    path = Path(output_dir) / WEIGHT_NAME
+    second = f" and {second_file(path).name}" if second_file(path).is_file() else ""
+    print(f"the model {record['selected']} is saved as {path}{second}")

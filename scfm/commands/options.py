@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from scfm.training.config import load_settings
 
@@ -31,14 +31,18 @@ def add_options(parser: argparse.ArgumentParser, config_class: Any) -> None:
             )
         else:
             parser.add_argument(
-                f"--{f.name}", type=flag_type(default), default=default, help=help, metavar=f.name.upper()
+                f"--{f.name}",
+                type=flag_type(default, f.type),
+                default=default,
+                help=help,
+                metavar=f.name.upper(),
             )
 
 
-def flag_type(default: Any) -> Callable[[str], Any]:
-    """The parser of a flag's value, by its default."""
+def flag_type(default: Any, annotation: Any) -> Callable[[str], Any]:
+    """The parser of a flag's value, by its default; of a list's values, by the field's annotation."""
     if isinstance(default, tuple):
-        return numbers(type(default[0]) if default else str)
+        return numbers(next(iter(get_args(annotation)), type(default[0]) if default else str))
     return type(default)
 
 

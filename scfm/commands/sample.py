@@ -4,9 +4,11 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from os.path import expanduser
+from pathlib import Path
 
 from scfm.commands.options import add_options, make_parser, numbers
 from scfm.data.prompts import read_prompts
+from scfm.files import check_writable
 from scfm.inference.config import InferenceConfig
 from scfm.inference.step_lora import StepLora, format_scales, generate, save_images
 from scfm.method.lora_scale import LoraScales
@@ -19,6 +21,7 @@ def main(argv: Sequence[str]) -> int:
     check_sample(args)
     config = InferenceConfig(**{f.name: getattr(args, f.name) for f in fields(InferenceConfig)}).resolved()
     config.check()
+    check_output(Path(args.output))
     prompts, steps, scales = args.prompt or read_prompts(args.prompts), args.steps, args.lora_scale
     step_lora = StepLora(config)
     if scales is None:
@@ -73,12 +76,23 @@ def check_sample(args: Namespace) -> None:
         )
 
 
+def check_output(path: Path) -> None:
+    """ValueError when the image cannot be written there."""
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder: name a file in it, such as {path / 'image.png'}")
+    check_writable(path.parent, "take another --output")
+
+
 def describe_origin(lora_scales: LoraScales | None, steps: int) -> str:
     """Where the LoRA scale of so many steps comes from, in words."""
     if lora_scales is None:
         return "the LoRA's file has none: scfm dial finds it"
     if any(len(scales) == steps for scales in lora_scales.schedules):
         return "from the LoRA's file, a scale for each step"
+    if lora_scales.exponent:
+        first, last = lora_scales.steps[0], lora_scales.steps[-1]
+        beyond = "" if first <= steps <= last else f", trained for {first} to {last} steps"
+        return f"{steps} ** -{lora_scales.exponent:g}, the rule in the LoRA's file{beyond}"
     if steps in lora_scales.steps:
         return "from the LoRA's file"
     below = max((n for n in lora_scales.steps if n < steps), default=None)

@@ -132,7 +132,7 @@ class ReferenceSamplers:
             "shift": self.shift,
             "guidance_scale": config.guidance_scale,
             "lora_scale": scales[0] if len(set(scales)) == 1 else list(scales),
-            "lora": lora_digest(self.step_lora.path),
+            "lora": " ".join(lora_digest(path) for path in self.step_lora.files.values()),
         }
         return Sampler(
             f"student-{steps}",

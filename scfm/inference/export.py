@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from scfm.inference.adapters import changed_text_encoders, load_adapter, lora_file
+from scfm.inference.adapters import changed_text_encoders, load_adapter, lora_file, require_whole_fit
 from scfm.inference.config import InferenceConfig
 from scfm.inference.export_card import export_card
 from scfm.inference.merge import concatenate_adapters
@@ -86,6 +86,7 @@ def export(config: ExportConfig, device: str | torch.device | None = None) -> di
     config = config.resolved()
     config.check()
     step_lora = StepLora(config, device)
+    require_whole_fit(step_lora.pipe)
     scale = config.lora_scale
     if scale < 0:
         scale = step_lora.lora_scales.scale(config.steps) if step_lora.lora_scales else 1.0
@@ -173,8 +174,8 @@ def save_fused_pipeline(
     `step_lora` is used up.
     """
     pipe = step_lora.pipe
-    before = check_images(step_lora.family, config, {"step": scale})
-    pipe.fuse_lora(adapter_names=["step"])
+    before = check_images(step_lora.family, config, step_lora.adapter_scales(scale))
+    pipe.fuse_lora(adapter_names=list(step_lora.files))
     pipe.unload_lora_weights()
     with no_loading_bars():
         pipe.save_pretrained(folder)
@@ -205,9 +206,11 @@ def save_merged_lora(
     """
     pipe = step_lora.pipe
     load_adapter(pipe, lora_file(config.style_lora), "style")
+    require_whole_fit(pipe)
     changed = [part for part, names in pipe.get_list_adapters().items() if "style" in names]
     refuse_text_encoders(config.style_lora, [part for part in changed if part != "transformer"])
-    before = check_images(step_lora.family, config, {"step": scale, "style": config.style_lora_scale})
+    scales = step_lora.adapter_scales(scale) | {"style": config.style_lora_scale}
+    before = check_images(step_lora.family, config, scales)
     layers = concatenate_adapters(pipe.transformer)
     type(pipe).save_lora_weights(folder, transformer_lora_layers=layers, weight_name=WEIGHT_NAME)
     pipe.unload_lora_weights()

@@ -10,8 +10,11 @@ from scfm.files import atomic_write
 from scfm.inference.config import InferenceConfig
 from scfm.inference.search import Curve
 from scfm.inference.step_lora import StepLora, format_scales
+from scfm.method.distill import STEP_SCALED
 from scfm.method.lora_scale import LoraScales
+from scfm.models.lora import WEIGHT_NAME
 from scfm.models.lora_file import read_lora_scales, write_lora_scales
+from scfm.models.scaled_lora import second_file
 
 MARKER = "<!-- written by scfm, which will write it again; take this line out to keep what you change -->"
 
@@ -25,7 +28,7 @@ With stock diffusers, for {n} step{s}:
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift:g})
-pipe.load_lora_weights("{folder}", adapter_name="step")
+{load}
 {set_scale}
 images = pipe(
     prompt,
@@ -58,16 +61,29 @@ square, in latents) to the teacher's {target_steps}-step endpoints from the same
 steps.
 """
 
-ONE_SCALE = 'pipe.set_adapters(["step"], [{scale:g}])'
-SCALE_PER_STEP = """scales = {scales}  # a LoRA scale for each step
+RULE = """The LoRA scale is the step size: n steps are taken at n ** -{exponent:g}, whatever n is{pair}.
+
+| steps | in diffusers | distance to the teacher's endpoint | the teacher's own, in as many steps |
+|---|---|---|---|
+{rows}
+
+Distances are root mean squares in latents from the teacher's {target_steps}-step endpoints, from the same
+noise, on {captions} prompts. Training drew {first} to {last} steps.
+"""
+
+LOAD_ONE = 'pipe.load_lora_weights("{folder}", adapter_name="step")'
+LOAD_PAIR = """pipe.load_lora_weights("{folder}", weight_name="{first}", adapter_name="step")
+pipe.load_lora_weights("{folder}", weight_name="{second}", adapter_name="step_2")"""
+SET_ADAPTERS = "pipe.set_adapters({names}, [{scales}])"
+SCALE_PER_STEP = """scales = {scales}  # for each step
 
 
 def set_scale(pipe, step, timestep, tensors):
-    pipe.set_adapters(["step"], [scales[(step + 1) % {n}]])
+    pipe.set_adapters({names}, scales[(step + 1) % {n}])
     return tensors
 
 
-pipe.set_adapters(["step"], [scales[0]])"""
+pipe.set_adapters({names}, scales[0])"""
 
 
 def render_card(folder: str | Path) -> str:
@@ -86,9 +102,9 @@ def render_card(folder: str | Path) -> str:
     ]
     return CARD.format(
         pipeline=Path(config.pretrained_model_name_or_path).name,
-        table=scale_table(lora_scales, read_record(folder / "lora_scales.json")),
+        table=scale_table(lora_scales, folder),
         shift=config.inference_shift,
-        folder=folder.resolve().name,
+        load=loading_code(lora_scales, folder.resolve().name),
         history="\n".join(f"- {line}" for line in history),
         limits="\n".join(f"- {line}" for line in limit_lines(config, lora_scales)),
         marker=MARKER,
@@ -101,11 +117,32 @@ def example(config: InferenceConfig, lora_scales: LoraScales | None) -> dict[str
     scale."""
     n = min(lora_scales.steps, key=lambda steps: abs(steps - 4)) if lora_scales else 4
     scales = lora_scales.per_step(n) if lora_scales else (1.0,)
+    order = lora_scales.order if lora_scales else 1
     if len(set(scales)) == 1:
-        code, more = ONE_SCALE.format(scale=scales[0]), []
+        code, more = set_adapters(scales[0], order), []
     else:
-        code, more = SCALE_PER_STEP.format(scales=list(scales), n=n), ["callback_on_step_end=set_scale"]
+        each = [[round(scale**power, 6) for power in range(1, order + 1)] for scale in scales]
+        code = SCALE_PER_STEP.format(scales=each, n=n, names=adapter_list(order))
+        more = ["callback_on_step_end=set_scale"]
     return {"n": n, "s": "s" * (n > 1), "set_scale": code, "arguments": call_arguments(config, n, more)}
+
+
+def set_adapters(scale: float, order: int) -> str:
+    """The line that sets a LoRA scale, the second of a pair to its square."""
+    scales = ", ".join(f"{scale**power:.4g}" for power in range(1, order + 1))
+    return SET_ADAPTERS.format(names=adapter_list(order), scales=scales)
+
+
+def adapter_list(order: int) -> str:
+    """The adapters of the card's code, as a list there."""
+    return '["step", "step_2"]' if order == 2 else '["step"]'
+
+
+def loading_code(lora_scales: LoraScales | None, folder: str) -> str:
+    """The lines that load the LoRA, or the pair, from a folder."""
+    if lora_scales is None or lora_scales.order == 1:
+        return LOAD_ONE.format(folder=folder)
+    return LOAD_PAIR.format(folder=folder, first=WEIGHT_NAME, second=second_file(WEIGHT_NAME).name)
 
 
 def call_arguments(config: InferenceConfig, steps: int, more: Sequence[str] = ()) -> str:
@@ -124,12 +161,39 @@ def call_arguments(config: InferenceConfig, steps: int, more: Sequence[str] = ()
     return ",\n    ".join(arguments)
 
 
-def scale_table(lora_scales: LoraScales | None, search: Mapping[str, Any]) -> str:
-    """The card's table of LoRA scales; a sentence where none were searched."""
+def scale_table(lora_scales: LoraScales | None, folder: Path) -> str:
+    """The card's table of LoRA scales; a sentence where there are none."""
     if lora_scales is None:
         return (
             "No LoRA scale was searched: training aimed at 1; fewer steps may want more, more steps less.\n"
         )
+    if lora_scales.exponent:
+        return rule_table(lora_scales, read_record(folder / "selection.json"))
+    return searched_table(lora_scales, read_record(folder / "lora_scales.json"))
+
+
+def rule_table(lora_scales: LoraScales, selection: Mapping[str, Any]) -> str:
+    """The scales by the rule that was trained in, with the distances that the selection measured."""
+    distances = selection.get("endpoint_distance", {})
+    ours, teachers = distances.get(selection.get("selected"), {}), distances.get("teacher", {})
+    rows = [
+        f"| {n} | `{set_adapters(lora_scales.scale(n), lora_scales.order)}` | {ours.get(str(n), '-')} | "
+        f"{teachers.get(str(n), '-')} |"
+        for n in sorted({*lora_scales.steps, 5})
+    ]
+    return RULE.format(
+        exponent=lora_scales.exponent,
+        pair=", the second LoRA at its square" if lora_scales.order == 2 else "",
+        rows="\n".join(rows),
+        target_steps=selection.get("teacher_steps", "many"),
+        captions=selection.get("captions", "the run's"),
+        first=lora_scales.steps[0],
+        last=lora_scales.steps[-1],
+    )
+
+
+def searched_table(lora_scales: LoraScales, search: Mapping[str, Any]) -> str:
+    """The scales that were searched, with their distances."""
     distances = {(row["steps"], row["scale"]): f"{row['distance']:.4f}" for row in search.get("curve", ())}
     pairs = zip(lora_scales.steps, lora_scales.scales, strict=True)
     rows = [
@@ -174,10 +238,16 @@ def training_lines(run: Mapping[str, Any], selection: Mapping[str, Any]) -> list
             f"{run['global_batch_size']}, learning rate {run['learning_rate']:g}, seed {run['seed']}; "
             f"LoRA rank {run['rank']}, alpha {run['lora_alpha'] or run['rank']}."
         )
-    if has(run, "algorithm", "teacher_ratio", "ema_target_scale", "shift"):
+    shift = " to ".join(f"{value:g}" for value in run.get("shift", ()))
+    if run.get("algorithm") == STEP_SCALED:
+        lines.append(
+            f"Algorithm step_scaled: step counts {', '.join(map(str, run['step_counts']))}, EMA decay "
+            f"{run['ema_decay']:g}, time shift {shift or 'within a tenth of the sampling shift'}."
+        )
+    elif has(run, "algorithm", "teacher_ratio", "ema_target_scale", "shift"):
         lines.append(
             f"Algorithm {run['algorithm']}, teacher ratio {run['teacher_ratio']:g}, EMAs at LoRA scale "
-            f"{run['ema_target_scale']:g}, time shift {run['shift'][0]:g} to {run['shift'][1]:g}."
+            f"{run['ema_target_scale']:g}, time shift {shift or '2.5 to 4.5'}."
         )
     if has(run, "guidance_mode"):
         how = {
@@ -186,10 +256,9 @@ def training_lines(run: Mapping[str, Any], selection: Mapping[str, Any]) -> list
         }
         lines.append(f"Guidance {how[run['guidance_mode']]}.")
     if has(selection, "selected"):
-        lines.append(
-            f"Of student, fast and slow EMA {selection['selected']} is the one saved: its endpoints lie "
-            "nearest to the teacher's."
-        )
+        nearest = ": its endpoints lie nearest to the teacher's" * (run.get("select_adapter", "best") == "best")
+        models = [name for name in selection.get("endpoint_distance", {}) if name != "teacher"]
+        lines.append(f"Of the models {', '.join(models)} {selection['selected']} is saved{nearest}.")
     return lines
 
 
@@ -214,8 +283,9 @@ def limit_lines(config: InferenceConfig, lora_scales: LoraScales | None) -> list
         "not tried."
     ]
     if lora_scales:
+        how = "trained" if lora_scales.exponent else "searched"
         lines.append(
-            f"LoRA scales were searched for {lora_scales.steps[0]} to {lora_scales.steps[-1]} Euler steps. "
+            f"LoRA scales were {how} for {lora_scales.steps[0]} to {lora_scales.steps[-1]} Euler steps. "
             "Second-order solvers do not suit it."
         )
     lines.append(

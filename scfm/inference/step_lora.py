@@ -16,10 +16,12 @@ from scfm.files import atomic_write
 from scfm.inference.adapters import load_adapter
 from scfm.inference.config import InferenceConfig
 from scfm.method.flow import time_grid
+from scfm.method.lora_scale import LoraScales
 from scfm.method.scale_schedule import per_step_field
 from scfm.models.loading import DTYPES, load_pipeline
 from scfm.models.lora_file import read_lora_scales
 from scfm.models.sampling import euler_endpoints, start_noise
+from scfm.models.scaled_lora import second_file
 from scfm.models.source import PipelineSource
 from scfm.types import Condition, VelocityField
 
@@ -31,7 +33,8 @@ class StepLora:
 
     config: resolved here if it is not.
     source: where the pipeline comes from, if that has been looked up; else config says it
-    Attributes: `config`; `path`, the LoRA's file; `lora_scales`, those in its header, or None; `source`;
+    Attributes: `config`; `path`, the LoRA's file; `files`, {adapter: file}, two for a pair; `lora_scales`,
+    those in the header, or None; `source`;
     `family`; `pipe`, whose scheduler has config.inference_shift at every size; `stock_scheduler`, the one
     that the pipeline came with.
     """
@@ -52,8 +55,10 @@ class StepLora:
         self.family = bind_family(self.source, config, self.pipe)
         self.stock_scheduler = self.pipe.scheduler
         self.pipe.scheduler = fixed_shift(config.inference_shift)
-        load_adapter(self.pipe, self.path, "step")
         self.lora_scales = read_lora_scales(self.path)
+        self.files = lora_files(self.path, self.lora_scales)
+        for name, path in self.files.items():
+            load_adapter(self.pipe, path, name)
         self.targets: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def scales_for(self, steps: int) -> Scales:
@@ -62,7 +67,11 @@ class StepLora:
 
     def set_scale(self, scale: float) -> None:
         """Sets the LoRA scale of the pipeline."""
-        self.pipe.set_adapters(["step"], [float(scale)])
+        self.pipe.set_adapters(list(self.files), list(self.adapter_scales(scale).values()))
+
+    def adapter_scales(self, scale: float) -> dict[str, float]:
+        """{adapter: its own scale} at a LoRA scale s: the second of a pair has s ** 2."""
+        return {name: float(scale) ** power for power, name in enumerate(self.files, 1)}
 
     def field(self, x: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """The velocity at the LoRA scale that is set."""
@@ -123,6 +132,17 @@ class StepLora:
             yield
         finally:
             del scheduler.step  # the class's own is visible again
+
+
+def lora_files(path: Path, lora_scales: LoraScales | None) -> dict[str, Path]:
+    """{adapter: file} of a step LoRA: "step", and "step_2" for a pair. FileNotFoundError where that is
+    missing."""
+    if lora_scales is None or lora_scales.order == 1:
+        return {"step": path}
+    second = second_file(path)
+    if not second.is_file():
+        raise FileNotFoundError(f"{path} is the first LoRA of a pair, and {second.name} is not beside it")
+    return {"step": path, "step_2": second}
 
 
 def bind_family(source: PipelineSource, config: InferenceConfig, pipe: Any) -> Any:

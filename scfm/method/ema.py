@@ -29,12 +29,12 @@ class EMA:
     source: tensors of the same shapes in the same order, of any dtype
     decay: in [0, 1)
 
-    ValueError: lists that do not match, a decay outside [0, 1), an average of lower precision, where a .999
-    EMA would never move.
+    `updates` counts the calls of update(). ValueError: lists that do not match, a decay outside [0, 1), an
+    average of lower precision, where a .999 EMA would never move.
     """
 
     def __init__(self, average: Iterable[torch.Tensor], source: Iterable[torch.Tensor], decay: float) -> None:
-        self.average, self.source, self.decay = list(average), list(source), decay
+        self.average, self.source, self.decay, self.updates = list(average), list(source), decay, 0
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay!r}: a decay lies in [0, 1)")
         if [a.shape for a in self.average] != [s.shape for s in self.source]:
@@ -48,6 +48,7 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """One step of every tensor toward its source, in one call for all of them."""
+        self.updates += 1
         if self.average:
             source = [s.to(a) for a, s in zip(self.average, self.source, strict=True)]
             torch._foreach_lerp_(self.average, source, 1 - self.decay)

@@ -42,14 +42,21 @@ class LoraScales(NamedTuple):
     shift: the time shift of the sampling grid that they were chosen at
     schedules: tuples of n scales, for some numbers of steps n: one for each step of a sampler of n steps
         (chapter 05_scale_schedule)
+    exponent: p where the scale was trained in as n ** -p (chapter 06_step_scale); 0 where it was searched
+    order: how many LoRAs the scale s belongs to: the first at s, the second at s ** 2
     """
     steps: tuple[int, ...]
     scales: tuple[float, ...]
     shift: float = 1.
     schedules: tuple[tuple[float, ...], ...] = ()
+    exponent: float = 0.
+    order: int = 1
 
     def scale(self, steps: int) -> float:
-        """The scale for `steps` steps: linear in log2(steps) between entries, constant outside of them."""
+        """The scale for `steps` steps: by the rule where there is one, else linear in log2(steps) between
+        entries, constant outside of them."""
+        if self.exponent:
+            return float(steps) ** -self.exponent
         if steps <= self.steps[0]:
             return self.scales[0]
         for (a, low), (b, high) in itertools.pairwise(zip(self.steps, self.scales, strict=True)):

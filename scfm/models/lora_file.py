@@ -31,4 +31,5 @@ def read_lora_scales(path: str | Path) -> LoraScales | None:
         return None
     saved = json.loads(text)
     schedules = tuple(map(tuple, saved.get("schedules", ())))
-    return LoraScales(tuple(saved["steps"]), tuple(saved["scales"]), saved["shift"], schedules)
+    rule = saved.get("exponent", 0.0), saved.get("order", 1)
+    return LoraScales(tuple(saved["steps"]), tuple(saved["scales"]), saved["shift"], schedules, *rule)

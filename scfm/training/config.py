@@ -12,7 +12,7 @@ import yaml
 from scfm.data.prepare import DataConfig
 from scfm.files import atomic_write, expand_user
 from scfm.method.consistency import TARGET_MODELS
-from scfm.method.distill import SCFMConfig, is_int, setting, validate
+from scfm.method.distill import STEP_SCALED, SCFMConfig, is_int, setting, validate
 from scfm.models.loading import DTYPES
 from scfm.training.environment import environment_info
 
@@ -61,6 +61,11 @@ class DistillConfig(SCFMConfig):
     teacher_guidance_scale: float = setting(
         3.5, "guidance scale of the teacher's images, of validation and of the selection"
     )
+    shift: tuple[float, ...] = setting(
+        (),
+        "range of the time shift, drawn per example; empty: 2.5 to 4.5; with step_scaled, which trains on "
+        "the grids that are sampled, within a tenth of inference_shift",
+    )
     micro_batch_size: int = setting(
         0, "examples of one forward at most: less memory, the same step; 0: all that a process has"
     )
@@ -81,7 +86,9 @@ class DistillConfig(SCFMConfig):
     )
     eval_lora_scales: tuple = setting((0.25, 0.5, 0.75, 1.0, 1.25), "LoRA scales at which they are compared")
     select_adapter: str = setting(
-        "best", "which adapter is saved on top: best, by that comparison, or student, ema_fast, ema_slow"
+        "best",
+        "which model is saved on top: best, by that comparison, or student, ema_fast, ema_slow (step_scaled: "
+        "student, ema)",
     )
     weight_dtype: str = setting(
         "fp32", "fp32 or bf16: of the frozen base and the encoders (adapters stay in fp32)"
@@ -98,6 +105,21 @@ class DistillConfig(SCFMConfig):
     def __post_init__(self) -> None:
         expand_user(self)
 
+    @property
+    def shift_range(self) -> tuple[float, float]:
+        """Between which shifts an example's is drawn."""
+        if self.shift:
+            low, high = self.shift
+            return low, high
+        if self.algorithm == STEP_SCALED:
+            return 0.9 * self.inference_shift, 1.1 * self.inference_shift
+        return 2.5, 4.5
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The models that are trained, of which one is saved on top."""
+        return ("student", "ema") if self.algorithm == STEP_SCALED else ("student", "ema_fast", "ema_slow")
+
     def check(self) -> None:
         """ValueError that names the setting, its value and the mend. Looks at nothing but the settings."""
         super().check()
@@ -108,7 +130,10 @@ class DistillConfig(SCFMConfig):
                 "say either --prompts FILE (the teacher generates) or --train_data_dir FOLDER (your own)"
             )
         validate(self, DISTILL_VALIDATORS)
-        if self.guidance_mode == "distilled" and "ema_slow" in TARGET_MODELS[self.algorithm]["teacher"]:
+        refuse_for_step_scaled(self)
+        if self.guidance_mode == "distilled" and "ema_slow" in TARGET_MODELS.get(self.algorithm, {}).get(
+            "teacher", ()
+        ):
             raise ValueError(
                 f"guidance_mode distilled with algorithm {self.algorithm}: its slow EMA would "
                 f"pull the teacher's "
@@ -139,6 +164,23 @@ class DistillConfig(SCFMConfig):
             weight_dtype=self.weight_dtype,
             quantize=self.quantize,
             **generated,
+        )
+
+
+def refuse_for_step_scaled(config: DistillConfig) -> None:
+    """ValueError for what the algorithm step_scaled cannot do."""
+    if config.algorithm != STEP_SCALED:
+        return
+    if config.guidance_mode == "distilled":
+        raise ValueError(
+            "guidance_mode distilled with algorithm step_scaled: at small scales the student is its teacher, "
+            "and a guided one is not the base: take --guidance_mode kept"
+        )
+    low, high = config.shift_range
+    if not low <= config.inference_shift <= high:
+        raise ValueError(
+            f"shift {low:g} to {high:g} with algorithm step_scaled and inference_shift "
+            f"{config.inference_shift:g}: it trains on the grids that are sampled: leave --shift out"
         )
 
 
@@ -188,8 +230,8 @@ DISTILL_VALIDATORS = [
     ),
     (
         "select_adapter",
-        lambda c: c.select_adapter in ("best", "student", "ema_fast", "ema_slow"),
-        "best, student, ema_fast or ema_slow",
+        lambda c: c.select_adapter in ("best", *c.model_names),
+        "best, student, ema_fast or ema_slow; with step_scaled best, student or ema",
     ),
     ("weight_dtype", lambda c: c.weight_dtype in DTYPES, " or ".join(DTYPES)),
     ("quantize", lambda c: c.quantize in ("", "nf4"), "nf4, or leave it out"),

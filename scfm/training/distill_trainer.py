@@ -19,12 +19,13 @@ from scfm.data.prepare import (
     read_inputs,
 )
 from scfm.method.consistency import Jumps, Stream, keyed_generator
-from scfm.method.distill import Batch, jumps_from_config, make_emas, make_optimizer
+from scfm.method.distill import STEP_SCALED, Batch, jumps_from_config, make_emas, make_optimizer
 from scfm.models.check import LAYERS
 from scfm.models.family import velocities
 from scfm.models.loading import DTYPES, load_pipeline, require_bitsandbytes
-from scfm.models.lora import ADAPTERS, LoraModels, adapter_state, load_adapter_state
+from scfm.models.lora import LoraModels, adapter_state, load_adapter_state
 from scfm.models.sampling import on_device
+from scfm.models.scaled_lora import ScaledLoraModels, guided_rows
 from scfm.models.source import PipelineSource
 from scfm.training.checkpoint import find_checkpoint, load_checkpoint
 from scfm.training.config import DistillConfig
@@ -86,7 +87,7 @@ class DistillTrainer(Trainer):
         check_layers(config.lora_layers, source, family)
         return inputs
 
-    def make_models(self) -> LoraModels:
+    def make_models(self) -> LoraModels | ScaledLoraModels:
         """Student, teacher and EMAs on the one transformer."""
         config, transformer = self.config, self.pipe.transformer
         velocity, teacher_velocity = velocities(self.family, config.guidance_mode)
@@ -96,13 +97,12 @@ class DistillTrainer(Trainer):
         # the adapters' float32 products on tensor cores
         torch.backends.cuda.matmul.allow_tf32 = config.weight_dtype == "bf16"
         torch.manual_seed(config.seed)  # PEFT draws A from the global state
+        targets, alpha = config.lora_layers or self.family.lora_targets, config.lora_alpha or None
+        if config.algorithm == STEP_SCALED:
+            rows, order = guided_rows if self.family.uses_cfg else None, config.scale_order
+            return ScaledLoraModels(transformer, velocity, targets, config.rank, alpha, order, rows)
         return LoraModels(
-            transformer,
-            velocity,
-            config.lora_layers or self.family.lora_targets,
-            config.rank,
-            config.lora_alpha or None,
-            teacher_velocity=teacher_velocity,
+            transformer, velocity, targets, config.rank, alpha, teacher_velocity=teacher_velocity
         )
 
     def plan_step(self, step: int) -> StepPlan:
@@ -174,17 +174,16 @@ class DistillTrainer(Trainer):
         return validation_image(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Three adapters and a counter. Never the base."""
+        """All adapters and a counter. Never the base."""
         transformer = self.models.transformer
         return {
-            "adapters": {name: adapter_state(transformer, name) for name in ADAPTERS},
+            "adapters": {name: adapter_state(transformer, name) for name in self.models.adapter_names},
             "ema_updates": self.emas.updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ADAPTERS:
+        for name in self.models.adapter_names:
             load_adapter_state(self.models.transformer, name, state["adapters"][name])
-        self.models.transformer.set_adapter("student")
         self.emas.updates = state["ema_updates"]
 
     def resume(self) -> int:

@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torchvision.transforms.functional import to_pil_image
@@ -11,16 +13,20 @@ from torchvision.utils import make_grid
 
 from scfm.files import atomic_write
 from scfm.method.consistency import Stream, keyed_generator
+from scfm.method.distill import STEP_SCALED
 from scfm.method.lora_scale import LoraScales, choose_lora_scales, endpoint_curve
 from scfm.models.loading import with_vae
-from scfm.models.lora import ADAPTERS, save_lora
+from scfm.models.lora import save_lora
 from scfm.models.lora_file import write_lora_scales
 from scfm.models.sampling import euler_endpoints, start_noise
+from scfm.models.scaled_lora import ScaledLoraModels
+from scfm.training.config import DistillConfig
 
 if TYPE_CHECKING:
     from scfm.training.distill_trainer import DistillTrainer
 
 VALIDATION_IMAGES = 8
+Curve: TypeAlias = dict[tuple[int, float], float]  # {(steps, LoRA scale): distance to the endpoints}
 
 
 def eval_captions(trainer: "DistillTrainer", count: int) -> tuple[list[str], torch.Tensor]:
@@ -57,6 +63,12 @@ def endpoints(
     )
 
 
+def scale_for(trainer: "DistillTrainer", steps: int) -> float:
+    """The LoRA scale at which the student is looked at during a run."""
+    config = trainer.config
+    return config.step_scale.scale(steps) if config.algorithm == STEP_SCALED else 1.0
+
+
 @torch.no_grad()
 def validation_image(trainer: "DistillTrainer", count: int = VALIDATION_IMAGES) -> torch.Tensor:
     """(3, H, W), also written to validation/STEP.png: a row of the teacher's, then one of the student's per
@@ -67,7 +79,10 @@ def validation_image(trainer: "DistillTrainer", count: int = VALIDATION_IMAGES) 
         trainer.teacher_images = endpoints(trainer, "teacher", captions, noise, config.teacher_steps)
     rows = [
         trainer.teacher_images,
-        *(endpoints(trainer, "student", captions, noise, n) for n in config.eval_num_steps),
+        *(
+            endpoints(trainer, "student", captions, noise, n, scale_for(trainer, n))
+            for n in config.eval_num_steps
+        ),
     ]
     with with_vae(trainer.pipe, trainer.source):
         images = torch.cat([trainer.family.decode(row.to(trainer.pipe.device)).cpu().float() for row in rows])
@@ -77,39 +92,62 @@ def validation_image(trainer: "DistillTrainer", count: int = VALIDATION_IMAGES) 
     return grid
 
 
+def scales_of(config: DistillConfig, curve: Callable[..., Curve]) -> tuple[LoraScales, Curve]:
+    """(the scales of a model, the distances where they were measured). curve: (scales, steps) -> distances"""
+    if config.algorithm != STEP_SCALED:
+        distances = curve(config.eval_lora_scales)
+        return choose_lora_scales(distances, config.inference_shift), distances
+    rule, steps = config.step_scale, tuple(sorted({*config.step_counts, *config.eval_num_steps}))
+    scales = LoraScales(
+        steps,
+        tuple(rule.scale(n) for n in steps),
+        config.inference_shift,
+        exponent=rule.exponent,
+        order=config.scale_order,
+    )
+    distances: Curve = {}
+    for n in config.eval_num_steps:
+        distances |= curve((rule.scale(n),), (n,))
+    return scales, distances
+
+
+def save_model(trainer: "DistillTrainer", folder: Path, name: str) -> Path:
+    """Writes one model's LoRA, or its two, into a folder; returns the file of the first."""
+    models, pipeline_class = trainer.models, trainer.family.pipeline_class
+    if isinstance(models, ScaledLoraModels):
+        return models.save(pipeline_class, folder, name)
+    return save_lora(pipeline_class, models.transformer, folder, name)
+
+
 @torch.no_grad()
 def select_and_save(trainer: "DistillTrainer") -> dict[str, Any]:
-    """Saves all three adapters with their scales, puts the one that lands nearest on top; returns the record.
+    """Saves all models with their scales, puts the one that lands nearest on top; returns the record.
 
     Each is given, for each of config.eval_num_steps, the scale among config.eval_lora_scales at which its
-    endpoints lie nearest to the teacher's own in config.teacher_steps; the smallest sum of log distances is
-    saved on top, or the one that config.select_adapter names.
+    endpoints lie nearest to the teacher's own in config.teacher_steps, with step_scaled the one that its rule
+    says; the smallest sum of log distances is saved on top, or the one that config.select_adapter names.
     """
     config = trainer.config
     captions, noise = eval_captions(trainer, config.num_eval_prompts)
     target = endpoints(trainer, "teacher", captions, noise, config.teacher_steps)
 
-    def curve(name: str, scales: Sequence[float]) -> dict[tuple[int, float], float]:
+    def curve(name: str, scales: Sequence[float], steps: Sequence[int] = config.eval_num_steps) -> Curve:
         return endpoint_curve(
-            lambda steps, scale: endpoints(trainer, name, captions, noise, steps, scale),
-            target,
-            config.eval_num_steps,
-            scales,
+            lambda n, scale: endpoints(trainer, name, captions, noise, n, scale), target, steps, scales
         )
 
     distance = {"teacher": {str(n): round(d, 5) for (n, _), d in curve("teacher", (0.0,)).items()}}
     chosen: dict[str, LoraScales] = {}
     sums: dict[str, float] = {}
-    for name in ADAPTERS:
-        distances = curve(name, config.eval_lora_scales)
-        chosen[name] = choose_lora_scales(distances, config.inference_shift)
-        at_chosen = {n: distances[n, chosen[name].scale(n)] for n in chosen[name].steps}
+    for name in config.model_names:
+        chosen[name], distances = scales_of(config, partial(curve, name))
+        at_chosen = {n: distances[n, chosen[name].scale(n)] for n in config.eval_num_steps}
         distance[name] = {str(n): round(d, 5) for n, d in at_chosen.items()}
         sums[name] = sum(math.log(max(d, 1e-12)) for d in at_chosen.values())
     best = min(sums, key=sums.__getitem__) if config.select_adapter == "best" else config.select_adapter
     out = trainer.output_dir
-    for name, folder in [*((name, out / name) for name in ADAPTERS), (best, out)]:
-        path = save_lora(trainer.family.pipeline_class, trainer.models.transformer, folder, name)
+    for name, folder in [*((name, out / name) for name in config.model_names), (best, out)]:
+        path = save_model(trainer, folder, name)
         write_lora_scales(path, chosen[name])
     # what `scfm dial` wrote was of the file that has just been replaced
     (out / "lora_scales.json").unlink(missing_ok=True)

@@ -63,7 +63,7 @@ def test_the_card_says_what_the_records_say_and_no_more(lora):
         "torch 2.15.0; on a GPU",
         "commit 0123456789ab, with changes",
         "600 training steps at batch size 32",
-        "ema_fast is the one saved",
+        "ema_fast is saved: its endpoints lie nearest",
         "in 32 steps at guidance scale 2.5",
         "guidance_scale=2.5",
         "is kept",

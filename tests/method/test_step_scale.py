@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm.method.consistency import Jumps, keyed_generator
-from scfm.method.distill import SCFMConfig
+from scfm.method.distill import SCFMConfig, distill
 from scfm.method.flow import time_grid
 from scfm.method.step_scale import (
     ScaledNetwork,
     StepScale,
-    distill_step_scale,
     draw_step_jumps,
     step_scale_loss,
     step_scale_target,
@@ -47,7 +46,8 @@ def test_a_drawn_jump_is_a_step_of_its_grid_and_its_middle_one_of_twice_as_many(
 
 
 def test_the_weights_of_the_counts_are_obeyed():
-    jumps = draw_step_jumps(4000, RULE, weights=[0, 3, 0, 1, 0, 0, 0, 0], generator=keyed_generator(0, 0))
+    rule = StepScale(weights=(0.0, 3.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
+    jumps = draw_step_jumps(4000, rule, generator=keyed_generator(0, 0))
     assert (jumps.steps == 4).float().mean().item() == pytest.approx(0.75, abs=0.03)
 
 
@@ -55,7 +55,7 @@ def test_the_weights_of_the_counts_are_obeyed():
 def test_many_scales_at_once_are_one_at_a_time(order):
     models, x, t = random_models(order), torch.randn(9, 2), torch.rand(9)
     scales = torch.tensor([0.0, 1.0, 0.3, 0.3, 0.0, 1.0, 0.5, 0.5, 0.3])
-    together = models.velocity("student", scales, x, t)
+    together = models.scaled_velocity("student", scales, x, t)
     for i, scale in enumerate(scales.tolist()):
         network = copy.deepcopy(models.network)
         count = len(models.base)
@@ -67,8 +67,8 @@ def test_many_scales_at_once_are_one_at_a_time(order):
 
 def test_scale_0_is_the_teacher_to_the_last_bit():
     models, x, t = random_models(), torch.randn(5, 2), torch.rand(5)
-    assert torch.equal(models.field(0.0)(x, t), models.network(x, t))
-    assert torch.equal(models.velocity("ema", torch.zeros(5), x, t), models.network(x, t))
+    assert torch.equal(models.field("ema", 0.0)(x, t), models.network(x, t))
+    assert torch.equal(models.scaled_velocity("ema", torch.zeros(5), x, t), models.network(x, t))
 
 
 def test_the_target_by_hand():
@@ -82,7 +82,7 @@ def test_the_target_by_hand():
     x = torch.randn(2, 2)
     target = step_scale_target(x, jumps, models, RULE)
     for i, scale in enumerate((4**-0.85, 0.0)):
-        field, (t1, t2, t3) = models.field(scale), jumps.times[i]
+        field, (t1, t2, t3) = models.field("ema", scale), jumps.times[i]
         v1 = field(x[i : i + 1], t1[None])
         v2 = field(x[i : i + 1] - (t1 - t2) * v1, t2[None])
         by_hand = ((t1 - t2) * v1 + (t2 - t3) * v2) / (t1 - t3)
@@ -116,10 +116,14 @@ def test_training_moves_the_differences_alone_and_repeats_itself():
         torch.manual_seed(0)
         models = ScaledNetwork(MLP(16, 2))
         before = [w.clone() for w in models.base.values()]
-        config = SCFMConfig(max_train_steps=4, global_batch_size=16, learning_rate=1e-3, shift=(0.9, 1.1))
-        distill_step_scale(
-            models, lambda g, n: torch.randn(n, 2, generator=g), config, RULE, progress=False
+        config = SCFMConfig(
+            max_train_steps=4,
+            global_batch_size=16,
+            learning_rate=1e-3,
+            shift=(0.9, 1.1),
+            algorithm="step_scaled",
         )
+        distill(models, lambda g, n: torch.randn(n, 2, generator=g), config, progress=False)
         assert all(torch.equal(a, b) for a, b in zip(before, models.base.values(), strict=True))
         return models
 
@@ -132,4 +136,6 @@ def test_training_moves_the_differences_alone_and_repeats_itself():
 
 def test_any_number_of_steps_has_a_scale():
     assert [round(RULE.scale(n), 3) for n in (1, 2, 5, 64)] == [1.0, 0.555, 0.255, 0.029]
-    assert RULE.scales(torch.tensor([1, 16, 17])).tolist() == pytest.approx([1.0, 16**-0.85, 0.0])
+    steps = torch.tensor([2, 16, 18])
+    assert RULE.target_scales(steps).tolist() == pytest.approx([2**-0.85, 16**-0.85, 0.0])
+    assert RULE.student_scales(steps).tolist() == pytest.approx([1.0, 8**-0.85, 9**-0.85])

@@ -23,6 +23,7 @@ from scfm.commands.signals import signals_noted
 from scfm.method.distill import Batch, SCFMConfig, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels, adapter_state
+from scfm.models.scaled_lora import second_file
 from scfm.training.checkpoint import all_checkpoints, latest
 from scfm.training.config import DistillConfig, load_settings
 from scfm.training.distill_trainer import DistillTrainer
@@ -87,9 +88,14 @@ def flags(told):
     return [word for k, v in told.items() for word in (f"--{k}", words(v))]
 
 
+@pytest.fixture(scope="module", params=["dual", "step_scaled"])
+def algorithm(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def whole(images, tmp_path_factory):
-    return trained(images, tmp_path_factory.mktemp("whole") / "run")
+def whole(images, algorithm, tmp_path_factory):
+    return trained(images, tmp_path_factory.mktemp("whole") / "run", algorithm=algorithm)
 
 
 def gap(a, b):
@@ -106,14 +112,13 @@ def student(run):
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_gradient_accumulation_is_the_same_run(whole, images, tmp_path, micro_batch_size):
-    assert (
-        gap(student(whole), student(trained(images, tmp_path, micro_batch_size=micro_batch_size))) < 1e-3
-    )  # Adam enlarges rounding
+def test_gradient_accumulation_is_the_same_run(whole, images, algorithm, tmp_path, micro_batch_size):
+    run = trained(images, tmp_path, algorithm=algorithm, micro_batch_size=micro_batch_size)
+    assert gap(student(whole), student(run)) < 1e-3  # Adam enlarges rounding
 
 
-def test_recomputing_activations_is_the_same_run(whole, images, tmp_path):
-    run = trained(images, tmp_path, gradient_checkpointing=True)
+def test_recomputing_activations_is_the_same_run(whole, images, algorithm, tmp_path):
+    run = trained(images, tmp_path, algorithm=algorithm, gradient_checkpointing=True)
     assert run.pipe.transformer.is_gradient_checkpointing and gap(student(whole), student(run)) < 1e-3
 
 
@@ -129,17 +134,26 @@ def test_updates_of_two_sizes_occur_and_every_row_is_used_once(whole):
 
 
 @pytest.fixture(scope="module")
-def of_two(whole, images, tmp_path_factory):
+def of_two(whole, images, algorithm, tmp_path_factory):
     """The same run by the real command under torchrun, in two processes."""
     out = tmp_path_factory.mktemp("two")
-    two(settings(images, out))
+    two(settings(images, out, algorithm=algorithm))
     return out
+
+
+def saved_adapters(run, folder):
+    """{adapter: its file} of a run's models, as they are saved in a folder."""
+    first = "pytorch_lora_weights.safetensors"
+    return {
+        name: folder / name.removesuffix("_2") / (second_file(first) if name.endswith("_2") else first)
+        for name in run.models.adapter_names
+    }
 
 
 def test_two_processes_are_one(whole, of_two):
     assert json.loads((of_two / "selection.json").read_text())["train_steps"] == 6
-    for name in ADAPTERS:
-        theirs = load_file(of_two / name / "pytorch_lora_weights.safetensors")
+    for name, path in saved_adapters(whole, of_two).items():
+        theirs = load_file(path)
         theirs = {k.removeprefix("transformer."): v for k, v in theirs.items()}
         ours = adapter_state(whole.models.transformer, name)
         assert ours.keys() == theirs.keys() and gap(ours, theirs) < 1e-3
@@ -163,17 +177,15 @@ def two(told):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_two_processes_resume_bit_for_bit(of_two, images, tmp_path):
+def test_two_processes_resume_bit_for_bit(whole, of_two, images, algorithm, tmp_path):
     shutil.copytree(
         of_two,
         tmp_path / "parts",
         ignore=lambda folder, names: [n for n in names if n in ("000006", "selection.json")],
     )
-    two(settings(images, tmp_path / "parts"))  # from update 4
-    for name in ADAPTERS:
-        a, b = (
-            load_file(run / name / "pytorch_lora_weights.safetensors") for run in (of_two, tmp_path / "parts")
-        )
+    two(settings(images, tmp_path / "parts", algorithm=algorithm))  # from update 4
+    pairs = zip(*(saved_adapters(whole, run).values() for run in (of_two, tmp_path / "parts")), strict=True)
+    for a, b in ((load_file(a), load_file(b)) for a, b in pairs):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -260,16 +272,17 @@ def test_a_full_disk_costs_no_good_checkpoint(images, tmp_path, capsys, monkeypa
     assert [p.name for p in all_checkpoints(tmp_path / "run")] == ["000006"]
 
 
-def test_resume_can_be_refused_or_pointed_at_a_checkpoint(whole, images, tmp_path, capsys):
+def test_resume_can_be_refused_or_pointed_at_a_checkpoint(whole, images, algorithm, tmp_path, capsys):
     out = whole.output_dir
-    assert main(["distill", *flags(settings(images, out, resume_from_checkpoint="never"))]) == 2
+
+    def told(resume_from_checkpoint):
+        return settings(images, out, algorithm=algorithm, resume_from_checkpoint=resume_from_checkpoint)
+
+    assert main(["distill", *flags(told("never"))]) == 2
     assert "has checkpoints, up to 000006" in capsys.readouterr().err
-    assert main(["distill", *flags(settings(images, out, resume_from_checkpoint=str(tmp_path)))]) == 2
+    assert main(["distill", *flags(told(str(tmp_path)))]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
-    run = DistillTrainer(
-        DistillConfig(**settings(images, out, resume_from_checkpoint=str(out / "checkpoints/000004"))),
-        progress=False,
-    )
+    run = DistillTrainer(DistillConfig(**told(str(out / "checkpoints/000004"))), progress=False)
     assert run.resume() == 4
     run.train()
     assert gap(student(whole), student(run)) == 0
@@ -384,6 +397,12 @@ def test_the_presets_are_these():
         ({"micro_batch_size": -1}, "micro_batch_size"),
         ({"checkpoints_total_limit": 0}, "checkpoints_total_limit"),
         ({"non_shortcut_ratio": 1.5}, "non_shortcut_ratio"),
+        ({"non_shortcut_ratio": 0.5, "algorithm": "step_scaled"}, "non_shortcut_ratio"),
+        ({"select_adapter": "ema_slow", "algorithm": "step_scaled"}, "with step_scaled best, student or ema"),
+        ({"shift": (1.0, 2.0), "algorithm": "step_scaled"}, "leave --shift out"),
+        ({"guidance_mode": "distilled", "algorithm": "step_scaled"}, "take --guidance_mode kept"),
+        ({"finest_steps": 32, "algorithm": "step_scaled"}, "no target comes from the teacher"),
+        ({"step_weights": (1.0, 2.0), "algorithm": "step_scaled"}, "a number of at least 0 for each"),
         ({"loss": "l1"}, "mse or huber or cosine"),
         ({"pretrained_model_name_or_path": "nobody/nothing-of-the-kind"}, "no pipeline"),
     ],
@@ -420,6 +439,24 @@ def test_every_choice_trains(images, tmp_path):
     ):
         other = student(trained(images, tmp_path / str(i), **{**base, **change}))
         assert other.keys() != student(plain).keys() or gap(student(plain), other) > 1e-3, change
+
+
+def test_every_choice_of_step_scaled_trains(images, tmp_path):
+    base = {"max_train_steps": 4, "ema_decay": 0.5, "learning_rate": 1e-2, "algorithm": "step_scaled"}
+    plain = trained(images, tmp_path / "plain", **base)
+    for i, change in enumerate(
+        (
+            {"scale_exponent": 0.5},
+            {"scale_order": 1},
+            {"step_counts": (1, 2, 16)},
+            {"step_weights": (9.0, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)},
+            {"finest_steps": 8},
+            {"ema_decay": 0.0},
+            {"inference_shift": 1.0},
+        )
+    ):
+        other = student(trained(images, tmp_path / str(i), **{**base, **change}))
+        assert gap(student(plain), other) > 1e-3, change
 
 
 def test_tensorboard_gets_losses_and_previews(images, tmp_path):

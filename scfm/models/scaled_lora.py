@@ -1,0 +1,156 @@
+"""Student and EMA as LoRA adapters at a scale of its own for every example, for the algorithm step_scaled."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from scfm.models.lora import WEIGHT_NAME, adapter_parameters, add_adapters, save_lora
+from scfm.types import Condition, FamilyVelocity, VelocityField
+
+MODELS = ("student", "ema")
+
+
+class ExampleScales:
+    """Stands where PEFT has the number that a LoRA's output is multiplied by: a number for each example.
+
+    One object serves all layers of an adapter, whatever the shapes of their inputs: setting it is one
+    assignment, not one for each of some 500 layers. factor: what each scale counts as, alpha / rank.
+    """
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor, self.values = factor, torch.ones(1)
+
+    def __rmul__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: (rows, ...), with a scale for each row, or one for all."""
+        if len(self.values) not in (1, len(hidden)):
+            raise ValueError(
+                f"{len(self.values)} LoRA scales for {len(hidden)} rows of a layer: the family runs more "
+                "rows than examples and does not say which is whose (forward_rows)"
+            )
+        return hidden * self.values.view(-1, *[1] * (hidden.ndim - 1)).to(hidden)
+
+
+class ScaledLoraModels:
+    """`ScaledModels` as one frozen base with adapters: at scale s, the base + s LoRA 1 (+ s^2 LoRA 2).
+
+    transformer: a diffusers model without adapters
+    velocity: calls it, as a `Family`'s velocity: (transformer, x, t, cond) -> velocity
+    targets, rank, alpha: as in `add_adapters`
+    order: 1 or 2 LoRAs
+    forward_rows: (cond) -> (rows,), which example each row of a forward is of; None: row i is of example i
+    model: what the student's forward goes through where the transformer is wrapped; itself when None
+
+    All examples go through one forward, whatever their scales. The student's scales stand until its next
+    forward: gradient checkpointing runs it again during backward, and needs the same.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        velocity: FamilyVelocity,
+        targets: Sequence[str],
+        rank: int = 64,
+        alpha: int | None = None,
+        order: int = 2,
+        forward_rows: Callable[[Condition], torch.Tensor] | None = None,
+        model: Any = None,
+    ) -> None:
+        self.adapters = {name: names_of(name, order) for name in MODELS}
+        copies = {a: (b,) for a, b in zip(*self.adapters.values(), strict=True)}
+        add_adapters(transformer, targets, rank, alpha, copies)
+        self.transformer, self.velocity, self.forward_rows = transformer, velocity, forward_rows
+        self.teacher_velocity = velocity
+        self.model = transformer if model is None else model
+        self.active = list(self.adapters["student"])  # one list for all layers: switching changes it in place
+        self.adapter_names = [adapter for adapters in self.adapters.values() for adapter in adapters]
+        self.scales = {name: ExampleScales((alpha or rank) / rank) for name in self.adapter_names}
+        self.take_over()
+
+    def take_over(self) -> None:
+        """Gives all LoRA layers our list of active adapters and our scales; the student alone may learn."""
+        for layer in self.transformer.modules():
+            if isinstance(layer, LoraLayer):
+                layer._active_adapter = self.active
+                layer.scaling.update(self.scales)
+        for name in MODELS:
+            for weight in self.parameters(name):
+                weight.requires_grad_(name == "student")
+
+    def parameters(self, name: str) -> list[torch.Tensor]:
+        """The tensors of "student" or "ema"."""
+        return [w for adapter in self.adapters[name] for w in adapter_parameters(self.transformer, adapter)]
+
+    def set_scales(self, name: str, scales: torch.Tensor) -> None:
+        """The scales of the next forwards of "student" or "ema": (rows,), or (1,) for all."""
+        for power, adapter in enumerate(self.adapters[name], 1):
+            scale = self.scales[adapter]
+            scale.values = scale.factor * scales.float() ** power
+
+    def scaled_velocity(
+        self, name: str, scales: torch.Tensor, x: torch.Tensor, t: torch.Tensor, cond: Condition = None
+    ) -> torch.Tensor:
+        """Velocities (B, ...) of "student", with a gradient, or "ema" at x (B, ...) and t (B,), each example
+        at its own scale (B,)."""
+        rows = scales if self.forward_rows is None else scales[self.forward_rows(cond).to(scales.device)]
+        if name == "student":
+            self.set_scales(name, rows.to(x.device))
+            return self.velocity(self.model, x, t, cond)
+        with self.using(name, rows.to(x.device)), torch.no_grad():
+            return self.velocity(self.transformer, x, t, cond)
+
+    def field(self, name: str, scale: float = 1.0) -> VelocityField:
+        """One model at one scale, without a gradient.
+
+        name: "teacher", "student" or "ema"
+        """
+
+        def velocity(x: torch.Tensor, t: torch.Tensor, cond: Condition = None) -> torch.Tensor:
+            with self.using(name, torch.tensor([scale], device=x.device)), torch.no_grad():
+                return self.velocity(self.transformer, x, t, cond)
+
+        return velocity
+
+    @contextmanager
+    def using(self, name: str, scales: torch.Tensor) -> Iterator[None]:
+        """Within the block the transformer is the model `name` at these scales; after it, the student at its
+        own."""
+        adapters = self.adapters.get(name, [])  # none: the teacher
+        before = [self.scales[adapter].values for adapter in adapters]
+        self.active[:] = adapters
+        try:
+            if adapters:
+                self.set_scales(name, scales)
+            yield
+        finally:
+            for adapter, values in zip(adapters, before, strict=True):
+                self.scales[adapter].values = values
+            self.active[:] = self.adapters["student"]
+
+    def save(self, pipeline_class: Any, folder: str | Path, name: str) -> Path:
+        """Writes one model as LoRA files that stock diffusers loads, the second beside the first, under the
+        name of `second_file`; returns the first."""
+        path = Path(folder) / WEIGHT_NAME
+        for adapter, file in zip(self.adapters[name], (path, second_file(path)), strict=False):
+            save_lora(pipeline_class, self.transformer, folder, adapter, file.name)
+        return path
+
+
+def names_of(name: str, order: int) -> list[str]:
+    """The adapters of a model: NAME, and NAME_2 for the second order."""
+    return [name, f"{name}_2"][:order]
+
+
+def guided_rows(cond: Condition) -> torch.Tensor:
+    """`forward_rows` of `guided_velocity`: the guided examples without their captions, then all with them."""
+    guided = (cond["guidance"] > 1).nonzero().flatten()
+    return torch.cat([guided, torch.arange(len(cond["guidance"]), device=guided.device)])
+
+
+def second_file(path: str | Path) -> Path:
+    """Where the second LoRA of a pair lies: beside the first, its name ending in _2."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}_2{path.suffix}")

@@ -1,0 +1,221 @@
+"""Many LoRA scales in one forward: equal to one forward each, in whatever family, with and without
+recomputation; files that stock diffusers adds up."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file
+
+from scfm.method.consistency import keyed_generator
+from scfm.method.flow import sample, time_grid
+from scfm.method.step_scale import StepScale, draw_step_jumps, step_scale_loss, step_scale_target
+from scfm.models.flux import Flux
+from scfm.models.lora import WEIGHT_NAME
+from scfm.models.scaled_lora import MODELS, ScaledLoraModels, guided_rows, second_file
+from scfm.models.sd3 import SD3
+from toy.pipelines import TOKENS, build_flux, build_sd3
+
+SCALES = torch.tensor([0.0, 0.3, 1.0, 0.5])
+GUIDANCE = torch.tensor([2.5, 1.0, 4.0, 0.0])  # guided and unguided examples in one batch
+
+
+class Setup:
+    """Four examples, and models whose adapters are random."""
+
+    def __init__(self, name: str, order: int, dtype: torch.dtype = torch.float32, alpha: int | None = None):
+        build, kind = {"flux": (build_flux, Flux), "sd3": (build_sd3, SD3)}[name]
+        self.pipe = build()
+        self.pipe.transformer.to(dtype)
+        self.family = kind(self.pipe, 32, 32, TOKENS)
+        text = self.family.encode_text(["a red star", "a small blue ring", "a cross", "a large green ring"])
+        self.cond = {**{k: v.to(dtype) for k, v in text.items()}, "guidance": GUIDANCE}
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(4, *self.family.latent_shape, generator=generator)
+        self.t = torch.tensor([0.9, 0.2, 0.6, 0.4])
+        with torch.no_grad():
+            self.teacher = self.family.velocity(self.pipe.transformer, self.x, self.t, self.cond)
+        torch.manual_seed(0)
+        self.models = ScaledLoraModels(
+            self.pipe.transformer,
+            self.family.velocity,
+            self.family.lora_targets,
+            rank=3,
+            alpha=alpha,
+            order=order,
+            forward_rows=guided_rows if self.family.uses_cfg else None,
+        )
+        for model in MODELS:
+            for p in self.models.parameters(model):
+                p.data.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+    def at(self, model: str) -> torch.Tensor:
+        return self.models.scaled_velocity(model, SCALES, self.x, self.t, self.cond)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
+def test_one_forward_for_all_scales_is_one_for_each(family, order, dtype, tolerance):
+    setup = Setup(family, order, dtype)
+    for model in MODELS:
+        together = setup.at(model).detach()
+        for i, scale in enumerate(SCALES.tolist()):
+            alone = setup.models.field(model, scale)(setup.x, setup.t, setup.cond)[i]
+            torch.testing.assert_close(together[i], alone, rtol=0, atol=tolerance)
+        assert torch.equal(together[0], setup.teacher[0])  # at scale 0, to the last bit
+        assert (together[1:] - setup.teacher[1:]).abs().amin(0).max() > 0.01
+    assert torch.equal(setup.models.field("teacher")(setup.x, setup.t, setup.cond), setup.teacher)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_weights_at_a_scale_are_the_base_and_the_powers_times_the_products(order):
+    """By weights that are added up, not by PEFT; alpha is twice the rank."""
+    setup = Setup("flux", order, alpha=6)
+    ours = setup.models.field("student", 0.7)(setup.x, setup.t, setup.cond)
+    plain = build_flux().transformer
+    weights = dict(plain.named_parameters())
+    trained = dict(setup.pipe.transformer.named_parameters())
+    for power, adapter in enumerate(setup.models.adapters["student"], 1):
+        for name in [name for name in trained if f".lora_A.{adapter}." in name]:
+            product = trained[name.replace("lora_A", "lora_B")] @ trained[name]
+            layer = name.replace(f".lora_A.{adapter}", "")
+            weights[layer] = weights[layer] + 2 * 0.7**power * product
+    inputs = setup.x, setup.t, setup.cond
+    with torch.no_grad():
+        merged = torch.func.functional_call(Caller(plain, setup.family), prefixed(weights), inputs)
+    torch.testing.assert_close(ours, merged, rtol=0, atol=1e-4)
+
+
+class Caller(torch.nn.Module):
+    """A family's velocity as a module."""
+
+    def __init__(self, transformer: torch.nn.Module, family: Flux):
+        super().__init__()
+        self.transformer, self.family = transformer, family
+
+    def forward(self, x, t, cond):
+        return self.family.velocity(self.transformer, x, t, cond)
+
+
+def prefixed(weights):
+    return {f"transformer.{name}": value for name, value in weights.items()}
+
+
+def gradients(setup: Setup, disturb: bool) -> list[torch.Tensor]:
+    """Of the loss. disturb: other models are evaluated between forward and backward."""
+    for p in setup.models.parameters("student"):
+        p.grad = None
+    jumps = draw_step_jumps(4, StepScale(), (3.0, 3.0), generator=keyed_generator(5, 0))
+    noise = torch.randn(setup.x.shape, generator=keyed_generator(6, 0))
+    losses = step_scale_loss(setup.x, noise, jumps, setup.models, StepScale(), setup.cond)
+    if disturb:
+        setup.models.field("student", 0.9)(setup.x, setup.t, setup.cond)
+        setup.models.field("teacher")(setup.x, setup.t, setup.cond)
+        setup.models.scaled_velocity("ema", SCALES, setup.x, setup.t, setup.cond)
+    losses.mean().backward()
+    return [p.grad for p in setup.models.parameters("student")]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_the_gradient_is_that_of_one_forward_for_each_also_when_recomputed(family, order):
+    setup = Setup(family, order)
+    ours = [g.clone() for g in gradients(setup, disturb=False)]
+    assert all(p.grad is None for p in setup.models.parameters("ema"))
+    setup.pipe.transformer.enable_gradient_checkpointing()
+    setup.pipe.transformer.train()
+    for a, b in zip(ours, gradients(setup, disturb=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+    for a, b in zip(ours, one_at_a_time(setup), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+
+
+def one_at_a_time(setup: Setup) -> list[torch.Tensor]:
+    """The gradient of the same loss, an example a forward, each at its one scale."""
+    models, rule = setup.models, StepScale()
+    for p in models.parameters("student"):
+        p.grad = None
+    jumps = draw_step_jumps(4, rule, (3.0, 3.0), generator=keyed_generator(5, 0))
+    noise = torch.randn(setup.x.shape, generator=keyed_generator(6, 0))
+    t1 = jumps.t1.view(-1, *[1] * (setup.x.ndim - 1))
+    x1 = (1 - t1) * setup.x + t1 * noise
+    target = step_scale_target(x1, jumps, models, rule, setup.cond)
+    for i in range(4):
+        row = slice(i, i + 1)
+        cond = {name: part[row] for name, part in setup.cond.items()}
+        scale = torch.tensor([rule.scale(int(jumps.steps[i]) // 2)])
+        v = models.scaled_velocity("student", scale, x1[row], jumps.t1[row], cond)
+        ((v - target[row]).square().mean() / 4).backward()
+    return [p.grad for p in models.parameters("student")]
+
+
+def test_more_rows_than_scales_are_refused():
+    setup = Setup("sd3", 1)
+    setup.models.forward_rows = None
+    with pytest.raises(ValueError, match="4 LoRA scales for 6 rows"):
+        setup.at("ema")
+
+
+def test_the_ema_starts_as_the_student_and_both_as_the_teacher():
+    pipe = build_flux()
+    family = Flux(pipe, 32, 32, TOKENS)
+    models = ScaledLoraModels(pipe.transformer, family.velocity, family.lora_targets, 2)
+    pairs = list(zip(models.parameters("student"), models.parameters("ema"), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(a.requires_grad and not b.requires_grad for a, b in pairs)
+    products = [p for p in models.parameters("student") if not p.any()]
+    assert len(products) == len(pairs) / 2  # B starts at zero, A does not, and the two A differ
+    half = len(pairs) // 2
+    assert not torch.equal(pairs[0][0], pairs[half][0])
+
+
+STOCK = """
+import sys, torch
+from diffusers import FluxPipeline
+pipe = FluxPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+pipe.load_lora_weights(sys.argv[2], weight_name="pytorch_lora_weights.safetensors", adapter_name="step")
+pipe.load_lora_weights(sys.argv[2], weight_name="pytorch_lora_weights_2.safetensors", adapter_name="step_2")
+for n in (1, 2, 3, 5, 8):
+    pipe.set_adapters(["step", "step_2"], [n ** -0.85, n ** -1.7])
+    image = pipe("a red star", num_inference_steps=n, sigmas=[1 - i / n for i in range(n)], height=32,
+                 width=32, max_sequence_length=16, guidance_scale=2.5, output_type="latent",
+                 latents=torch.load(sys.argv[3])).images
+    torch.save(image, f"{sys.argv[3]}.{n}")
+assert "scfm" not in sys.modules
+"""
+
+
+@pytest.mark.slow
+def test_stock_diffusers_samples_the_pair_at_any_step_count(tmp_path):
+    """Without scfm: the endpoints are those of our own field at the scale of the rule."""
+    setup, rule = Setup("flux", 2), StepScale()
+    shift = setup.pipe.scheduler.config.shift
+    setup.models.save(FluxPipeline, tmp_path / "lora", "student")
+    build_flux().save_pretrained(tmp_path / "base")
+    noise = setup.x[:1]
+    torch.save(noise, tmp_path / "noise")
+    words = [str(tmp_path / name) for name in ("base", "lora", "noise")]
+    subprocess.run([sys.executable, "-c", STOCK, *words], check=True, cwd=tmp_path)
+    cond = {name: part[:1] for name, part in setup.cond.items()}
+    for n in (1, 2, 3, 5, 8):
+        field = setup.models.field("student", rule.scale(n))
+        ours = sample(lambda x, t, _, field=field: field(x, t, cond), noise, time_grid(n, shift))
+        theirs = torch.load(tmp_path / f"noise.{n}", weights_only=True)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_a_pair_lies_in_two_files(tmp_path):
+    setup = Setup("flux", 2, alpha=6)
+    first = setup.models.save(FluxPipeline, tmp_path, "ema")
+    assert first == tmp_path / WEIGHT_NAME and second_file(first).is_file()
+    for adapter, path in zip(setup.models.adapters["ema"], (first, second_file(first)), strict=True):
+        saved = load_file(path)
+        key = next(name for name in saved if "lora_B" in name)
+        mine = dict(setup.pipe.transformer.named_parameters())[
+            key.removeprefix("transformer.").replace("lora_B", f"lora_B.{adapter}")
+        ]
+        assert torch.equal(saved[key], 2 * mine)  # alpha / rank is multiplied in
