@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -36,8 +36,11 @@ from scfm.data.teacher_images import generate_images
 from scfm.method.consistency import Stream, keyed_generator
 from scfm.method.distill import Batch, SCFMConfig, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
+from scfm.models.loading import DTYPES
 from scfm.models.lora import LoraModels, add_adapters
 from scfm.models.source import PipelineSource
+from scfm.training.config import DistillConfig
+from scfm.training.estimate import count_example, shape_of
 from toy.pipelines import FLUX, TOKENS, load_flux
 from toy.shapes import draw_captions
 
@@ -197,38 +200,13 @@ def token_ids(length: int) -> torch.Tensor:
 
 def tflop_of_an_example() -> float:
     """One example of a step: two evaluations for the target, then the student with recomputed activations."""
-    net = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
-        num_layers=19,
-        num_single_layers=38,
-        attention_head_dim=128,
-        num_attention_heads=24,
-        joint_attention_dim=4096,
-        pooled_projection_dim=768,
-        guidance_embeds=True,
-        axes_dims_rope=(16, 56, 56),
-    )
+    config = DistillConfig(height=SIDE, width=SIDE, max_sequence_length=TEXT)
+    family, net = shape_of(config, "flux-dev")
     add_adapters(net, Flux.lora_targets, 64)
     net.enable_gradient_checkpointing()
     net.train()
-    tokens = (SIDE // 16) ** 2
-
-    def call() -> torch.Tensor:
-        return net(
-            hidden_states=torch.zeros(1, tokens, 64),
-            timestep=torch.zeros(1),
-            guidance=torch.zeros(1),
-            pooled_projections=torch.zeros(1, 768),
-            encoder_hidden_states=torch.zeros(1, TEXT, 4096),
-            txt_ids=torch.zeros(TEXT, 3),
-            img_ids=torch.zeros(tokens, 3),
-            return_dict=False,
-        )[0]
-
-    with torch.no_grad():
-        target = 2 * tflop(call)
-    return target + tflop(lambda: call().sum().backward())
+    one = count_example(family, net, 1.0, DTYPES[config.weight_dtype])
+    return (2 * one.forward + one.student) / 1e12
 
 
 def tflop(work: Callable[[], Any]) -> float:
