@@ -368,6 +368,7 @@ d = { 'settings': { 'branch': 'main',
             'scfm.training.estimate': {},
             'scfm.training.flow_config': {},
             'scfm.training.flow_trainer': {},
+            'scfm.training.output_dir': {},
             'scfm.training.selection': {},
             'scfm.training.trainer': {},
             'scfm.types': {}}}

@@ -16,8 +16,9 @@ from scfm.evaluation.evaluate import EvaluateConfig
 from scfm.inference.config import InferenceConfig
 from scfm.inference.export import ExportConfig
 from scfm.method.distill import SCFMConfig
-from scfm.training.config import DistillConfig, as_json
+from scfm.training.config import DistillConfig
 from scfm.training.flow_config import FlowConfig
+from scfm.training.output_dir import as_json
 from toy.pipelines import FLUX
 
 PIPELINE = {"pretrained_model_name_or_path": str(FLUX)}
