@@ -6,6 +6,8 @@ from dataclasses import fields
 from os.path import expanduser
 
 from scfm.commands.options import add_options, make_parser, numbers
+from scfm.files import check_writable
+from scfm.inference.adapters import require_whole_fit
 from scfm.inference.config import InferenceConfig, load_captions
 from scfm.inference.model_card import save_lora_scales
 from scfm.inference.search import SCALES, STEPS, Curve, search_lora_scales, search_schedules
@@ -20,8 +22,10 @@ def main(argv: Sequence[str]) -> int:
     check_search(args)
     config = InferenceConfig(**{f.name: getattr(args, f.name) for f in fields(InferenceConfig)}).resolved()
     config.check()
+    check_writable(config.lora, "the scales go into the LoRA's file: copy its folder to where you may write")
     captions = load_captions(args.prompts, config.lora, args.num_prompts)
     step_lora, seed = StepLora(config), config.seed + 1
+    require_whole_fit(step_lora.pipe)
     steps, per_step = sorted(set(args.steps)), sorted(set(args.per_step))
     scales = sorted({0.0, *args.lora_scales})  # 0 is the teacher: always a choice
     lora_scales, curve = search_lora_scales(step_lora, captions, steps, scales, args.target_steps, seed)

@@ -23,6 +23,8 @@ from scfm.evaluation.image_store import (
 from scfm.evaluation.latency import stored_latency
 from scfm.evaluation.measure import Row, measure
 from scfm.evaluation.samplers import Sampler, lora_digest, reference_samplers
+from scfm.files import check_writable
+from scfm.inference.adapters import partial_fits
 from scfm.inference.config import InferenceConfig
 from scfm.inference.step_lora import StepLora, default_device
 from scfm.method.distill import setting
@@ -75,6 +77,7 @@ class EvaluateConfig(InferenceConfig):
             raise ValueError(f"--steps is {self.steps}: give step counts of 1 or more, e.g. 3,4,8")
         if self.reference_dir:
             images_in(self.reference_dir)
+        check_writable(self.resolved().output_dir, "take another --output_dir")
 
 
 def images_in(folder: str | Path) -> list[Path]:
@@ -121,6 +124,7 @@ def evaluate(
         "metrics": [metric.name for metric in metrics],
     }
     warnings = warnings_of(config, len(reference), any(metric.distance for metric in metrics))
+    warnings = partial_fits(evaluation.step_lora.pipe) + warnings
     versions = {name: value for name, value in environment_info().items() if isinstance(value, str)}
     record = {
         "protocol": protocol,

@@ -2,19 +2,29 @@
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
+from scfm.files import short_path
 from scfm.models.lora import WEIGHT_NAME
 
 # how the name of a text encoder's tensor begins: as diffusers writes it, or as kohya's trainer does
 TEXT_ENCODER = re.compile(r"text_encoder(?:_(?P<diffusers>\d))?\.|lora_te(?P<kohya>\d)?_")
-# they remark on text encoders that a step LoRA leaves alone
-REMARKING = [logging.getLogger(f"diffusers.loaders.{part}") for part in ("lora_base", "peft")]
+LAYER = re.compile(r"\.(?:lora|alpha|dora_scale).*")  # what follows the name of a layer in that of a tensor
+# they remark on text encoders that a step LoRA leaves alone, and name every tensor of `partial_fit`
+REMARKING = [
+    logging.getLogger(f"diffusers.{part}")
+    for part in ("loaders.lora_base", "loaders.lora_pipeline", "loaders.peft", "utils.peft_utils")
+]
+log = logging.getLogger(__name__)
+LOST: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()  # {pipeline: {adapter: its partial_fit}}
 
 
 def lora_file(path: str | Path) -> Path:
@@ -56,11 +66,12 @@ def changed_text_encoders(path: str | Path) -> list[str]:
 def load_adapter(pipe: Any, path: str | Path, name: str) -> None:
     """Loads a LoRA file into a pipeline as adapter `name`.
 
-    ValueError when nothing in it fits the transformer.
+    ValueError when nothing in it fits the transformer; a warning when a part of it fits nowhere.
     """
     path, kind = Path(path), type(pipe).__name__
     try:
-        with silenced(REMARKING):
+        with silenced(REMARKING), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
             pipe.load_lora_weights(
                 str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True
             )
@@ -68,6 +79,72 @@ def load_adapter(pipe: Any, path: str | Path, name: str) -> None:
         raise ValueError(f"{path} does not fit this {kind} ({' '.join(str(error).split())[:200]})") from None
     if name not in pipe.get_list_adapters().get("transformer", []):
         raise ValueError(f"{path} has nothing for the transformer of this {kind}")
+    LOST.setdefault(pipe, {})[name] = partial_fit(pipe, path, name)
+    if LOST[pipe][name]:
+        log.warning("%s", LOST[pipe][name])
+
+
+def partial_fit(pipe: Any, path: str | Path, name: str) -> str:
+    """How much of a LoRA file, loaded as adapter `name`, fits nowhere in the pipeline, in a sentence; "" when
+    it all fits.
+
+    So it is with a LoRA for a deeper model of the same kind, or for a text encoder that no LoRA joins.
+    """
+    path = Path(path)
+    held = [f"{part}.{key}" for part, module in adapted(pipe, name) for key in state_names(module, name)]
+    layers, names = {layer_of(key) for key in held}, tensor_names(path)
+    dropped = [key for key in names if "dora_scale" in key and not any("magnitude" in k for k in held)]
+    if any(layer_of(key) not in layers for key in names):
+        names = converted_names(pipe, path) + dropped  # other trainers spell the names otherwise
+    lost = [key for key in names if layer_of(key) not in layers or key in dropped]
+    if not lost:
+        return ""
+    kind = type(pipe).__name__
+    shown = list(dict.fromkeys(key if key in dropped else layer_of(key) for key in sorted(lost)))
+    some = ", ".join(shown[:3]) + ", ..." * (len(shown) > 3)
+    return (
+        f"{len(lost)} of {len(names)} tensors of {short_path(path)} fit nowhere in this {kind} "
+        f"and are left out ({some}): what is left is not the LoRA that its makers tried; take the pipeline "
+        "that it was made for"
+    )
+
+
+def partial_fits(pipe: Any) -> list[str]:
+    """What `partial_fit` said of the adapters that were loaded into a pipeline, where it said something."""
+    return [lost for lost in LOST.get(pipe, {}).values() if lost]
+
+
+def require_whole_fit(pipe: Any) -> None:
+    """ValueError when a part of a pipeline's LoRAs fits nowhere: for results in which nobody would see it any
+    more."""
+    for lost in partial_fits(pipe):
+        raise ValueError(f"{lost}, or a copy of the file without these tensors")
+
+
+def adapted(pipe: Any, name: str) -> list[tuple[str, Any]]:
+    """[(part, module)] of a pipeline that hold an adapter of this name."""
+    return [
+        (part, module)
+        for part, module in pipe.components.items()
+        if name in (getattr(module, "peft_config", None) or ())
+    ]
+
+
+def state_names(module: Any, name: str) -> list[str]:
+    """The names of an adapter's tensors in a module, as files have them."""
+    return list(get_peft_model_state_dict(module, adapter_name=name))
+
+
+def layer_of(name: str) -> str:
+    """The part and the layer that a tensor of a LoRA belongs to."""
+    return LAYER.sub("", name).replace(".text_model.", ".")  # a level that transformers 5 gave up
+
+
+def converted_names(pipe: Any, path: Path) -> list[str]:
+    """The names of a LoRA file's tensors in the spelling of diffusers."""
+    with silenced(REMARKING):
+        state = pipe.lora_state_dict(str(path.parent), weight_name=path.name, use_safetensors=True)
+    return list(state[0] if isinstance(state, tuple) else state)
 
 
 @contextmanager

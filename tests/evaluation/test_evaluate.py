@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from scfm.cli import main
@@ -18,7 +18,7 @@ from scfm.evaluation.table import best_of, groups_of, text_table
 from scfm.method.metrics import frechet_distance
 from scfm.models import source
 from scfm.models.flux import Flux
-from scfm.models.lora import save_lora
+from scfm.models.lora import WEIGHT_NAME, save_lora
 from scfm.models.sampling import start_noise, stock_latents
 from toy.pipelines import FLUX, TOKENS, WEIGHTS, build_flux, load_flux
 
@@ -244,6 +244,7 @@ def test_frechet_distances_are_to_the_teacher_and_to_the_reference():
         (["--pretrained_model_name_or_path", "nowhere"], "no pipeline in nowhere"),
         (["--reference_dir", "nowhere"], "no images in nowhere"),
         (["--reference_dir", str(FLUX)], "no images in"),
+        (["--output_dir", str(FLUX / "model_index.json/out")], "take another --output_dir"),
         (["--custom_metric", "toy.judge:nobody"], "no such function"),
         (["--custom_metric", "toy.judge"], "no such function"),
         (["--negative_prompt", "ugly"], "a negative prompt means nothing to Flux"),
@@ -278,6 +279,24 @@ def test_a_lora_that_fits_nothing_is_named_before_anything_is_generated(lora, pr
     assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS, "--external_model", f"x={path}") == 2
     assert "x.safetensors" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_what_fits_nowhere_stands_in_the_report(lora, prompts, tmp_path, capsys):
+    """Of the student's LoRA and of a rival's; of those that fit there is no word."""
+    for folder in (lora, tmp_path / "deep"):
+        tensors = load_file(WEIGHTS / "lora" / WEIGHT_NAME)
+        tensors = {
+            name.replace("transformer_blocks.1.", "transformer_blocks.9."): x for name, x in tensors.items()
+        }
+        folder.mkdir(exist_ok=True)
+        save_file(tensors, folder / WEIGHT_NAME)
+    models = [f"--external_model=deep={tmp_path / 'deep'}", f"--external_model=whole={WEIGHTS / 'lora'}"]
+    assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS, *models) == 0
+    notes = [text for text in record_in(tmp_path / "out")["warnings"] if "fit nowhere" in text]
+    assert [f"/{name}/{WEIGHT_NAME} fit" in note for note, name in zip(notes, ("lora", "deep"), strict=True)]
+    assert all(" of 124 tensors of" in note for note in notes)
+    assert capsys.readouterr().out.count("fit nowhere") == 2
+    assert (tmp_path / "out/report.html").read_text().count("fit nowhere") == 2
 
 
 @pytest.mark.parametrize("flag", ["--pretrained_model_name_or_path={}", "--external_model=x={}"])
