@@ -32,6 +32,13 @@ FLAGS = re.compile(
     r"|targets|alpha|negative|max_tokens)\b"
 )
 
+# A paragraph of prose holds three decimals at most: more belong into a table, or stay with the output.
+DECIMAL = re.compile(r"(?<![\w.])\d*\.\d+")
+NO_PROSE = re.compile(  # code, formulas, tables
+    r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|^(?:\||    )[^\n]*$", flags=re.S | re.M
+)
+PARAGRAPH = re.compile(r"\n\s*\n|\n(?=(?:[-*>]|\d+\.) )")  # an item of a list is one of its own
+
 SCRIPTS = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py")) if p.name != "_modidx.py"]
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 TEXTS = [
@@ -83,6 +90,15 @@ def test_no_given_up_word_in_a_notebook(path):
             "".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in cell.get("outputs", [])
         ]
         check(f"{short(path)}, cell {cell['id']}", names, "\n".join([text, *printed]))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=short)
+def test_a_paragraph_holds_at_most_three_decimals(path):
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "markdown":
+            for text in PARAGRAPH.split(NO_PROSE.sub("", "".join(cell["source"]))):
+                decimals = DECIMAL.findall(text)
+                assert len(decimals) <= 3, f"cell {cell['id']}: {text.strip()[:60]}... {decimals}"
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=short)
