@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from scfm.commands.options import add_options, make_parser
+from scfm.files import check_writable
 from scfm.inference.export import ExportConfig, export
 
 
@@ -16,7 +17,9 @@ def main(argv: Sequence[str]) -> int:
         "after they generated the same images as their parts.",
     )
     add_options(parser, ExportConfig)
-    config = ExportConfig(**vars(parser.parse_args(argv)))
+    config = ExportConfig(**vars(parser.parse_args(argv))).resolved()
+    config.check()
+    check_writable(config.output_dir, "take another --output_dir")
     try:
         record = export(config)
     except RuntimeError as error:  # it was done, and is not right

@@ -1,10 +1,12 @@
 """What the commands share: a parser, flags from dataclasses, settings files."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, get_args
 
+from scfm.data.prompts import is_text
 from scfm.training.config import load_settings
 
 Config = TypeVar("Config")
@@ -30,9 +32,10 @@ def add_options(parser: argparse.ArgumentParser, config_class: Any) -> None:
                 f"--{f.name}", action=argparse.BooleanOptionalAction, default=default, help=help
             )
         else:
+            kind = caption_word if f.name == "negative_prompt" else flag_type(default, f.type)
             parser.add_argument(
                 f"--{f.name}",
-                type=flag_type(default, f.type),
+                type=kind,
                 default=default,
                 help=help,
                 metavar=f.name.upper(),
@@ -44,6 +47,17 @@ def flag_type(default: Any, annotation: Any) -> Callable[[str], Any]:
     if isinstance(default, tuple):
         return numbers(next(iter(get_args(annotation)), type(default[0]) if default else str))
     return type(default)
+
+
+def caption_word(word: str) -> str:
+    """A caption of the command line, read as UTF-8 also where the locale knows ASCII alone (LC_ALL=C).
+
+    Paths stay as they are: with such a locale their files are found by these very words.
+    """
+    try:
+        return word if is_text(word) else os.fsencode(word).decode()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{word!r} is not UTF-8: put it into a file of captions") from None
 
 
 def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple]:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from os.path import expanduser
 from pathlib import Path
 
-from scfm.commands.options import add_options, make_parser, numbers
+from scfm.commands.options import add_options, caption_word, make_parser, numbers
 from scfm.data.prompts import read_prompts
 from scfm.files import check_writable
 from scfm.inference.config import InferenceConfig
@@ -45,7 +45,13 @@ def sample_parser() -> ArgumentParser:
         "its file says.",
     )
     add_options(parser, InferenceConfig)
-    parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
+    parser.add_argument(
+        "--prompt",
+        type=caption_word,
+        action="append",
+        default=[],
+        help="a caption; may be given several times",
+    )
     parser.add_argument("--prompts", type=expanduser, default="", help="text file of captions instead")
     parser.add_argument("--steps", type=int, default=4, help="Euler steps, one network evaluation each")
     parser.add_argument(

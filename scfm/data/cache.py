@@ -142,11 +142,7 @@ class CachePlan:
 def warn_of_long_captions(family: Family, captions: Sequence[str]) -> None:
     """Says once how many captions are cut, by the tokenizer of the longest text that the family reads."""
     components = family.pipe.components if hasattr(family, "pipe") else {}
-    parts = {
-        name: part
-        for name, part in sorted(components.items())
-        if name.startswith("tokenizer") and part
-    }
+    parts = {name: part for name, part in sorted(components.items()) if name.startswith("tokenizer") and part}
     if not parts:
         return
     tokenizer = list(parts.values())[-1]

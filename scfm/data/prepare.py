@@ -15,7 +15,7 @@ from scfm.data.fingerprint import PARTS, fingerprint
 from scfm.data.images import ListedImage, Size, list_images, parse_sizes, read_folder
 from scfm.data.prompts import read_prompts
 from scfm.data.teacher_images import begin_listing, generate_images, listing_rows
-from scfm.files import expand_user
+from scfm.files import check_writable, expand_user
 from scfm.method.distill import setting
 from scfm.models.loading import DTYPES, Parts, load_pipeline, require_bitsandbytes
 from scfm.models.source import PipelineSource
@@ -187,17 +187,17 @@ def make_data(
         pairs = read_folder(folder)
         return Made(folder, len(pairs), len({caption for _, caption in pairs}), "", 0), None
     images = inputs.images or list_images(folder)
-    cache_dir = config.cache_dir or Path(config.output_dir or folder) / "cache"
     plan = CachePlan(
         source,
         images,
-        cache_dir,
+        cache_folder(config),
         parse_sizes(config.sizes),
         config.max_sequence_length,
         DTYPES[config.weight_dtype],
         config.negative_prompt,
     )
     if plan.missing():
+        check_writable(plan.folder, "say --cache_dir FOLDER")
         families = families or load_families(config, source, state, "encoders")
         plan.encode(families, (state.process_index, state.num_processes), progress)
     # outside the if: a late process may find that nothing is missing
@@ -221,6 +221,10 @@ def generate_missing(
     rows = listing_rows(make_families(config, source, skeleton), inputs.captions, *how, pipeline)
     missing = begin_listing(Path(config.output_dir), rows)
     state.wait_for_everyone()  # all have seen what is missing, before the first image is new
+    if missing:  # before the hours of generating
+        check_writable(config.output_dir, "take another --output_dir")
+    if missing and config.cache:
+        check_writable(cache_folder(config), "say --cache_dir FOLDER")
     families = load_families(config, source, state, "all") if missing else None
     if families:
         generate_images(
@@ -235,6 +239,11 @@ def generate_missing(
         )
     state.wait_for_everyone()
     return families
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where the latents and text embeddings of a config go."""
+    return Path(config.cache_dir or Path(config.output_dir or config.train_data_dir) / "cache")
 
 
 def load_families(config: DataConfig, source: PipelineSource, state: Any, parts: Parts) -> dict[Size, Any]:

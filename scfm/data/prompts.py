@@ -5,9 +5,15 @@ import csv
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants
+
+from scfm.files import short_path
+from scfm.models.hub import hub_reachable, unreachable
 
 log = logging.getLogger(__name__)
 COLUMNS = ("text", "prompt", "caption")  # where a caption may stand
@@ -49,9 +55,11 @@ def comments_left_out(path: Path) -> list[str]:
     lines = [line for _, line in text_lines(path)]
     captions = [line for line in lines if not line.startswith("#")]
     if len(captions) < len(lines):
-        log.warning(
-            "%s: %d lines that begin with # are left out as comments", path, len(lines) - len(captions)
-        )
+        count = len(lines) - len(captions)
+        words = "line that begins with # is left out as a comment"
+        if count > 1:
+            words = "lines that begin with # are left out as comments"
+        log.warning("%s: %d %s", short_path(path), count, words)
     return captions
 
 
@@ -102,7 +110,15 @@ def caption_in(row: dict[str, Any], where: str) -> str:
         raise ValueError(
             f"{where}: no caption: needs words as its {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}"
         )
+    if not is_text(captions[0]):
+        raise ValueError(f"{where}: {captions[0]!r} holds half a character: save the file as UTF-8")
     return captions[0].strip()
+
+
+def is_text(words: str) -> bool:
+    """Whether words are whole characters: an escape in JSON, or a foreign byte on the command line, may be
+    half of one, which no tokenizer reads."""
+    return not re.search("[\ud800-\udfff]", words)
 
 
 def dataset_column(name: str, split: str = "train", column: str = "") -> list[str]:
@@ -112,6 +128,10 @@ def dataset_column(name: str, split: str = "train", column: str = "") -> list[st
         from datasets import load_dataset
     except ImportError:
         raise ValueError(f"{where} needs the datasets library: pip install 'scfm[data]'") from None
+    if not Path(name).exists() and not constants.HF_HUB_OFFLINE and not hub_reachable():
+        raise ValueError(
+            f"{where} cannot be read ({unreachable()}; HF_HUB_OFFLINE=1 takes a copy that is here)"
+        )
     try:
         data: Any = load_dataset(name, split=split)
     except (ValueError, OSError) as error:  # unknown name or split, no network: the library says which

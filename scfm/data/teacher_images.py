@@ -109,21 +109,21 @@ def begin_listing(folder: Path, rows: Sequence[Row]) -> set[int]:
     """The numbers of the images that are missing or damaged. The first process writes the list of all, or
     finds its own.
 
-    An image counts only when it carries the mark of its row. ValueError when the list that is there is
-    another one, or when a file of an image's name is not of this command.
+    An image counts only when it carries the mark of its row, which says its caption too: where the list is
+    gone, those that carry theirs are listed again. ValueError when the list that is there is another one, or
+    when a file of an image's name is not of this command.
     """
     listing, text = folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
     states = in_threads(lambda row: state_of(folder / row["file_name"], row), rows)
     if listing.is_file():
         if listing.read_text(encoding="utf-8") != text:
-            raise ValueError(
-                f"{folder} was begun with other captions or settings ({difference(listing, rows)}): "
-                "take another folder"
-            )
-    there = [row["file_name"] for row, state in zip(rows, states, strict=True) if state != "missing"]
-    if there and not listing.is_file():
+            raise ValueError(f"{folder} {difference(listing, rows)}")
+    unknown = [
+        row["file_name"] for row, state in zip(rows, states, strict=True) if state not in ("missing", "whole")
+    ]
+    if unknown and not listing.is_file():
         raise ValueError(
-            f"{folder} holds {there[0]}, but no metadata.jsonl that says what it is: take another folder"
+            f"{folder} holds {unknown[0]}, but no metadata.jsonl that says what it is: take another folder"
         )
     foreign = [row["file_name"] for row, state in zip(rows, states, strict=True) if state == "foreign"]
     if foreign:
@@ -164,15 +164,20 @@ def write_image(path: Path, image: Image.Image, row: Row) -> None:
 
 
 def difference(listing: Path, rows: Sequence[Row]) -> str:
-    """In what a listing that is there differs: its number of images, or the names of the columns."""
+    """In what a listing that is there differs, and the mend."""
     there = [row for _, row in json_lines(listing)]
-    if len(there) != len(rows):
-        return f"{len(there)} images, not {len(rows)}"
-    return ", ".join(
-        sorted(
-            {name for old, new in zip(there, rows, strict=True) for name in new if old.get(name) != new[name]}
+    if len(there) < len(rows) and all(row in rows for row in there):  # taken out by hand, for a reason or not
+        return (
+            f"lists {len(there)} of the {len(rows)} images of this command: to have the others back, delete "
+            f"{listing}, and run it again; to do without them, say --train_data_dir {listing.parent}, and no "
+            "--prompts"
         )
-    )
+    if len(there) != len(rows):
+        what = f"{len(there)} images, not {len(rows)}"
+    else:
+        pairs = zip(there, rows, strict=True)
+        what = ", ".join(sorted({name for old, new in pairs for name in new if old.get(name) != new[name]}))
+    return f"was begun with other captions or settings ({what}): take another folder"
 
 
 @torch.no_grad()

@@ -7,12 +7,14 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from scfm.method.metrics import frechet_distance
+from scfm.models.hub import answers, hub_reachable
 from scfm.models.loading import no_loading_bars
 
 Batches: TypeAlias = Iterable[tuple[torch.Tensor, Sequence[str] | None]]
@@ -104,6 +106,11 @@ def inception_state(path: str) -> dict[str, torch.Tensor]:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not cached.is_file():
         raise OSError("HF_HUB_OFFLINE is set and they are not in torch's cache; name a file with --inception")
+    if not cached.is_file() and not answers(url):
+        host = urlsplit(url).hostname
+        raise OSError(
+            f"{host} cannot be reached, and they are not in torch's cache; name a file with --inception"
+        )
     return torch.hub.load_state_dict_from_url(url, progress=False, map_location="cpu", weights_only=True)
 
 
@@ -139,9 +146,10 @@ def load_clip_score(folder: str, device: str | torch.device) -> Any:
     from torchmetrics.multimodal import CLIPScore
     from transformers import CLIPModel, CLIPProcessor
 
+    local = not Path(folder).is_dir() and not hub_reachable()
     with no_loading_bars():
-        loaded: Any = CLIPModel.from_pretrained(folder, use_safetensors=True)
-        processor = CLIPProcessor.from_pretrained(folder)
+        loaded: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=local)
+        processor = CLIPProcessor.from_pretrained(folder, local_files_only=local)
     model = loaded.to(device)
 
     def parts() -> Any:

@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
 
 from scfm.models.family import find_family, known_families
+from scfm.models.hub import hub_reachable, unreachable
 from scfm.models.weight_files import common_variant, folder_error, variants_in, weights_error
 
 INDEX = "model_index.json"
@@ -179,10 +180,10 @@ def resolve_folder(name: str | Path) -> Path:
     folder = Path(name)
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.exists():
         return folder
+    online = hub_reachable()
     try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES, local_files_only=not online))
     except Exception as error:  # the hub's client raises a dozen kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(
-            f"no pipeline at {name}: there is no such folder, and the hub says: {reason}"
-        ) from None
+        why = f"the hub says: {reason}" if online else f"no copy from the hub is here ({unreachable()})"
+        raise FileNotFoundError(f"no pipeline at {name}: there is no such folder, and {why}") from None

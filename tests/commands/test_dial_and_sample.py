@@ -1,6 +1,10 @@
 """`scfm dial` and `scfm sample` on a copy of the LoRA that the repository carries."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,6 +123,8 @@ def test_sample_says_where_the_scale_comes_from():
         ("sample", {"--inference_shift": "-1"}, "shift"),
         ("sample", {"--negative_prompt": "ugly"}, "a negative prompt means nothing to Flux"),
         ("sample", {"--lora_scale": "1,2"}, "--lora_scale gives 2 scales for 4 steps"),
+        ("sample", {"--output": "."}, "--output . is a folder: name a file in it, such as image.png"),
+        ("sample", {"--output": __file__ + "/a.png"}, "cannot be written to (Not a directory): take another"),
         ("dial", {"--lora": "nowhere"}, "no LoRA at nowhere"),
         ("dial", {"--per_step": "5"}, "--per_step 5: give step counts that --steps has too"),
         ("dial", {"--prompts": "nowhere.txt"}, "no captions at nowhere.txt"),
@@ -134,3 +140,38 @@ def test_bad_input_is_one_line_and_code_2(lora, capsys, monkeypatch, command, ch
     assert run(command, *(word for pair in flags.items() for word in pair)) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"scfm {command}: ") and message in line
+
+
+def test_dial_tries_to_write_before_it_searches(lora, prompts, capsys, monkeypatch):
+    """Such as a LoRA on a disk that is read-only."""
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("scfm.files.tempfile.NamedTemporaryFile", refused)
+    monkeypatch.setattr("scfm.inference.step_lora.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    assert dial(lora, prompts, "--steps", "1") == 2
+    line = capsys.readouterr().err.strip()
+    assert line.endswith(
+        "lora cannot be written to (Read-only file system): the scales go into the LoRA's "
+        "file: copy its folder to where you may write"
+    )
+
+
+@pytest.mark.parametrize("locale", ["POSIX", "C.UTF-8"])
+def test_a_caption_is_read_as_utf_8_whatever_the_locale(lora, tmp_path, locale):
+    """LC_ALL=POSIX makes Python hand over half characters, which no tokenizer reads."""
+    code = "import sys; from scfm.commands.sample import sample_parser\n"
+    code += "print(ascii(sample_parser().parse_args(sys.argv[1:]).prompt))"
+    settings = {"LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    words = [sys.executable, "-c", code, "--lora", lora, "--prompt", "ein grüner Stern".encode()]
+    done = subprocess.run(words, env={**os.environ, **settings}, capture_output=True, text=True)
+    assert done.stdout.strip() == r"['ein gr\xfcner Stern']", done.stderr
+
+
+def test_a_caption_that_is_no_utf_8_is_named(lora, capsys):
+    latin = os.fsdecode("ein grüner Stern".encode("latin-1"))
+    for flag in ("--prompt", "--negative_prompt"):
+        with pytest.raises(SystemExit, match="2"):
+            run("sample", "--lora", lora, flag, latin)
+        assert "is not UTF-8: put it into a file of captions" in capsys.readouterr().err

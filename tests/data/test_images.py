@@ -6,6 +6,7 @@ import json
 import struct
 import unicodedata
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -155,7 +156,24 @@ def test_all_broken_images_are_named_before_anything_is_made(tmp_path, capsys, s
 def test_captions_are_read_by_the_kind_of_their_file(tmp_path, name, text, caplog):
     (tmp_path / name).write_text(text)
     assert read_prompts(tmp_path / name) == ["a red star, large", "a ring"]
-    assert ("left out as comments" in caplog.text) == (name == "a.txt")
+    assert ("left out as a comment" in caplog.text) == (name == "a.txt")
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        (1, "1 line that begins with # is left out as a comment"),
+        (2, "2 lines that begin with # are left out"),
+    ],
+)
+def test_comments_are_counted_and_their_file_is_named_as_people_do(
+    tmp_path, monkeypatch, caplog, lines, words
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("# a comment\n" * lines + "a red star\n")
+    for path in ("a.txt", tmp_path / "a.txt"):  # a run remembers the full one
+        read_prompts(path)
+    assert [record.getMessage()[: len(words) + 7] for record in caplog.records] == [f"a.txt: {words}"] * 2
 
 
 @pytest.mark.parametrize(
@@ -165,6 +183,7 @@ def test_captions_are_read_by_the_kind_of_their_file(tmp_path, name, text, caplo
         ("a.parquet", b"PAR1", "a .parquet file is no list of captions"),
         ("a.csv", b"name,words\n0.png,a ring\n", "line 2: no caption"),
         ("a.txt", "a red star\n".encode("utf-16-le"), "NUL bytes, as UTF-16"),
+        ("a.jsonl", b'{"text": "a red \\ud83d"}\n', "a.jsonl, line 1: 'a red .* holds half a character"),
     ],
 )
 def test_what_is_no_list_of_captions_is_refused(tmp_path, name, data, message):
@@ -224,6 +243,46 @@ def test_images_without_their_listing_are_not_taken_for_others(flux, tmp_path):
     (tmp_path / "metadata.jsonl").unlink()
     with pytest.raises(ValueError, match="holds 00000.png, but no metadata.jsonl"):
         made(flux, tmp_path, ("a green cross", "a circle"))
+
+
+def test_images_whose_listing_is_gone_are_known_by_their_marks(flux, tmp_path):
+    """No caption comes to another's image: the mark is of the whole row."""
+    captions = ["a red star", "a blue ring", "a green cross"]
+    generate_images(flux, captions, tmp_path, 1, progress=False)
+    before, listing = files_in(tmp_path), (tmp_path / "metadata.jsonl").read_text()
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "00001.png").unlink()
+    with pytest.raises(ValueError, match="holds 00000.png, but no metadata.jsonl"):
+        generate_images(flux, ["a pink ring", *captions[1:]], tmp_path, 1, progress=False)
+    with pytest.raises(ValueError, match="holds 00000.png, but no metadata.jsonl"):
+        generate_images(flux, captions[::-1], tmp_path, 1, progress=False)
+    generate_images(flux, captions, tmp_path, 1, progress=False)
+    assert (tmp_path / "metadata.jsonl").read_text() == listing
+    assert {name: files_in(tmp_path)[name] for name in ("00000.png", "00002.png")} == {
+        name: before[name] for name in ("00000.png", "00002.png")
+    }
+    assert (tmp_path / "00001.png").is_file()
+
+
+def test_a_line_taken_out_by_hand_is_no_dead_end(flux, tmp_path):
+    captions = ["a red star", "a blue ring", "a green cross"]
+    generate_images(flux, captions, tmp_path, 1, progress=False)
+    listing = tmp_path / "metadata.jsonl"
+    text = listing.read_text()
+    listing.write_text("".join(line for line in text.splitlines(True) if "blue" not in line))
+    with pytest.raises(
+        ValueError, match="lists 2 of the 3 images.*delete .*metadata.jsonl.*--train_data_dir"
+    ):
+        generate_images(flux, captions, tmp_path, 1, progress=False)
+    assert "blue" not in listing.read_text()  # it may have been somebody's choice
+    listing.unlink()
+    generate_images(flux, captions, tmp_path, 1, progress=False)
+    assert listing.read_text() == text
+
+
+def files_in(folder):
+    """{name: (bytes, time of change)} of the images in a folder."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.png")}
 
 
 def test_somebodys_numbered_images_are_neither_taken_nor_overwritten(flux, tmp_path):

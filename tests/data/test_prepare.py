@@ -1,9 +1,11 @@
 """Prompts, sizes and the teacher's images: obeyed, resumed and shared out to the last bit, and every mistake
 named."""
 
+import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -114,6 +116,17 @@ def test_a_data_set_by_name(tmp_path):
         read_prompts(f"datasets:{tmp_path}:dev")
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts(f"datasets:{tmp_path}/elsewhere")
+
+
+def test_a_data_set_without_a_network_is_one_line_at_once(monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(
+        ValueError, match="datasets:me/captions:train cannot be read .http://localhost:9 cannot"
+    ):
+        read_prompts("datasets:me/captions")
 
 
 def test_a_data_set_without_the_library(monkeypatch):
@@ -419,6 +432,31 @@ def test_a_folder_of_ones_own_is_cached_without_loading_twice(tmp_path, capsys, 
     )
     assert main(told) == 0
     assert "3 images of 3 different captions" in capsys.readouterr().out
+
+
+def no_place(*_, **__):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_the_work(prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("scfm.data.prepare.load_pipeline", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "full").write_text("")
+    assert main(words(prompts, tmp_path / "out", cache_dir=tmp_path / "full/cache")) == 2
+    assert "full cannot be written to (Not a directory): say --cache_dir FOLDER" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_images_on_a_read_only_disk_need_a_cache_elsewhere_only_when_it_is_not_made(
+    prompts, tmp_path, capsys, monkeypatch
+):
+    assert main(words(prompts, tmp_path / "out", num_images=3)) == 0
+    own = {"teacher_steps": None, "batch_size": None, "train_data_dir": tmp_path / "out"}
+    monkeypatch.setattr("scfm.files.tempfile.NamedTemporaryFile", no_place)
+    monkeypatch.setattr("scfm.data.prepare.load_pipeline", lambda *_: pytest.fail("loaded"))
+    assert main(words(None, None, **own)) == 0  # all is there
+    shutil.rmtree(tmp_path / "out/cache")
+    assert main(words(None, None, **own)) == 2
+    assert "out cannot be written to (Read-only file system): say --cache_dir" in capsys.readouterr().err
 
 
 @pytest.mark.slow

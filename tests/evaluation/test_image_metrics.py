@@ -117,3 +117,27 @@ def test_what_is_left_out_or_cannot_be_loaded_is_named(clip_folder):
         [],
         dict.fromkeys(missing | {"CLIP score": ""}, "left out by the settings"),
     )
+
+
+def test_without_a_network_weights_are_missing_at_once(tmp_path, monkeypatch):
+    """The libraries would try again and again."""
+
+    def clip(folder, local_files_only=False, **_):
+        assert local_files_only
+        raise OSError("no copy here")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr("scfm.models.hub.urlopen", refused)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr("transformers.CLIPModel.from_pretrained", clip)
+    metrics, missing = find_metrics("", "", "me/clip")
+    assert not metrics
+    assert "cannot be reached, and they are not in torch's cache; name a file" in missing["Inception (FID)"]
+    assert "no copy here" in missing["CLIP score"]
+
+
+def refused(*_, **__):
+    raise OSError("no network")
