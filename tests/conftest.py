@@ -1,5 +1,7 @@
 import io
+import json
 import os
+import shutil
 
 import pytest
 
@@ -23,6 +25,38 @@ def pytest_collection_modifyitems(items):
 def folder(tmp_path_factory):
     """A folder of one test file."""
     return tmp_path_factory.mktemp("folder")
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """A copy of the carried LoRA, which knows its pipeline by its full path, and a setting of the future."""
+    from toy.pipelines import FLUX, WEIGHTS
+
+    folder = shutil.copytree(WEIGHTS / "lora", tmp_path / "lora")
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"pretrained_model_name_or_path": str(FLUX), "from_the_future": 1}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flux():
+    """The carried Flux as a family."""
+    from scfm.models.flux import Flux
+    from toy.pipelines import TOKENS, load_flux
+
+    return Flux(load_flux(), 32, 32, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    """A tiny SD3 with random weights as a family."""
+    from scfm.models.sd3 import SD3
+    from toy.pipelines import TOKENS, build_sd3
+
+    pipe = build_sd3()
+    pipe.set_progress_bar_config(disable=True)
+    return SD3(pipe, 32, 32, TOKENS)
 
 
 @pytest.fixture(scope="session")

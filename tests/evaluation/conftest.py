@@ -1,35 +1,8 @@
-import json
-import shutil
-
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from scfm.models.flux import Flux
-from scfm.models.sd3 import SD3
-from toy.pipelines import FLUX, TOKENS, WEIGHTS, build_sd3, clip_tokenizer, load_flux
-
-
-@pytest.fixture
-def lora(tmp_path):
-    """A copy of the carried LoRA, which knows its pipeline by its full path, and a setting of the future."""
-    folder = shutil.copytree(WEIGHTS / "lora", tmp_path / "lora")
-    settings = json.loads((folder / "config.json").read_text())
-    settings |= {"pretrained_model_name_or_path": str(FLUX), "from_the_future": 1}
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def flux():
-    return Flux(load_flux(), 32, 32, TOKENS)
-
-
-@pytest.fixture(scope="module")
-def sd3():
-    pipe = build_sd3()
-    pipe.set_progress_bar_config(disable=True)
-    return SD3(pipe, 32, 32, TOKENS)
+from toy.pipelines import clip_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -162,13 +162,6 @@ def test_sizes_that_do_not_fit_are_refused(family, size):
 # SD3: true guidance
 
 
-@pytest.fixture(scope="module")
-def sd3():
-    pipe = build_sd3()
-    pipe.set_progress_bar_config(disable=True)
-    return SD3(pipe, 32, 32, TOKENS)
-
-
 def rows_of(transformer):
     """A list that grows by the rows of each forward, and the hook that fills it."""
     rows = []

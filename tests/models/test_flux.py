@@ -31,11 +31,6 @@ CAPTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def flux():
-    return Flux(load_flux(), 32, 32, TOKENS)
-
-
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.txt"
