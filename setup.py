@@ -1,4 +1,5 @@
 """Reads settings.ini, which nbdev shares, so that the version and the requirements stand in one place."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -6,7 +7,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
-with open(here / "settings.ini", encoding="utf-8") as file:   # config.read would pass over a missing file
+with open(here / "settings.ini", encoding="utf-8") as file:  # config.read would pass over a missing file
     config.read_file(file)
 cfg = config["DEFAULT"]
 
@@ -28,8 +29,9 @@ setup(
     package_data={"scfm": ["presets/*.yaml", "py.typed"]},
     include_package_data=False,
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split()
-                    for name in ("data", "evaluate", "nf4", "wandb", "dev")},
+    extras_require={
+        name: cfg[f"{name}_requirements"].split() for name in ("data", "evaluate", "nf4", "wandb", "dev")
+    },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

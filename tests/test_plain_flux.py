@@ -1,4 +1,5 @@
 """examples/plain_scfm_flux.py stands alone, computes what the library does, and diffusers loads its file."""
+
 import ast
 import importlib.util
 import json
@@ -50,13 +51,23 @@ def images(folder):
 
 
 def flags(images, out, **more):
-    settings = {"pretrained_model_name_or_path": FLUX, "train_data_dir": images, "output_dir": out,
-                "resolution": 32, "max_sequence_length": TOKENS, "rank": 2, "train_batch_size": 2,
-                "max_train_steps": 2, "weight_dtype": "fp32", **more}
+    settings = {
+        "pretrained_model_name_or_path": FLUX,
+        "train_data_dir": images,
+        "output_dir": out,
+        "resolution": 32,
+        "max_sequence_length": TOKENS,
+        "rank": 2,
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "weight_dtype": "fp32",
+        **more,
+    }
     return [word for name, value in settings.items() for word in (f"--{name}", *str(value).split())]
 
 
 # What it is
+
 
 def test_it_stands_alone_and_is_short():
     nodes = list(ast.walk(ast.parse(SOURCE)))
@@ -69,12 +80,13 @@ def test_it_stands_alone_and_is_short():
 
 # What it computes
 
+
 def batch(plain, dtype, step):
     """Latents, noise, times, kinds and a condition that both implementations are given."""
     torch.manual_seed(step)
     data, noise = torch.randn(2, B, 64, 16)
     times, is_teacher = plain.sample_jumps(B, dtype)
-    assert 0 < is_teacher.sum() < B                                # both kinds of examples are compared
+    assert 0 < is_teacher.sum() < B  # both kinds of examples are compared
     cond = torch.randn(B, TOKENS, 64), torch.randn(B, 64), torch.empty(B).uniform_(1, 4)
     return data, noise, times, is_teacher, tuple(c.to(dtype) for c in cond)
 
@@ -92,7 +104,7 @@ def both(plain, dtype, checkpointing=False):
         assert [p.shape for p in example.parameters(name)] == [p.shape for p in library.parameters(name)]
         for p, q in zip(example.parameters(name), library.parameters(name), strict=True):
             assert p.dtype == q.dtype == torch.float32
-            p.data += .05 * torch.randn_like(p)
+            p.data += 0.05 * torch.randn_like(p)
             q.data.copy_(p.data)
     return example, library
 
@@ -107,16 +119,17 @@ def test_all_models_start_as_the_teacher_and_only_the_student_is_trainable(plain
     assert all(torch.equal(teacher, v) for v in others)
 
 
-@pytest.mark.parametrize("dtype, checkpointing",
-                         [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize(
+    "dtype, checkpointing", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
 def test_loss_gradients_and_weights_of_three_steps_are_the_librarys(plain, dtype, checkpointing):
     """Gradients and weights to the last bit, as all sizes are powers of two; the loss but for rounding."""
-    config = SCFMConfig(global_batch_size=B, learning_rate=1e-3, ema_decay_fast=.9, ema_decay_slow=.97)
+    config = SCFMConfig(global_batch_size=B, learning_rate=1e-3, ema_decay_fast=0.9, ema_decay_slow=0.97)
     example, library = both(plain, dtype, checkpointing)
     start = {name: [p.detach().clone() for p in example.parameters(name)] for name in ADAPTERS}
     base = {n: p.clone() for n, p in example.transformer.named_parameters() if ".lora_" not in n}
     (optimizer, _), emas = make_optimizer(library, config), make_emas(library, config)
-    for name in ("ema_fast", "ema_slow"):                          # make_emas restarts them; here they differ
+    for name in ("ema_fast", "ema_slow"):  # make_emas restarts them; here they differ
         for p, value in zip(library.parameters(name), start[name], strict=True):
             p.data.copy_(value)
     other = torch.optim.AdamW(example.parameters("student"), lr=1e-3, weight_decay=config.adam_weight_decay)
@@ -124,6 +137,7 @@ def test_loss_gradients_and_weights_of_three_steps_are_the_librarys(plain, dtype
 
     def remember(opt, *_):
         gradients[opt] = [p.grad.clone() for p in opt.param_groups[0]["params"]]
+
     for opt in (optimizer, other):
         opt.register_step_pre_hook(remember)
     for step in range(3):
@@ -131,12 +145,12 @@ def test_loss_gradients_and_weights_of_three_steps_are_the_librarys(plain, dtype
         jumps = Jumps(times, is_teacher, torch.where(is_teacher, 32, 2))
         words = dict(zip(("tokens", "pooled", "guidance"), cond, strict=True))
         result = train_step(library, emas, optimizer, [Batch(data, noise, jumps, words)], config)
-        loss = plain.train_step(example, other, data, noise, times, is_teacher, cond, (.9, .97))
+        loss = plain.train_step(example, other, data, noise, times, is_teacher, cond, (0.9, 0.97))
         assert loss == pytest.approx(result.losses.mean().item(), rel=1e-6)
         assert all(map(torch.equal, gradients[optimizer], gradients[other]))
         for name in ADAPTERS:
             assert all(map(torch.equal, library.parameters(name), example.parameters(name)))
-    for name in ADAPTERS:                                          # and something has happened
+    for name in ADAPTERS:  # and something has happened
         assert not any(map(torch.equal, start[name], example.parameters(name)))
     assert all(torch.equal(base[n], p) for n, p in example.transformer.named_parameters() if n in base)
 
@@ -168,38 +182,41 @@ def test_times_are_drawn_from_the_librarys_distribution(plain, dtype):
     times, is_teacher = plain.sample_jumps(n, dtype)
     jumps = draw_jumps(n, shift=(2.5, 4.5), dtype=dtype, generator=keyed_generator(0, 0))
     assert times.dtype == torch.float32 and torch.equal(times, times.to(dtype).float())
-    assert (times[:, :-1] > times[:, 1:]).all() and abs(is_teacher.sum() - .4 * n) <= 1
+    assert (times[:, :-1] > times[:, 1:]).all() and abs(is_teacher.sum() - 0.4 * n) <= 1
     for mask, others in ((is_teacher, jumps.is_teacher), (~is_teacher, ~jumps.is_teacher)):
-        for column in range(3):                                    # quantile by quantile
+        for column in range(3):  # quantile by quantile
             a, b = (t[:39_000, column].sort().values for t in (times[mask], jumps.times[others]))
-            assert (a - b).abs().mean() < .01
+            assert (a - b).abs().mean() < 0.01
 
 
 def test_a_batch_of_one_has_a_teacher_example_in_two_of_five(plain):
     torch.manual_seed(0)
     kinds = torch.cat([plain.sample_jumps(1, torch.float32)[1] for _ in range(4000)])
-    assert abs(kinds.float().mean() - .4) < .03
+    assert abs(kinds.float().mean() - 0.4) < 0.03
 
 
 # What it writes
 
+
 def test_a_stock_pipeline_with_the_file_is_the_student(plain, tmp_path):
     example, _ = both(plain, torch.float32)
     plain.save_lora(example.transformer, tmp_path)
-    plain.save_lora(example.transformer, tmp_path)                 # replaces what is there
+    plain.save_lora(example.transformer, tmp_path)  # replaces what is there
     assert [f.name for f in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     pipe = load_flux()
     data, _, times, _, (prompt_embeds, pooled, guidance) = batch(plain, torch.float32, 0)
 
     def stock():
         with torch.no_grad():
-            return pipe.transformer(data, prompt_embeds, pooled, times[:, 0], example.img_ids,
-                                    torch.zeros(TOKENS, 3), guidance).sample
+            return pipe.transformer(
+                data, prompt_embeds, pooled, times[:, 0], example.img_ids, torch.zeros(TOKENS, 3), guidance
+            ).sample
+
     before = stock()
     pipe.load_lora_weights(tmp_path)
     student = example.velocity("student", data, times[:, 0], (prompt_embeds, pooled, guidance)).detach()
     torch.testing.assert_close(stock(), student, atol=1e-5, rtol=1e-5)
-    assert (before - student).abs().max() > .1
+    assert (before - student).abs().max() > 0.1
 
 
 @pytest.mark.slow
@@ -219,14 +236,22 @@ def test_the_command_of_its_docstring_runs_and_its_last_words_sample(plain, tmp_
     pipe = load_flux()
 
     def sample():
-        return pipe("a red circle", height=32, width=32, num_inference_steps=4, max_sequence_length=TOKENS,
-                    generator=torch.Generator().manual_seed(0), output_type="pt").images
+        return pipe(
+            "a red circle",
+            height=32,
+            width=32,
+            num_inference_steps=4,
+            max_sequence_length=TOKENS,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+
     before = sample()
     exec(last, {"pipe": pipe})
     after = sample()
-    assert (after - before).abs().max() > .01
+    assert (after - before).abs().max() > 0.01
     assert pipe.scheduler.config.shift == 3 and not pipe.scheduler.config.use_dynamic_shifting
-    pipe.set_adapters("scfm", 0.)
+    pipe.set_adapters("scfm", 0.0)
     torch.testing.assert_close(sample(), before, atol=1e-5, rtol=0)
 
 
@@ -245,13 +270,20 @@ def test_metadata_gradient_checkpointing_and_bf16_run_and_repeat(plain, images, 
 # What it refuses
 
 WRONG = [
-    ({"resolution": 33}, "multiple of 4"), ({"resolution": 0}, "above 0"), ({"rank": 0}, "above 0"),
-    ({"rank": "two"}, "invalid int"), ({"learning_rate": "nan"}, "above 0"),
+    ({"resolution": 33}, "multiple of 4"),
+    ({"resolution": 0}, "above 0"),
+    ({"rank": 0}, "above 0"),
+    ({"rank": "two"}, "invalid int"),
+    ({"learning_rate": "nan"}, "above 0"),
     ({"max_train_steps": -1}, "above 0"),
-    ({"ema_decay_slow": 1}, "below 1"), ({"guidance_scale_range": "4 1"}, "low <= high"),
-    ({"weight_dtype": "fp16"}, "invalid choice"), ({"lr": 1}, "unrecognized"),
-    ({"train_data_dir": "nowhere"}, "no such folder"), ({"output_dir": __file__}, "exists"),
-    ({"pretrained_model_name_or_path": FLUX.parent}, "config.json")]
+    ({"ema_decay_slow": 1}, "below 1"),
+    ({"guidance_scale_range": "4 1"}, "low <= high"),
+    ({"weight_dtype": "fp16"}, "invalid choice"),
+    ({"lr": 1}, "unrecognized"),
+    ({"train_data_dir": "nowhere"}, "no such folder"),
+    ({"output_dir": __file__}, "exists"),
+    ({"pretrained_model_name_or_path": FLUX.parent}, "config.json"),
+]
 
 
 @pytest.mark.parametrize("change, says", WRONG, ids=[next(iter(change)) for change, _ in WRONG])
@@ -259,11 +291,17 @@ def test_wrong_settings_are_refused_in_one_line(plain, images, tmp_path, capsys,
     refused(plain, capsys, flags(images, tmp_path / "out", **change), says)
 
 
-@pytest.mark.parametrize("name, content, says", [
-    ("metadata.jsonl", "", "no images"), ("metadata.jsonl", "{", "line 1"),
-    ("metadata.jsonl", '{"file_name": "0.png"}', "line 1"),
-    ("metadata.jsonl", '{"file_name": "9.png", "text": "a star"}', "9.png"),
-    ("0.txt", " ", "no caption"), ("0.png", "no image", "0.png")])
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("metadata.jsonl", "", "no images"),
+        ("metadata.jsonl", "{", "line 1"),
+        ("metadata.jsonl", '{"file_name": "0.png"}', "line 1"),
+        ("metadata.jsonl", '{"file_name": "9.png", "text": "a star"}', "9.png"),
+        ("0.txt", " ", "no caption"),
+        ("0.png", "no image", "0.png"),
+    ],
+)
 def test_wrong_data_is_refused_in_one_line(plain, tmp_path, capsys, name, content, says):
     Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
     (tmp_path / "0.txt").write_text("a black square")

@@ -1,4 +1,5 @@
 """What a user gets who installs a release instead of this checkout: sdist and wheel, built, opened, run."""
+
 import os
 import shutil
 import subprocess
@@ -26,13 +27,13 @@ def built(tmp_path_factory):
         if name and (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
-    for folder in ("toy", "tests"):                     # must not get into anything
+    for folder in ("toy", "tests"):  # must not get into anything
         (tree / folder).mkdir()
         (tree / folder / "__init__.py").touch()
         (tree / folder / "test_none.py").touch()
     build = [sys.executable, "-m", "build", "--no-isolation"]
     both, alone = tmp_path_factory.mktemp("both"), tmp_path_factory.mktemp("alone")
-    run(*build, "--outdir", both, cwd=tree)             # the sdist, and a wheel from what it holds
+    run(*build, "--outdir", both, cwd=tree)  # the sdist, and a wheel from what it holds
     run(*build, "--wheel", "--outdir", alone, cwd=tree)
     return tree, *both.glob("*.tar.gz"), *both.glob("*.whl"), *alone.glob("*.whl")
 
