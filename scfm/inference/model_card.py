@@ -256,7 +256,8 @@ def training_lines(run: Mapping[str, Any], selection: Mapping[str, Any]) -> list
         }
         lines.append(f"Guidance {how[run['guidance_mode']]}.")
     if has(selection, "selected"):
-        nearest = ": its endpoints lie nearest to the teacher's" * (run.get("select_adapter", "best") == "best")
+        judged = run.get("select_adapter", "best") == "best"
+        nearest = ": its endpoints lie nearest to the teacher's" if judged else ""
         models = [name for name in selection.get("endpoint_distance", {}) if name != "teacher"]
         lines.append(f"Of the models {', '.join(models)} {selection['selected']} is saved{nearest}.")
     return lines

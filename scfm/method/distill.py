@@ -28,6 +28,7 @@ from scfm.method.consistency import (
     draw_jumps,
     keyed_generator,
     scfm_loss,
+    with_flow_examples,
 )
 from .ema import EMA, FastSlow
 from .step_scale import StepScale, draw_step_jumps, step_scale_loss
@@ -149,8 +150,8 @@ VALIDATORS: list[Validator] = [
      and (c.algorithm == "one_ema" or c.ema_decay_fast <= c.ema_decay_slow),
      "a decay in [0, 1), no larger than ema_decay_slow"),
     ("restart_every", lambda c: is_int(c.restart_every, 0), "a whole number of steps; 0 for no restart"),
-    ("non_shortcut_ratio", lambda c: 0 <= c.non_shortcut_ratio <= (c.algorithm != STEP_SCALED),
-     "a share of the examples, in [0, 1]; 0 for distillation as in the paper, and with step_scaled"),
+    ("non_shortcut_ratio", lambda c: 0 <= c.non_shortcut_ratio <= 1,
+     "a share of the examples, in [0, 1]; 0 for distillation as in the paper"),
     ("loss", lambda c: c.loss in LOSSES, " or ".join(LOSSES)),
     ("ema_target_scale", lambda c: 0 <= c.ema_target_scale <= 2,
      "a scale in [0, 2]; 1 in the paper, .5 for damped models"),
@@ -235,7 +236,10 @@ def jumps_from_config(config: SCFMConfig, batch_size: int, generator: torch.Gene
                       dynamic_shift_prob: float = .1) -> Jumps:
     """`draw_jumps`, or `draw_step_jumps` for step_scaled, with the settings of a config."""
     if config.algorithm == STEP_SCALED:
-        return draw_step_jumps(batch_size, config.step_scale, config.shift_range, dtype, generator)
+        jumps = draw_step_jumps(batch_size, config.step_scale, config.shift_range, dtype, generator)
+        if not config.non_shortcut_ratio:
+            return jumps
+        return with_flow_examples(jumps, config.non_shortcut_ratio, torch.ones(batch_size), dtype, generator)
     return draw_jumps(batch_size, config.teacher_ratio, config.teacher_grid, config.self_grids, config.t_skip,
                       config.shift_range, dtype, generator, config.non_shortcut_ratio, dynamic_shift,
                       dynamic_shift_prob)

@@ -33,8 +33,11 @@ class StepScale(NamedTuple):
         return float(steps) ** -self.exponent
 
     def student_scales(self, steps: torch.Tensor) -> torch.Tensor:
-        """Scales (B,) at which the student is trained. steps: (B,) of the halves, twice the student's."""
-        return (steps / 2) ** -self.exponent
+        """Scales (B,) at which the student is trained, 0 for flow-matching examples.
+
+        steps: (B,) of the halves, twice the student's; 0 for flow matching, as in `Jumps`
+        """
+        return torch.where(steps > 0, (steps.clamp(min=1) / 2) ** -self.exponent, 0.)
 
     def target_scales(self, steps: torch.Tensor) -> torch.Tensor:
         """Scales (B,) at which the halves are made, 0 where they are the teacher's. steps: (B,) of them."""
@@ -60,31 +63,35 @@ def draw_step_jumps(batch_size: int, rule: StepScale, shift: tuple[float, float]
 
 # %% ../../nbs/learn/06_step_scale.ipynb #c16
 class ScaledNetwork:
-    """A frozen network W0 with differences: at scale s its weights are W0 + s D1 (+ s^2 D2).
+    """A network W0 with differences: at scale s its weights are W0 + s D1 (+ s^2 D2).
 
     network: a Module called as network(x, t) or network(x, t, cond)
     order: 1 or 2 differences, which start at zero
+    train_base: W0 is trained too, for pre-training: by the examples at scale 0 alone. It has an EMA of its
+        own then; else it is frozen.
 
-    `differences`: by the names "student" and "ema", lists of tensors.
+    `bases`, `differences`: by the names "student" and "ema", lists of tensors.
     """
-    def __init__(self, network: torch.nn.Module, order: int = 2) -> None:
-        self.network = network.requires_grad_(False)
-        self.base = dict(network.named_parameters())
-        zeros = [torch.zeros_like(w) for _ in range(order) for w in self.base.values()]
+    def __init__(self, network: torch.nn.Module, order: int = 2, train_base: bool = False) -> None:
+        self.network, self.order, self.train_base = network.requires_grad_(train_base), order, train_base
+        self.names, base = [list(part) for part in zip(*network.named_parameters(), strict=True)]
+        average = [w.detach().clone() for w in base] if train_base else base
+        self.bases = {"student": base, "ema": average}
+        zeros = [torch.zeros_like(w) for _ in range(order) for w in average]
         self.differences = {"student": [z.clone().requires_grad_() for z in zeros], "ema": zeros}
-        self.order = order
 
     def parameters(self, name: str) -> list[torch.Tensor]:
-        """The tensors of the differences of "student" or "ema"."""
-        return self.differences[name]
+        """What is trained of "student", or its EMA: the differences, and the base where it learns."""
+        return self.differences[name] + (self.bases[name] if self.train_base else [])
 
     def weights(self, name: str, scale: float) -> dict[str, torch.Tensor]:
-        """The weights at a scale."""
-        parts = self.differences[name]
-        count = len(self.base)
+        """The weights at a scale. Beyond 0 the base gets no gradient: the differences alone learn there."""
+        base, parts = self.bases[name], self.differences[name]
+        if scale == 0:
+            return dict(zip(self.names, base, strict=True))
         powers = [scale ** (k + 1) for k in range(self.order)]
-        return {key: w + sum(power * parts[k * count + i] for k, power in enumerate(powers))
-                for i, (key, w) in enumerate(self.base.items())}
+        return {key: base[i].detach() + sum(s * parts[k * len(base) + i] for k, s in enumerate(powers))
+                for i, key in enumerate(self.names)}
 
     def scaled_velocity(self, name: str, scales: torch.Tensor, x: torch.Tensor, t: torch.Tensor,
                         cond: Condition = None) -> torch.Tensor:
@@ -123,13 +130,18 @@ def step_scale_loss(data: torch.Tensor, noise: torch.Tensor, jumps: Jumps, model
                     rule: StepScale, cond: Condition = None, loss: str = "mse") -> torch.Tensor:
     """The loss of each example, (B,): the student at s(n) against the EMA's two halves at s(2n).
 
+    Examples of flow matching have the target noise - data, at scale 0.
+
     data, noise: (B, ...)
     jumps: of `draw_step_jumps`
     loss: a key of `LOSSES`
 
     The target comes first, as in `scfm_loss`.
     """
-    x1 = interpolate(data, noise, jumps.t1)
-    target = step_scale_target(x1, jumps, models, rule, cond)
+    x1, shortcut = interpolate(data, noise, jumps.t1), ~jumps.is_flow
+    target = noise - data
+    if shortcut.any():
+        target[shortcut] = step_scale_target(x1[shortcut], jumps.rows(shortcut), models, rule,
+                                             index_cond(cond, shortcut))
     prediction = models.scaled_velocity("student", rule.student_scales(jumps.steps), x1, jumps.t1, cond)
     return LOSSES[loss](prediction.flatten(1), target.flatten(1))

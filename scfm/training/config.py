@@ -174,6 +174,11 @@ def refuse_for_step_scaled(config: DistillConfig) -> None:
             "guidance_mode distilled with algorithm step_scaled: at small scales the student is its teacher, "
             "and a guided one is not the base: take --guidance_mode kept"
         )
+    if config.non_shortcut_ratio:
+        raise ValueError(
+            f"non_shortcut_ratio={config.non_shortcut_ratio} with algorithm step_scaled: at scale 0 the base "
+            "would have to learn, and it is frozen: take 0"
+        )
     low, high = config.shift_range
     if not low <= config.inference_shift <= high:
         raise ValueError(

@@ -7,9 +7,11 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from scfm.method.distill import STEP_SCALED
 from scfm.models.flux import Flux
 from scfm.models.loading import DTYPES
-from scfm.models.lora import adapter_parameters, add_adapters
+from scfm.models.lora import COPIES, adapter_parameters, add_adapters
+from scfm.models.scaled_lora import ScaledLoraModels, names_of
 from scfm.models.sd3 import SD3
 from scfm.models.source import PipelineSource
 from scfm.training.config import DistillConfig
@@ -177,11 +179,7 @@ def make_plan(
     base = sum(p.numel() for p in transformer.parameters())
     bytes_each, batch = DTYPES[config.weight_dtype].itemsize, config.global_batch_size
     blocks = sum(len(m) for _, m in transformer.named_children() if isinstance(m, torch.nn.ModuleList))
-    with torch.device("meta"):
-        add_adapters(
-            transformer, config.lora_layers or family.lora_targets, config.rank, config.lora_alpha or None
-        )
-    lora = sum(p.numel() for p in adapter_parameters(transformer, "student"))
+    lora, adapters = give_adapters(config, family, transformer)
     one = count_example(family, transformer, max(config.guidance_scale_range), DTYPES[config.weight_dtype])
     operations, activations = batch * (2 * one.forward + one.student), one.saved
     # saved: the input of each block, and one block at a time
@@ -191,7 +189,7 @@ def make_plan(
         activations = blocks * tokens * inner_width(transformer) * bytes_each + one.saved / blocks
     memory = {
         "base": base * (0.5625 if config.quantize else bytes_each),
-        "adapters": 3 * 4 * lora,
+        "adapters": 4 * adapters,
         "Adam": 2 * 4 * lora,
         "gradients": 4 * lora,
         "activations, guessed": activations * (config.micro_batch_size or batch),
@@ -218,6 +216,21 @@ def make_plan(
         "steps": config.max_train_steps,
         "images": images,
     }
+
+
+def give_adapters(config: DistillConfig, family: Any, transformer: Any) -> tuple[int, int]:
+    """(parameters that are trained, of all adapters) of a transformer on the meta device, which gets them."""
+    targets, alpha = config.lora_layers or family.lora_targets, config.lora_alpha or None
+    with torch.device("meta"):
+        if config.algorithm == STEP_SCALED:
+            order = config.scale_order
+            ScaledLoraModels(transformer, family.velocity, targets, config.rank, alpha, order)
+            trained, copies = names_of("student", order), 1
+        else:
+            add_adapters(transformer, targets, config.rank, alpha)
+            trained, copies = ["student"], len(COPIES["student"])
+    count = sum(p.numel() for name in trained for p in adapter_parameters(transformer, name))
+    return count, (1 + copies) * count
 
 
 def inner_width(transformer: Any) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scfm.files import expand_user
-from scfm.method.distill import SCFMConfig, is_int, setting, validate
+from scfm.method.distill import STEP_SCALED, SCFMConfig, is_int, setting, validate
 from scfm.models.unet import SIZES
 
 LEVELS = 8  # the step sizes 1, 1/2, ..., 1/128 of a Shortcut Model
@@ -99,6 +99,12 @@ FLOW_VALIDATORS = [
         "teacher_ratio",
         lambda c: c.teacher or c.teacher_ratio == 0,
         "there is no teacher: take 0, or name one with --teacher",
+    ),
+    (
+        "algorithm",
+        lambda c: c.algorithm != STEP_SCALED,
+        "scfm pretrain does not train the scale: distil the pipeline that it writes, with scfm distill "
+        "--algorithm step_scaled",
     ),
     (
         "algorithm",

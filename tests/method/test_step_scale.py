@@ -58,7 +58,7 @@ def test_many_scales_at_once_are_one_at_a_time(order):
     together = models.scaled_velocity("student", scales, x, t)
     for i, scale in enumerate(scales.tolist()):
         network = copy.deepcopy(models.network)
-        count = len(models.base)
+        count = len(models.names)
         for j, w in enumerate(network.parameters()):
             for k in range(order):
                 w.data += scale ** (k + 1) * models.parameters("student")[k * count + j].data
@@ -115,7 +115,7 @@ def test_training_moves_the_differences_alone_and_repeats_itself():
     def trained():
         torch.manual_seed(0)
         models = ScaledNetwork(MLP(16, 2))
-        before = [w.clone() for w in models.base.values()]
+        before = [w.clone() for w in models.bases["student"]]
         config = SCFMConfig(
             max_train_steps=4,
             global_batch_size=16,
@@ -124,7 +124,7 @@ def test_training_moves_the_differences_alone_and_repeats_itself():
             algorithm="step_scaled",
         )
         distill(models, lambda g, n: torch.randn(n, 2, generator=g), config, progress=False)
-        assert all(torch.equal(a, b) for a, b in zip(before, models.base.values(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, models.bases["student"], strict=True))
         return models
 
     one, two = trained(), trained()
@@ -139,3 +139,53 @@ def test_any_number_of_steps_has_a_scale():
     steps = torch.tensor([2, 16, 18])
     assert RULE.target_scales(steps).tolist() == pytest.approx([2**-0.85, 16**-0.85, 0.0])
     assert RULE.student_scales(steps).tolist() == pytest.approx([1.0, 8**-0.85, 9**-0.85])
+
+
+def test_from_scratch_flow_examples_train_the_base_and_the_others_the_differences():
+    torch.manual_seed(0)
+    models = ScaledNetwork(MLP(16, 2), train_base=True)
+    jumps = draw_step_jumps(8, RULE, generator=keyed_generator(0, 0))
+    data, noise = torch.randn(8, 2), torch.randn(8, 2)
+    flow = Jumps(jumps.t1[:, None].expand(-1, 3), torch.zeros(8, dtype=torch.bool), torch.zeros(8))
+    for drawn, learn, rest in (
+        (flow, models.bases, models.differences),
+        (jumps, models.differences, models.bases),
+    ):
+        for w in models.parameters("student"):
+            w.grad = None
+        step_scale_loss(data, noise, drawn, models, RULE).mean().backward()
+        assert all(w.grad is not None for w in learn["student"])
+        assert all(w.grad is None or not w.grad.any() for w in rest["student"])
+    losses = step_scale_loss(data, noise, flow, models, RULE)  # and this one is plain flow matching
+    x = torch.lerp(data, noise, jumps.t1[:, None])
+    by_hand = (models.network(x, jumps.t1) - (noise - data)).square().mean(1)
+    torch.testing.assert_close(losses, by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_from_scratch_the_ema_of_the_base_is_an_ema():
+    torch.manual_seed(0)
+    network = MLP(16, 2)
+    start = [w.detach().clone() for w in network.parameters()]
+    models = ScaledNetwork(network, train_base=True)
+    config = SCFMConfig(
+        max_train_steps=3,
+        global_batch_size=16,
+        learning_rate=1e-3,
+        shift=(0.9, 1.1),
+        algorithm="step_scaled",
+        non_shortcut_ratio=0.75,
+        ema_decay=0.9,
+    )
+    seen = []
+    distill(
+        models,
+        lambda g, n: torch.randn(n, 2, generator=g),
+        config,
+        on_step=lambda i, output: seen.append([w.detach().clone() for w in models.bases["student"]]),
+        progress=False,
+    )
+    for weights in seen:
+        start = [a.lerp(w, 0.1) for a, w in zip(start, weights, strict=True)]
+    for a, b in zip(start, models.bases["ema"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(models.bases["ema"][0], models.bases["student"][0])

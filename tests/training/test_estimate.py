@@ -9,6 +9,7 @@ from scfm.cli import main
 from scfm.method.distill import Batch, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import LoraModels
+from scfm.models.scaled_lora import ScaledLoraModels, guided_rows
 from scfm.models.sd3 import SD3
 from scfm.training.config import DistillConfig
 from scfm.training.estimate import make_plan
@@ -27,17 +28,27 @@ TINY = dict(
 
 @pytest.mark.parametrize("family_class, build", [(Flux, build_flux), (SD3, lambda: build_sd3(t5=True))])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_count_is_that_of_a_real_update(family_class, build, checkpointing, tmp_path):
+@pytest.mark.parametrize("algorithm", ["dual", "step_scaled"])
+def test_the_count_is_that_of_a_real_update(family_class, build, checkpointing, algorithm, tmp_path):
     pipe = build()
     family = family_class(pipe, 32, 32, TOKENS)
     pipe.save_pretrained(tmp_path)
     config = DistillConfig(
-        pretrained_model_name_or_path=str(tmp_path), gradient_checkpointing=checkpointing, **TINY
+        pretrained_model_name_or_path=str(tmp_path),
+        gradient_checkpointing=checkpointing,
+        algorithm=algorithm,
+        **TINY,
     )
     if checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
         pipe.transformer.train()
-    models = LoraModels(pipe.transformer, family.velocity, family.lora_targets, config.rank)
+    if algorithm == "dual":
+        models = LoraModels(pipe.transformer, family.velocity, family.lora_targets, config.rank)
+    else:
+        rows = guided_rows if family.uses_cfg else None
+        models = ScaledLoraModels(
+            pipe.transformer, family.velocity, family.lora_targets, config.rank, None, 2, rows
+        )
     optimizer, _ = make_optimizer(models, config)
     cond = {**family.encode_text(["a red star"] * 4), "guidance": torch.full((4,), 4.0)}
     data = torch.randn(4, *family.latent_shape)
