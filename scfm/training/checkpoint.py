@@ -29,14 +29,20 @@ def save_checkpoint(output_dir: str | Path, step: int, state: dict[str, Any], li
             os.fsync(file.fileno())
         new.rename(final)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        left = f"; {free_space(folder)}" if isinstance(error, RuntimeError) else ""  # which does not say so
         shutil.rmtree(new, ignore_errors=True)
         raise OSError(
-            f"the checkpoint of step {step} could not be written ({error}); the last good one is "
+            f"the checkpoint of step {step} could not be written ({error}{left}); the last good one is "
             f"{latest(output_dir) or 'none'}"
         ) from error
     for old in all_checkpoints(output_dir)[:-limit]:
         shutil.rmtree(old)
     return final
+
+
+def free_space(folder: Path) -> str:
+    """How much the disk of a folder still takes, in words."""
+    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB of the disk are free"
 
 
 def set_aside(output_dir: str | Path, step: int) -> list[Path]:
