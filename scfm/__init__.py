@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from scfm.method.ema import EMA, FastSlow
     from scfm.method.flow import interpolate, sample, shift_time, time_grid
     from scfm.method.lora_scale import LoraScales
+    from scfm.method.step_scale import ScaledNetwork, StepScale, draw_step_jumps, step_scale_loss
     from scfm.models.check import check_family
     from scfm.models.family import register
     from scfm.models.loading import load_pipeline
     from scfm.models.lora import LoraModels
+    from scfm.models.scaled_lora import ScaledLoraModels
     from scfm.models.source import PipelineSource
     from scfm.models.unet import UNetFlow
     from scfm.training.config import DistillConfig
@@ -32,11 +34,13 @@ _HOME = {
     "method.ema": ("EMA", "FastSlow"),
     "method.distill": ("Batch", "CopiedModels", "SCFMConfig", "distill", "train_step"),
     "method.lora_scale": ("LoraScales",),
+    "method.step_scale": ("ScaledNetwork", "StepScale", "draw_step_jumps", "step_scale_loss"),
     "models.source": ("PipelineSource",),
     "models.loading": ("load_pipeline",),
     "models.family": ("register",),
     "models.check": ("check_family",),
     "models.lora": ("LoraModels",),
+    "models.scaled_lora": ("ScaledLoraModels",),
     "models.unet": ("UNetFlow",),
     "training.config": ("DistillConfig",),
     "training.distill_trainer": ("DistillTrainer", "distill_pipeline"),
@@ -62,13 +66,17 @@ __all__ = [
     "LoraScales",
     "PipelineSource",
     "SCFMConfig",
+    "ScaledLoraModels",
+    "ScaledNetwork",
     "StepLora",
+    "StepScale",
     "UNetFlow",
     "check_family",
     "consistency_target",
     "distill",
     "distill_pipeline",
     "draw_jumps",
+    "draw_step_jumps",
     "generate",
     "interpolate",
     "load_pipeline",
@@ -77,6 +85,7 @@ __all__ = [
     "sample",
     "scfm_loss",
     "shift_time",
+    "step_scale_loss",
     "time_grid",
     "train_step",
 ]
