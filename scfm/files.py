@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import tempfile
 import uuid
@@ -39,11 +40,11 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
             new.unlink()
 
 
-def check_writable(folder: str | Path, mend: str) -> None:
+def check_writable(folder: str | Path, mend: str, size: int = 0) -> None:
     """ValueError with the mend when a folder, or the one to be made it in, takes no new file. Leaves nothing
     there.
 
-    For what works long and writes at its end.
+    For what works long and writes at its end. size: bytes that the file will have at least
     """
     folder = Path(folder)
     place = next((path for path in (folder, *folder.parents) if path.exists()), Path())
@@ -53,6 +54,10 @@ def check_writable(folder: str | Path, mend: str) -> None:
             file.flush()
     except OSError as error:
         raise ValueError(f"{place} cannot be written to ({error.strerror}): {mend}") from None
+    free = shutil.disk_usage(place).free
+    if free < size:
+        room = f"{free / 2**20:.1f} MiB are free there, {size / 2**20:.1f} are needed"
+        raise ValueError(f"{place} cannot be written to ({room}): {mend}")
 
 
 def short_path(path: str | Path) -> str:

@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
     check_search(args)
     config = InferenceConfig(**{f.name: getattr(args, f.name) for f in fields(InferenceConfig)}).resolved()
     config.check()
-    check_writable(config.lora, "the scales go into the LoRA's file: copy its folder to where you may write")
+    mend = "the scales go into the LoRA's file, which is written anew: copy its folder to where that can be"
+    check_writable(config.lora, mend, config.weights.stat().st_size)
     captions = load_captions(args.prompts, config.lora, args.num_prompts)
     step_lora, seed = StepLora(config), config.seed + 1
     require_whole_fit(step_lora.pipe)

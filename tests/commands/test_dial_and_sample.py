@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,20 +143,33 @@ def test_bad_input_is_one_line_and_code_2(lora, capsys, monkeypatch, command, ch
     assert line.startswith(f"scfm {command}: ") and message in line
 
 
-def test_dial_tries_to_write_before_it_searches(lora, prompts, capsys, monkeypatch):
-    """Such as a LoRA on a disk that is read-only."""
+def read_only(*_, **__):
+    raise OSError(errno.EROFS, "Read-only file system")
 
-    def refused(*_, **__):
-        raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("scfm.files.tempfile.NamedTemporaryFile", refused)
+@pytest.mark.parametrize(
+    "what, how, message",
+    [
+        (
+            "tempfile.NamedTemporaryFile",
+            read_only,
+            "(Read-only file system): the scales go into the LoRA's file",
+        ),
+        (
+            "shutil.disk_usage",
+            lambda _: SimpleNamespace(free=2**20),
+            "(1.0 MiB are free there, 4.8 are needed): the scales go into the LoRA's file",
+        ),
+    ],
+    ids=["read-only", "full"],
+)
+def test_dial_looks_whether_it_can_write_before_it_searches(
+    lora, prompts, capsys, monkeypatch, what, how, message
+):
+    monkeypatch.setattr(f"scfm.files.{what}", how)
     monkeypatch.setattr("scfm.inference.step_lora.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
     assert dial(lora, prompts, "--steps", "1") == 2
-    line = capsys.readouterr().err.strip()
-    assert line.endswith(
-        "lora cannot be written to (Read-only file system): the scales go into the LoRA's "
-        "file: copy its folder to where you may write"
-    )
+    assert f"lora cannot be written to {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("locale", ["POSIX", "C.UTF-8"])
