@@ -232,6 +232,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(trained, emoji_file, folder):
         assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole), file
 
 
+def test_the_vae_of_another_run_is_where_a_second_one_begins(trained, emoji_file, folder):
+    run(emoji_file, folder / "again", "--only", "vae", "--vae", "0", "--vae_from", str(trained))
+    first, second = (
+        load_file(f / "vae" / "diffusion_pytorch_model.safetensors") for f in (trained, folder / "again")
+    )
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
 def test_diffusers_loads_the_folder_without_scfm(trained):
     code = f"""
 import sys, torch

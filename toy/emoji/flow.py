@@ -124,9 +124,10 @@ def draw(world: World, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
 
 @torch.no_grad()
 def embed(text: Text, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """T5's vectors (n, 16, D) and CLIP's pooled one (n, P), as the pipeline makes them."""
+    """T5's vectors (n, 16, D) and CLIP's pooled one (n, P), as the pipeline makes them, in float32."""
     first, second = read((text.tokenizer, text.tokenizer_2), captions, text.clip.device)
-    return text.t5(second)[0], text.clip(first).pooler_output
+    with torch.autocast(first.device.type, enabled=False):
+        return text.t5(second)[0], text.clip(first).pooler_output
 
 
 def velocity(
