@@ -217,6 +217,10 @@ def test_what_came_meanwhile_stays(tmp_path):
         ({"--output_dir": ""}, "no place to write"),
         ({"--output_dir": str(FLUX)}, "not empty"),
         ({"--output_dir": str(FLUX / "model_index.json")}, "not empty"),
+        (
+            {"--output_dir": str(FLUX / "model_index.json/out")},
+            "cannot be written to (Not a directory): take",
+        ),
         ({"--steps": "0"}, "--steps is 0"),
         ({"--tolerance": "-1"}, "--tolerance is -1"),
         ({"--pretrained_model_name_or_path": "nowhere"}, "no pipeline in nowhere"),
