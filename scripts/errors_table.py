@@ -45,6 +45,9 @@ CASES: list[tuple[str, Flags, Flags]] = [
             {"pretrained_model_name_or_path": None},
             {"pretrained_model_name_or_path": "nowhere"},
             {"pretrained_model_name_or_path": "not_flow_matching"},
+            {"pretrained_model_name_or_path": "flux1-dev.safetensors"},
+            {"pretrained_model_name_or_path": "no_weights"},
+            {"pretrained_model_name_or_path": "nobody/flux"},
             {"prompts": None},
             {"prompts": "nowhere.txt"},
             {"prompts": "empty.txt"},
@@ -97,8 +100,10 @@ CASES: list[tuple[str, Flags, Flags]] = [
     ("dial", {"lora": "LORA"}, {"per_step": "5"}),
     ("sample", {"lora": "LORA"}, {}),
     ("sample", {"lora": "LORA", "prompt": "a star"}, {"steps": 0}),
+    ("sample", {"lora": "LORA", "prompt": "a star"}, {"output": "another_run"}),
     ("evaluate", {}, {"lora": "nowhere"}),
     ("evaluate", {"lora": "LORA", "prompts": "captions.txt"}, {"num_images": 0}),
+    ("evaluate", {"lora": "LORA", "prompts": "captions.txt"}, {"output_dir": "captions.txt/evaluation"}),
     ("export", {"lora": "LORA"}, {"output_dir": "another_run"}),
     ("export", {}, {"lora": "nowhere", "output_dir": "exported"}),
 ]
@@ -154,6 +159,8 @@ def make_inputs(root: Path) -> None:
     (root / "not_flow_matching").mkdir()
     index = {"_class_name": "StableDiffusionPipeline"}
     (root / "not_flow_matching/model_index.json").write_text(json.dumps(index))
+    (root / "flux1-dev.safetensors").write_text("a checkpoint")
+    shutil.copytree(FLUX, root / "no_weights", ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
     (root / "another_run").mkdir()
     settings = {"rank": 3, "learning_rate": 1.0, "pretrained_model_name_or_path": "elsewhere"}
     (root / "another_run/config.json").write_text(json.dumps(settings))
