@@ -1,5 +1,5 @@
 """`scfm demo`: distil the tiny Flux now, and set the result beside its teacher and beside the LoRA of a
-longer run.
+longer runs.
 
 Everything comes from the repository: the pipeline, its captions, the carried LoRA, and the scores of what
 does not change
@@ -35,6 +35,7 @@ from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS
 
 PROMPTS = WEIGHTS / "prompts.txt"
 CARRIED = WEIGHTS / "lora"
+TRAINED = WEIGHTS / "step_lora"  # a pair whose scale was trained in as the step size
 STORED = WEIGHTS / "demo"  # scores of what does not change
 CAPTIONS = 128  # that the stored scores are of
 FEWEST = 100  # training steps below which a student has hardly learned
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n" + table(record["entries"]) + "\n\n" + explain(record), flush=True)
 
     print("3/3  writing", out / "comparison.png", "and", out / "results.json")
-    draw_comparison(trainer, selection, carried, judge, out / "comparison.png")
+    draw_comparison(trainer, selection, judge, out / "comparison.png")
     record["seconds_in_all"] = round(time.time() - start)
     write_json(out / "results.json", record)
     print(f"     done in {record['seconds_in_all']} s")
@@ -227,21 +228,27 @@ def compare(trainer: Any, selection: dict[str, Any], captions: int) -> tuple[Jud
         judge.goal, fixed = stored
     else:
         judge.set_goal(trainer.models.teacher)
-        fixed = judge.record(fixed_entries(trainer.models.teacher, carried))
+        fixed = judge.record(fixed_entries(trainer.models.teacher))
     name = f"live student ({selection['train_steps']} steps), its scales"
     live = judge.record([Entry(name, live_student(trainer, selection), (STOCK,))], steps=STUDENT_STEPS)
     teacher, *others = fixed
     return judge, carried, {teacher: fixed[teacher], **live, **{other: fixed[other] for other in others}}
 
 
-def fixed_entries(teacher: VelocityField, carried: Any) -> list[Entry]:
+def fixed_entries(teacher: VelocityField) -> list[Entry]:
     """What does not change from demo to demo."""
+    carried, trained = carried_lora(), carried_lora(TRAINED)
     return [
         Entry("teacher", lambda steps: teacher, SHIFTS),
         Entry("carried LoRA, scale 1", lambda steps: carried.at_scale(1), (STOCK,)),
         Entry(
             "carried LoRA, its scales",
             lambda steps: carried.at_scale(carried.lora_scales.scale(steps)),
+            (STOCK,),
+        ),
+        Entry(
+            "carried LoRA, scale = step size",
+            lambda steps: trained.at_scale(trained.lora_scales.scale(steps)),
             (STOCK,),
         ),
     ]
@@ -252,7 +259,7 @@ def store() -> int:
     carried = carried_lora()
     judge = Judge(carried.family, CAPTIONS)
     judge.set_goal(carried.at_scale(0.0))
-    record = judge.record(fixed_entries(carried.at_scale(0.0), carried))
+    record = judge.record(fixed_entries(carried.at_scale(0.0)))
     assert judge.goal is not None
     goal = judge.goal.contiguous()
     atomic_write(
@@ -280,11 +287,11 @@ def live_student(trainer: Any, selection: dict[str, Any]) -> Callable[[int], Vel
     return lambda steps: trainer.models.field(selection["selected"], scales.scale(steps))
 
 
-def carried_lora() -> Any:
-    """The LoRA of the repository on a pipeline of its own."""
+def carried_lora(folder: Path = CARRIED) -> Any:
+    """A LoRA of the repository on a pipeline of its own."""
     from scfm.inference.step_lora import InferenceConfig, StepLora
 
-    return StepLora(InferenceConfig(lora=str(CARRIED), pretrained_model_name_or_path=str(FLUX)))
+    return StepLora(InferenceConfig(lora=str(folder), pretrained_model_name_or_path=str(FLUX)))
 
 
 def describe(
@@ -323,6 +330,7 @@ def explain(record: dict[str, Any]) -> str:
         "endpoint: root mean square distance, in latents, to the teacher's 32-step endpoint from the same "
         "noise\n"
         f"its scales: the LoRA scale by number of steps ({scales} for the carried one), found without data\n"
+        "scale = step size: trained in (scfm distill --algorithm step_scaled), nothing is searched\n"
         "best shift per column: each column at whichever of the shifts "
         f"{', '.join(f'{s:g}' for s in SHIFTS)} is best for it"
     )
@@ -332,7 +340,7 @@ def explain(record: dict[str, Any]) -> str:
 
 
 def draw_comparison(
-    trainer: Any, selection: dict[str, Any], carried: Any, judge: Judge, path: Path, columns: int = 12
+    trainer: Any, selection: dict[str, Any], judge: Judge, path: Path, columns: int = 12
 ) -> None:
     """Rows of samplers, columns of captions; the noise of a column is the same in every row."""
     import matplotlib
@@ -341,19 +349,16 @@ def draw_comparison(
     import matplotlib.pyplot as plt
 
     teacher, student = trainer.models.teacher, live_student(trainer, selection)
-    carried_field = fixed_entries(teacher, carried)[-1].field_for
+    trained = fixed_entries(teacher)[-1].field_for  # a field for each step count, made when it is its turn
     rows = [
-        ("teacher, 32 steps", teacher, 32),
-        ("teacher, 3 steps", teacher, 3),
-        ("teacher, 4 steps", teacher, 4),
-        ("live student, 3 steps", student(3), 3),
-        ("live student, 4 steps", student(4), 4),
-        ("carried LoRA, 3 steps", carried_field(3), 3),
-        ("carried LoRA, 4 steps", carried_field(4), 4),
+        ("teacher, 32 steps", lambda n: teacher, 32),
+        *((f"teacher, {n} step{'s' * (n > 1)}", lambda n: teacher, n) for n in (1, 2, 4)),
+        ("live student, 4 steps", student, 4),
+        *((f"carried LoRA, {n} step{'s' * (n > 1)}", trained, n) for n in (1, 2, 4)),
     ]
     figure, axes = plt.subplots(len(rows), columns, figsize=(columns + 1.6, len(rows) + 0.9))
-    for line, (name, field, steps) in zip(axes, rows, strict=True):
-        images = judge.family.decode(judge.endpoints(field, steps, STOCK, columns))
+    for line, (name, field_for, steps) in zip(axes, rows, strict=True):
+        images = judge.family.decode(judge.endpoints(field_for(steps), steps, STOCK, columns))
         for ax, image in zip(line, images, strict=False):
             ax.imshow((image.permute(1, 2, 0).numpy() + 1) / 2, interpolation="nearest")
         for ax in line:

@@ -2,8 +2,9 @@
 
     python -m experiments.studies.tiny_flux --run runs/carried --captions 2048
 
-The teacher at five sampling shifts, the carried LoRA at the stock shift and at its scale for each number of
-steps, and with --run all three adapters of the run at 3 and 4 steps. Same captions, noises and reference
+The teacher at five sampling shifts; at the stock shift the carried LoRA at its searched scale for each number
+of steps, and the carried pair of LoRAs whose scale was trained in as the step size; with --run all three
+adapters of the run at 3 and 4 steps. Same captions, noises and reference
 drawings for all (see toy/judge.py). Resumes: a row that stands in the result is not measured again. Writes
 experiments/results/tiny_flux.json and .png.
 """
@@ -14,6 +15,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from tqdm import tqdm
 from experiments.figures import canvas, save
 from experiments.runner import RESULTS, write_json
 from experiments.testbeds import Field
+from scfm.inference.step_lora import lora_files
 from scfm.method.lora_scale import LoraScales
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, WEIGHT_NAME
@@ -31,7 +34,7 @@ from scfm.models.lora_file import read_lora_scales
 from toy.judge import COLUMNS, SHIFTS, STEPS, STOCK, Judge, at_stock, best_of, table
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS, load_flux
 
-TEACHER, DIALLED = "teacher", "carried LoRA, its dial"
+TEACHER, DIALLED, TRAINED = "teacher", "carried LoRA, its dial", "carried LoRA, scale = step size"
 COMPARED = (1, 2, 3, 4, 8)  # step counts of the summary and of the README's table
 SAME = ("captions", "seed", "guidance")  # what an earlier record must share with this one
 TITLES = {
@@ -81,6 +84,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seed", type=int, default=2026, help="of captions, noises and reference drawings (default 2026)"
     )
     parser.add_argument("--lora", type=Path, default=WEIGHTS / "lora", help="folder of the carried LoRA")
+    parser.add_argument(
+        "--step_lora", type=Path, default=WEIGHTS / "step_lora", help="folder of the one with a trained scale"
+    )
     parser.add_argument("--run", type=Path, help="folder of the run, to compare its student and its EMAs")
     parser.add_argument("--out", type=Path, default=RESULTS / "tiny_flux.json", help="path of the result")
     parser.add_argument(
@@ -91,7 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
     rows = [Row(TEACHER, n, s) for n in STEPS for s in SHIFTS if s == STOCK or 1 < n < max(STEPS)]
-    rows += [Row(DIALLED, n, STOCK) for n in STEPS]
+    rows += [Row(name, n, STOCK) for name in (DIALLED, TRAINED) for n in STEPS]
     return rows + [Row(of_run(name), n, STOCK) for name in (ADAPTERS if args.run else ()) for n in (3, 4)]
 
 
@@ -101,19 +107,25 @@ def of_run(adapter: str) -> str:
 
 def fields_of(args: argparse.Namespace, family: Flux, pipe: Any) -> dict[str, FieldFor]:
     teacher = partial(family.velocity, pipe.transformer)
-    fields = {TEACHER: lambda steps: teacher, DIALLED: dialled(family, args.lora)}
+    fields = {
+        TEACHER: lambda steps: teacher,
+        DIALLED: dialled(family, args.lora),
+        TRAINED: dialled(family, args.step_lora),
+    }
     if args.run:
         fields |= {of_run(name): dialled(family, args.run / name) for name in ADAPTERS}
     return fields
 
 
 def dialled(family: Flux, folder: Path) -> FieldFor:
-    """steps -> the field of a LoRA at its scale for so many; through the stock loader."""
+    """steps -> the field of a LoRA, or of a pair, at its scale for so many; through the stock loader."""
     pipe, scales = load_flux(), scales_of(folder)
-    pipe.load_lora_weights(str(folder), adapter_name="step")
+    files = lora_files(folder / WEIGHT_NAME, scales)
+    for name, file in files.items():
+        pipe.load_lora_weights(str(folder), weight_name=file.name, adapter_name=name)
 
     def field_for(steps: int) -> Field:
-        pipe.set_adapters(["step"], [scales.scale(steps)])
+        pipe.set_adapters(list(files), [scales.scale(steps) ** power for power in range(1, len(files) + 1)])
         return partial(family.velocity, pipe.transformer)
 
     return field_for
@@ -138,19 +150,30 @@ def start_record(args: argparse.Namespace, judge: Judge) -> dict[str, Any]:
         "goal": "teacher, 32 steps, shift 3",
         "reference": "4000 drawings of held-out pairs",
         "frechet_floor": judge.floor(),
-        "weights": {"teacher": digest(FLUX / "transformer"), "lora": digest(args.lora)},
+        "weights": {
+            "teacher": digest(FLUX / "transformer"),
+            "lora": digest(args.lora),
+            "step_lora": digest(args.step_lora),
+        },
         "dial": {str(n): s for n, s in zip(scales.steps, scales.scales, strict=True)},
+        "rule": scales_of(args.step_lora).exponent,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "entries": {},
     }
     old = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    if all(old.get(key) == fresh[key] for key in (*SAME, "weights", "dial")):
-        return old
-    same_teacher = old.get("weights", {}).get("teacher") == fresh["weights"]["teacher"]
-    if same_teacher and all(old.get(key) == fresh[key] for key in SAME):
-        fresh["entries"] = {TEACHER: old["entries"].get(TEACHER, [])}  # another LoRA, the same teacher
+    fresh["entries"] = {
+        name: rows for name, rows in old.get("entries", {}).items() if still(name, old, fresh)
+    }
     return fresh
+
+
+def still(name: str, old: dict[str, Any], fresh: dict[str, Any]) -> bool:
+    """Whether what an old record says of an entry holds: the same captions, teacher, LoRA and scales."""
+    depends = {TEACHER: [], TRAINED: ["step_lora"]}.get(name, ["lora"])
+    was, now = old.get("weights", {}), fresh["weights"]
+    same = all(old.get(key) == fresh[key] for key in (*SAME, *(["dial"] if depends == ["lora"] else [])))
+    return same and all(was.get(part) == now[part] for part in ("teacher", *depends))
 
 
 def digest(folder: Path) -> str:
@@ -165,13 +188,13 @@ def digest(folder: Path) -> str:
 
 
 def summary(entries: dict[str, list[dict]]) -> dict[str, dict]:
-    """The aims that the project set itself, beside what was reached."""
+    """Both carried LoRAs beside the teacher's best shift, and what accuracy they lose on its 32 steps."""
     teacher = entries[TEACHER]
     full = at_stock(teacher, 32)
     found = {"teacher_32": {key: full[key] for key in (*COLUMNS, "per_attribute")}}
-    for steps in COMPARED:
-        best, ours = best_of(teacher, steps), at_stock(entries[DIALLED], steps)
-        found[f"at_{steps}_steps"] = {
+    for steps, (kind, name) in product(COMPARED, (("", DIALLED), ("trained_", TRAINED))):
+        best, ours = best_of(teacher, steps), at_stock(entries[name], steps)
+        found[f"{kind}at_{steps}_steps"] = {
             **{f"{key}_ratio": round(ours[key] / best[key], 3) for key in ("frechet", "endpoint")},
             "prompt_accuracy_lost": round(full["prompt_accuracy"] - ours["prompt_accuracy"], 4),
         }
@@ -180,7 +203,7 @@ def summary(entries: dict[str, list[dict]]) -> dict[str, dict]:
 
 def readme_table(record: dict[str, Any]) -> str:
     """The rows that a reader needs, in Markdown."""
-    teacher, ours = record["entries"][TEACHER], record["entries"][DIALLED]
+    teacher, ours, trained = (record["entries"][name] for name in (TEACHER, DIALLED, TRAINED))
     scales = LoraScales(tuple(map(int, record["dial"])), tuple(record["dial"].values()))
     lines = [
         "| | steps | prompt accuracy | Frechet distance | endpoint distance |",
@@ -191,7 +214,10 @@ def readme_table(record: dict[str, Any]) -> str:
         lines.append(readme_line("teacher, stock shift" if n > 1 else "teacher", n, at_stock(teacher, n)))
         if n > 1:
             lines.append(readme_line("teacher, best shift for each column", n, best_of(teacher, n)))
-        lines.append(readme_line(f"**LoRA at scale {scales.scale(n):g}**", n, at_stock(ours, n)))
+        lines.append(readme_line(f"LoRA, searched scale {scales.scale(n):g}", n, at_stock(ours, n)))
+        lines.append(
+            readme_line(f"**LoRA, scale {n ** -record['rule']:.2g} = step size**", n, at_stock(trained, n))
+        )
     return "\n".join(lines)
 
 
@@ -209,7 +235,7 @@ def put_table(path: Path, text: str) -> None:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """A panel for each metric, against network evaluations."""
-    teacher, ours = record["entries"][TEACHER], record["entries"][DIALLED]
+    teacher, ours, trained = (record["entries"][name] for name in (TEACHER, DIALLED, TRAINED))
     figure, axes = canvas(1, 3, (10, 3))
     for ax, (key, title) in zip(axes[0], TITLES.items(), strict=True):
         steps = [n for n in STEPS if not (key == "endpoint" and n == 32)]
@@ -217,6 +243,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
             ("C7o-", "teacher, stock shift", at_stock, teacher),
             ("C0o--", "teacher, best shift", best_of, teacher),
             ("C1o-", DIALLED, at_stock, ours),
+            ("C3o-", TRAINED, at_stock, trained),
         ):
             ax.plot(steps, [pick(rows, n)[key] for n in steps], style, label=label)
         ax.set(xscale="log", xticks=STEPS, xticklabels=STEPS, xlabel="network evaluations")

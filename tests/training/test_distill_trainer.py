@@ -366,7 +366,16 @@ def test_yaml_flags_and_unknown_keys(images, tmp_path, capsys):
     assert stop.value.code == 2 and "invalid int value: 'big'" in capsys.readouterr().err
 
 
-PRESETS = ["flux-dev-a100", "flux-dev-24gb", "sd35-large-a100", "flux-authors", "sd35-authors", "tiny"]
+PRESETS = [
+    "flux-dev-a100",
+    "flux-dev-24gb",
+    "flux-dev-step-scaled",
+    "sd35-large-a100",
+    "flux-authors",
+    "sd35-authors",
+    "tiny",
+    "tiny-step-scaled",
+]
 
 
 @pytest.mark.parametrize("name", PRESETS)
