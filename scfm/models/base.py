@@ -38,6 +38,16 @@ class PipelineFamily:
             )
         )
 
+    def forward_rows(self, cond: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """(rows,): which example each row of the network's forward is of; None where row i is of example i.
+
+        Guided examples have two rows: `guided_velocity` puts those without captions first.
+        """
+        if not self.uses_cfg:
+            return None
+        guided = (cond["guidance"] > 1).nonzero().flatten()
+        return torch.cat([guided, torch.arange(len(cond["guidance"]), device=guided.device)])
+
     def sample_stock(
         self,
         captions: Sequence[str],

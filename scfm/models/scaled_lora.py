@@ -41,7 +41,7 @@ class ScaledLoraModels:
     velocity: calls it, as a `Family`'s velocity: (transformer, x, t, cond) -> velocity
     targets, rank, alpha: as in `add_adapters`
     order: 1 or 2 LoRAs
-    forward_rows: (cond) -> (rows,), which example each row of a forward is of; None: row i is of example i
+    forward_rows: a `Family`'s: (cond) -> (rows,), which example each row of a forward is of
     model: what the student's forward goes through where the transformer is wrapped; itself when None
 
     All examples go through one forward, whatever their scales. The student's scales stand until its next
@@ -56,7 +56,7 @@ class ScaledLoraModels:
         rank: int = 64,
         alpha: int | None = None,
         order: int = 2,
-        forward_rows: Callable[[Condition], torch.Tensor] | None = None,
+        forward_rows: Callable[[Condition], torch.Tensor | None] = lambda cond: None,
         model: Any = None,
     ) -> None:
         self.adapters = {name: names_of(name, order) for name in MODELS}
@@ -95,7 +95,8 @@ class ScaledLoraModels:
     ) -> torch.Tensor:
         """Velocities (B, ...) of "student", with a gradient, or "ema" at x (B, ...) and t (B,), each example
         at its own scale (B,)."""
-        rows = scales if self.forward_rows is None else scales[self.forward_rows(cond).to(scales.device)]
+        index = self.forward_rows(cond)
+        rows = scales if index is None else scales[index.to(scales.device)]
         if name == "student":
             self.set_scales(name, rows.to(x.device))
             return self.velocity(self.model, x, t, cond)
@@ -142,12 +143,6 @@ class ScaledLoraModels:
 def names_of(name: str, order: int) -> list[str]:
     """The adapters of a model: NAME, and NAME_2 for the second order."""
     return [name, f"{name}_2"][:order]
-
-
-def guided_rows(cond: Condition) -> torch.Tensor:
-    """`forward_rows` of `guided_velocity`: the guided examples without their captions, then all with them."""
-    guided = (cond["guidance"] > 1).nonzero().flatten()
-    return torch.cat([guided, torch.arange(len(cond["guidance"]), device=guided.device)])
 
 
 def second_file(path: str | Path) -> Path:

@@ -25,7 +25,7 @@ from scfm.models.family import velocities
 from scfm.models.loading import DTYPES, load_pipeline, require_bitsandbytes
 from scfm.models.lora import LoraModels, adapter_state, load_adapter_state
 from scfm.models.sampling import on_device
-from scfm.models.scaled_lora import ScaledLoraModels, guided_rows
+from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.source import PipelineSource
 from scfm.training.checkpoint import find_checkpoint, load_checkpoint
 from scfm.training.config import DistillConfig
@@ -99,8 +99,11 @@ class DistillTrainer(Trainer):
         torch.manual_seed(config.seed)  # PEFT draws A from the global state
         targets, alpha = config.lora_layers or self.family.lora_targets, config.lora_alpha or None
         if config.algorithm == STEP_SCALED:
-            rows, order = guided_rows if self.family.uses_cfg else None, config.scale_order
-            return ScaledLoraModels(transformer, velocity, targets, config.rank, alpha, order, rows)
+            # a family that does not say has one row for each example; if not, the first forward says so
+            rows = getattr(self.family, "forward_rows", lambda cond: None)
+            return ScaledLoraModels(
+                transformer, velocity, targets, config.rank, alpha, config.scale_order, rows
+            )
         return LoraModels(
             transformer, velocity, targets, config.rank, alpha, teacher_velocity=teacher_velocity
         )

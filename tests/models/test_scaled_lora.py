@@ -14,24 +14,37 @@ from scfm.method.flow import sample, time_grid
 from scfm.method.step_scale import StepScale, draw_step_jumps, step_scale_loss, step_scale_target
 from scfm.models.flux import Flux
 from scfm.models.lora import WEIGHT_NAME
-from scfm.models.scaled_lora import MODELS, ScaledLoraModels, guided_rows, second_file
+from scfm.models.pixels import Pixels, pipeline_of
+from scfm.models.scaled_lora import MODELS, ScaledLoraModels, second_file
 from scfm.models.sd3 import SD3
+from scfm.models.unet import UNetFlow
 from toy.pipelines import TOKENS, build_flux, build_sd3
 
 SCALES = torch.tensor([0.0, 0.3, 1.0, 0.5])
 GUIDANCE = torch.tensor([2.5, 1.0, 4.0, 0.0])  # guided and unguided examples in one batch
 
 
+def build_flow():
+    torch.manual_seed(0)
+    pipe = pipeline_of(UNetFlow("tiny", classes=4).eval(), ("star", "ring", "cross", "dot"))
+    for p in pipe.transformer.parameters():  # whose last layer starts at zero
+        p.data.add_(0.02 * torch.randn(p.shape))
+    return pipe
+
+
 class Setup:
     """Four examples, and models whose adapters are random."""
 
     def __init__(self, name: str, order: int, dtype: torch.dtype = torch.float32, alpha: int | None = None):
-        build, kind = {"flux": (build_flux, Flux), "sd3": (build_sd3, SD3)}[name]
+        build, kind = {"flux": (build_flux, Flux), "sd3": (build_sd3, SD3), "pixels": (build_flow, Pixels)}[
+            name
+        ]
         self.pipe = build()
         self.pipe.transformer.to(dtype)
         self.family = kind(self.pipe, 32, 32, TOKENS)
         text = self.family.encode_text(["a red star", "a small blue ring", "a cross", "a large green ring"])
-        self.cond = {**{k: v.to(dtype) for k, v in text.items()}, "guidance": GUIDANCE}
+        text = {k: v.to(dtype) if v.is_floating_point() else v for k, v in text.items()}
+        self.cond = {**text, "guidance": GUIDANCE}
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(4, *self.family.latent_shape, generator=generator)
         self.t = torch.tensor([0.9, 0.2, 0.6, 0.4])
@@ -45,7 +58,7 @@ class Setup:
             rank=3,
             alpha=alpha,
             order=order,
-            forward_rows=guided_rows if self.family.uses_cfg else None,
+            forward_rows=self.family.forward_rows,
         )
         for model in MODELS:
             for p in self.models.parameters(model):
@@ -56,8 +69,16 @@ class Setup:
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("family", ["flux", "sd3"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
+@pytest.mark.parametrize(
+    "family, dtype, tolerance",
+    [
+        ("flux", torch.float32, 1e-5),
+        ("sd3", torch.float32, 1e-5),
+        ("pixels", torch.float32, 1e-5),
+        ("flux", torch.bfloat16, 0.06),
+        ("sd3", torch.bfloat16, 0.06),
+    ],
+)
 def test_one_forward_for_all_scales_is_one_for_each(family, order, dtype, tolerance):
     setup = Setup(family, order, dtype)
     for model in MODELS:
@@ -120,13 +141,14 @@ def gradients(setup: Setup, disturb: bool) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixels"])
 def test_the_gradient_is_that_of_one_forward_for_each_also_when_recomputed(family, order):
     setup = Setup(family, order)
     ours = [g.clone() for g in gradients(setup, disturb=False)]
     assert all(p.grad is None for p in setup.models.parameters("ema"))
-    setup.pipe.transformer.enable_gradient_checkpointing()
-    setup.pipe.transformer.train()
+    if family != "pixels":  # whose network has none
+        setup.pipe.transformer.enable_gradient_checkpointing()
+        setup.pipe.transformer.train()
     for a, b in zip(ours, gradients(setup, disturb=True), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
     for a, b in zip(ours, one_at_a_time(setup), strict=True):
@@ -154,7 +176,7 @@ def one_at_a_time(setup: Setup) -> list[torch.Tensor]:
 
 def test_more_rows_than_scales_are_refused():
     setup = Setup("sd3", 1)
-    setup.models.forward_rows = None
+    setup.models.forward_rows = lambda cond: None
     with pytest.raises(ValueError, match="4 LoRA scales for 6 rows"):
         setup.at("ema")
 

@@ -9,7 +9,7 @@ from scfm.cli import main
 from scfm.method.distill import Batch, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import LoraModels
-from scfm.models.scaled_lora import ScaledLoraModels, guided_rows
+from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.sd3 import SD3
 from scfm.training.config import DistillConfig
 from scfm.training.estimate import make_plan
@@ -45,9 +45,8 @@ def test_the_count_is_that_of_a_real_update(family_class, build, checkpointing, 
     if algorithm == "dual":
         models = LoraModels(pipe.transformer, family.velocity, family.lora_targets, config.rank)
     else:
-        rows = guided_rows if family.uses_cfg else None
         models = ScaledLoraModels(
-            pipe.transformer, family.velocity, family.lora_targets, config.rank, None, 2, rows
+            pipe.transformer, family.velocity, family.lora_targets, config.rank, None, 2, family.forward_rows
         )
     optimizer, _ = make_optimizer(models, config)
     cond = {**family.encode_text(["a red star"] * 4), "guidance": torch.full((4,), 4.0)}
