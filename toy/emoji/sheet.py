@@ -7,6 +7,7 @@ star) the image that was never trained on.
 
 import argparse
 import os
+import textwrap
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from diffusers import FluxPipeline
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
+from scfm.models.loading import no_loading_bars
 from toy.emoji.data import CONFIG, SIDE, TOKENS, Emojis, load_emoji, split
 
 STEPS = (1, 2, 3, 4, 8, 32)
@@ -74,9 +76,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load(folder: str | Path) -> FluxPipeline:
-    pipe = FluxPipeline.from_pretrained(str(folder))
+    with no_loading_bars():
+        pipe = FluxPipeline.from_pretrained(str(folder), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pick(out: Emojis, count: int) -> list[int]:
@@ -134,12 +137,8 @@ def draw_sheet(
             image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
             sheet.paste(image, (MARGIN + j * cell, LINE + i * cell))
     for i, (caption, star) in enumerate(zip(captions, stars, strict=True)):
-        lines = [caption[k : k + 44] for k in range(0, len(caption), 44)]
-        pen.text(
-            (6, LINE + i * cell + 20),
-            "\n".join(("* " if star else "") + line for line in lines),
-            fill="black",
-        )
+        words = textwrap.fill(("* " if star else "") + caption, 44)
+        pen.text((6, LINE + i * cell + 20), words, fill="black")
     return sheet
 
 
