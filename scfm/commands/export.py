@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+from safetensors import SafetensorError
+
 from scfm.commands.options import add_options, make_parser
 from scfm.files import check_writable
 from scfm.inference.export import ExportConfig, export
@@ -22,6 +24,8 @@ def main(argv: Sequence[str]) -> int:
     check_writable(config.output_dir, "take another --output_dir")
     try:
         record = export(config)
+    except SafetensorError as error:  # what was read before has a whole header: it is the disk of the result
+        raise OSError(f"{config.output_dir} could not be written ({error})") from None
     except RuntimeError as error:  # it was done, and is not right
         print(f"scfm export: {error}", file=sys.stderr)
         return 1

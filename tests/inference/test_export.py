@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import scfm.inference.export
@@ -237,6 +238,19 @@ def test_bad_input_is_one_line_and_code_2(lora, tmp_path, capsys, monkeypatch, c
     assert main(["export", *[word for pair in words.items() for word in pair]]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("scfm export: ") and message in line and not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line_that_names_the_place(lora, tmp_path, capsys, monkeypatch):
+    """diffusers writes the pipeline, and the error of safetensors is no OSError."""
+
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("diffusers.FluxPipeline.save_pretrained", full)
+    assert main(["export", "--lora", str(lora), "--output_dir", str(tmp_path / "out")]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == f"scfm export: {tmp_path / 'out'} could not be written (No space left on device)"
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
 def test_a_style_that_fits_nothing_leaves_nothing(lora, tmp_path, capsys):
