@@ -41,8 +41,8 @@ from toy.plane import DATA
 FLUX, CHOICES, SCRATCH = tiny_flux.NAME, "choices", "scratch"
 PARTS = ("plane", FLUX, SCRATCH, CHOICES)
 ONE, TWO = "one difference", "two differences"
-ORDERS = {ONE: {"scale_order": 1}, TWO: {"scale_order": 2}}
-LORAS = {ONE: {"scale_order": 1}, TWO: {"scale_order": 2}, f"{TWO}, rank 8": {"scale_order": 2, "rank": 8}}
+ORDERS = {TWO: {"scale_order": 2}, ONE: {"scale_order": 1}}
+LORAS = {**ORDERS, f"{TWO}, rank 8": {"scale_order": 2, "rank": 8}}
 FLOWS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scale trained in, a quarter": {"share": 0.25},
@@ -88,23 +88,24 @@ def jobs(
     scratch: int,
     small: bool = False,
 ) -> list[Job]:
-    """All measurements, seed 0 first.
+    """All measurements, in the order in which they matter.
 
     scratch: evaluations of a pre-training; small: for a look at whether everything runs
     """
-    found = []
-    for seed in range(seeds):
-        for on_plane, on_flux in budgets.values():
-            found += [
-                Job("plane", "step_scaled", label, data, seed, change, on_plane)
-                for data in sets
-                for label, change in ORDERS.items()
-            ]
-            if seed < flux_seeds and on_flux:
-                found += [
-                    Job(FLUX, "step_scaled", label, FLUX, seed, change, on_flux)
-                    for label, change in LORAS.items()
-                ]
+    found = [
+        Job("plane", "step_scaled", label, data, seed, change, on_plane)
+        for label, change in ORDERS.items()
+        for seed in range(seeds)
+        for on_plane, _ in budgets.values()
+        for data in sets
+    ]
+    found += [
+        Job(FLUX, "step_scaled", label, FLUX, seed, change, on_flux)
+        for seed in range(flux_seeds)
+        for _, on_flux in budgets.values()
+        for label, change in LORAS.items()
+        if on_flux
+    ]
     for seed in range(flux_seeds):
         found += [
             Job(SCRATCH, "from scratch", label, data, seed, change, scratch)

@@ -11,7 +11,7 @@ from scfm.inference.model_card import write_card
 from scfm.models.lora import WEIGHT_NAME
 from scfm.models.scaled_lora import second_file
 from scfm.training.checkpoint import latest
-from scfm.training.config import DistillConfig
+from scfm.training.config import PRESETS, DistillConfig
 from scfm.training.distill_trainer import finalize, init_trainer
 from scfm.training.output_dir import as_json, load_saved_config
 
@@ -32,22 +32,20 @@ def main(argv: Sequence[str]) -> int:
     """`scfm distill`: a flag for every field of DistillConfig."""
     parser = make_parser(
         "scfm distill",
-        "Self-distil a pre-trained flow-matching pipeline into a 3 to 8 "
-        "step one. The defaults "
-        "are the published recipe for FLUX.1-dev; the result, "
-        "OUTPUT_DIR/pytorch_lora_weights.safetensors, loads in a stock pipeline with "
-        "load_lora_weights. Run the "
-        "same command again to resume after a kill. On several GPUs: accelerate launch -m "
-        "scfm.cli distill ... "
-        "(see scripts/).",
+        "Self-distil a pre-trained flow-matching pipeline into a few-step one: by the paper's algorithms "
+        "a LoRA for some 2 to 8 steps, with --algorithm step_scaled one for any count from 1 to 16, whose "
+        "scale is the step size. What it writes, OUTPUT_DIR/pytorch_lora_weights.safetensors (and ..._2 "
+        "beside it), loads in a stock pipeline with load_lora_weights; OUTPUT_DIR/README.md has the lines. "
+        "Learning rate, batch and averages default to the published ones for FLUX.1-dev; for a whole recipe "
+        "take --config flux-dev-a100. Run the same command again to resume after a kill. On several GPUs: "
+        "accelerate launch -m scfm.cli distill ... (see scripts/).",
     )
     config = parse_config(
         parser,
         argv,
         DistillConfig,
-        "YAML or JSON file of the settings below, a "
-        "preset's name "
-        "(scfm/presets/), or the config.json that every run writes; flags override it",
+        "YAML or JSON file of the settings below, the config.json that every run writes, or the name of a "
+        f"preset ({', '.join(path.stem for path in sorted(PRESETS.glob('*.yaml')))}); flags override it",
     )
     config.check()
     record = finished(config)

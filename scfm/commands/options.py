@@ -12,6 +12,13 @@ from scfm.training.config import load_settings
 Config = TypeVar("Config")
 
 
+class Listed(tuple):
+    """A tuple that help shows as it is typed: 3,4."""
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self)) or "none"
+
+
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """A parser that shows defaults and takes flags in full only: an abbreviated one could swallow another's
     value."""
@@ -27,6 +34,7 @@ def add_options(parser: argparse.ArgumentParser, config_class: Any) -> None:
     """A flag for each field of a dataclass; its help sentence and default come from the field."""
     for f in fields(config_class):
         default, help = f.default, f.metadata["help"]
+        default = Listed(default) if isinstance(default, tuple) else default
         if isinstance(default, bool):
             parser.add_argument(
                 f"--{f.name}", action=argparse.BooleanOptionalAction, default=default, help=help

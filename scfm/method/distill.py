@@ -45,7 +45,7 @@ class SCFMConfig:
     max_train_steps: int = setting(1000, "training steps of the student")
     global_batch_size: int = setting(8, "examples of one step, over all processes and accumulation steps")
     learning_rate: float = setting(2e-5, "learning rate of AdamW")
-    lr_scheduler: str = setting("constant", "of the learning rate: constant, or cosine (down to zero)")
+    lr_scheduler: str = setting("constant", "how the learning rate goes: constant, or cosine (down to zero)")
     adam_weight_decay: float = setting(1e-4, "weight decay of AdamW")
     max_grad_norm: float = setting(10.0, "largest gradient norm; inf for no clipping")
     teacher_ratio: float = setting(
@@ -53,12 +53,12 @@ class SCFMConfig:
     teacher_grid: int = setting(32, "steps of the grid of teacher examples")
     self_grids: tuple[int, ...] = setting(
         (2, 4, 8, 16), "steps of the grids of self-consistency examples, one is drawn for each; without 2 a "
-        "student with LoRA scales by step count lands nearer (chapter 40)")
+        "student with LoRA scales by step count lands nearer (chapter 40_comparison)")
     t_skip: int = setting(2, "steps of its grid that an example jumps over; even")
     shift: tuple[float, float] = setting((2.5, 4.5), "range of the time shift, drawn per example")
     algorithm: str = setting(
         "dual", "dual (Algorithm 2), one_ema (Algorithm 1), dual_pure: dual with teacher examples whose "
-        "targets are the teacher's alone, or step_scaled: the scale is the step size (chapter 06)")
+        "targets are the teacher's alone, or step_scaled: the scale is the step size (chapter 06_step_scale)")
     ema_decay_fast: float = setting(0.99, "decay of the fast EMA, per step")
     ema_decay_slow: float = setting(0.999, "decay of the slow EMA, per step; the only EMA of one_ema")
     restart_every: int = setting(0, "steps between restarts of both EMAs; 0 for none")
@@ -77,7 +77,7 @@ class SCFMConfig:
     step_weights: tuple[float, ...] = setting(
         (), "step_scaled: how often each of step_counts is drawn; empty: equally often")
     finest_steps: int = setting(
-        16, "step_scaled: half-steps of finer grids than this are the teacher's")
+        16, "step_scaled: targets made of half-steps of more than so many a path are the teacher's")
     ema_decay: float = setting(0.95, "step_scaled: decay of its EMA, per step; a short memory")
     seed: int = setting(0, "of noise, times, kinds of examples and data")
 

@@ -1,7 +1,7 @@
 """The settings of a distillation, and where they come from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ class DistillConfig(SCFMConfig):
                 "say either --prompts FILE (the teacher generates) or --train_data_dir FOLDER (your own)"
             )
         validate(self, DISTILL_VALIDATORS)
-        refuse_for_step_scaled(self)
+        refuse_for_algorithm(self)
         if self.guidance_mode == "distilled" and "ema_slow" in TARGET_MODELS.get(self.algorithm, {}).get(
             "teacher", ()
         ):
@@ -165,10 +165,46 @@ class DistillConfig(SCFMConfig):
         )
 
 
+# settings that one kind of algorithm has and the other has not
+OF_THE_PAPERS = (
+    "teacher_ratio",
+    "teacher_grid",
+    "self_grids",
+    "t_skip",
+    "ema_decay_fast",
+    "ema_decay_slow",
+    "restart_every",
+    "ema_target_scale",
+    "dynamic_shift_prob",
+    "eval_lora_scales",
+)
+OF_STEP_SCALED = (
+    "scale_exponent",
+    "scale_order",
+    "step_counts",
+    "step_weights",
+    "finest_steps",
+    "ema_decay",
+)
+
+
+def refuse_for_algorithm(config: DistillConfig) -> None:
+    """ValueError for settings that mean nothing to the algorithm, and for what step_scaled cannot do."""
+    is_scaled = config.algorithm == STEP_SCALED
+    strangers = OF_THE_PAPERS if is_scaled else OF_STEP_SCALED
+    usual = {f.name: f.default for f in fields(config)}
+    changed = [name for name in strangers if getattr(config, name) != usual[name]]
+    if changed:
+        raise ValueError(
+            f"{changed[0]}={getattr(config, changed[0])!r} means nothing to algorithm {config.algorithm}: "
+            f"leave it out{', or take a preset of step_scaled' if is_scaled else ''}"
+        )
+    if is_scaled:
+        refuse_for_step_scaled(config)
+
+
 def refuse_for_step_scaled(config: DistillConfig) -> None:
     """ValueError for what the algorithm step_scaled cannot do."""
-    if config.algorithm != STEP_SCALED:
-        return
     if config.guidance_mode == "distilled":
         raise ValueError(
             "guidance_mode distilled with algorithm step_scaled: at small scales the student is its teacher, "
