@@ -17,7 +17,16 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from scfm.data.fingerprint import fingerprint
-from scfm.data.images import ListedImage, Size, in_chunks, in_threads, inspect_image, nearest_size, read_image
+from scfm.data.images import (
+    ListedImage,
+    Size,
+    in_chunks,
+    in_threads,
+    inspect_image,
+    nearest_size,
+    not_finite,
+    read_image,
+)
 from scfm.files import atomic_write
 from scfm.method.consistency import Stream, keyed_generator
 from scfm.models.source import PipelineSource
@@ -226,10 +235,7 @@ def encode_latents(family: Family, shard: Shard) -> dict[str, torch.Tensor]:
         parts.append(family.encode_images(images).cpu())
         for row, (_, path) in zip(parts[-1], some, strict=True):
             if not row.isfinite().all():
-                raise FloatingPointError(
-                    f"the VAE gives latents that are not finite for {path} ({family.pipe.dtype}): "
-                    "take --weight_dtype fp32, or another VAE"
-                )
+                raise not_finite("VAE", str(path), family.pipe.dtype)
     return {"latents": torch.cat(parts)}
 
 

@@ -185,6 +185,19 @@ def find_image(folder: Path, name: str, where: str) -> Path:
     raise FileNotFoundError(f"{where}: no image {name}")
 
 
+def not_finite(part: str, what: str, dtype: torch.dtype) -> FloatingPointError:
+    """That a part of the pipeline gives values that are not finite, and the mend, which is another in fp32.
+
+    part, what: in words, such as "VAE", and the image
+    """
+    mend = (
+        "take --weight_dtype fp32"
+        if dtype != torch.float32
+        else f"its weights are at fault: take another {part}"
+    )
+    return FloatingPointError(f"the {part} gives values that are not finite for {what} ({dtype}): {mend}")
+
+
 def parse_sizes(words: Sequence[str]) -> list[Size]:
     """[(height, width)] of words such as ("512x512", "640x384"), which are HEIGHTxWIDTH. ValueError names the
     wrong one."""

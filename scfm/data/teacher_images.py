@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from scfm.data.images import BROKEN, Size, in_chunks, in_threads
+from scfm.data.images import BROKEN, Size, in_chunks, in_threads, not_finite
 from scfm.data.prompts import json_lines
 from scfm.files import atomic_write
 from scfm.method.consistency import Stream, keyed_generator
@@ -205,8 +205,5 @@ def generate(
     for row, latents, image in zip(rows, endpoints, images, strict=True):
         if not (latents.isfinite().all() and image.isfinite().all()):
             part = "VAE" if latents.isfinite().all() else "transformer"
-            raise FloatingPointError(
-                f"the {part} gives values that are not finite for {row['file_name']} ({family.pipe.dtype}): "
-                "take --weight_dtype fp32"
-            )
+            raise not_finite(part, row["file_name"], family.pipe.dtype)
     return [to_pil_image((image + 1) / 2) for image in images]

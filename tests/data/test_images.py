@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from scfm.cli import main
-from scfm.data.images import inspect_image, list_images, nearest_size, read_folder, read_image
+from scfm.data.images import inspect_image, list_images, nearest_size, not_finite, read_folder, read_image
 from scfm.data.labelled_images import load_labelled_images
 from scfm.data.prompts import read_prompts
 from scfm.data.teacher_images import generate_images
@@ -327,6 +327,17 @@ def test_a_vae_that_overflows_writes_no_image(tmp_path):
     with pytest.raises(FloatingPointError, match="the VAE gives values that are not finite for 00000.png"):
         made(family, tmp_path)
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "dtype, mend",
+    [
+        (torch.bfloat16, "take --weight_dtype fp32"),
+        (torch.float32, "its weights are at fault: take another VAE"),
+    ],
+)
+def test_fp32_is_no_mend_for_fp32(dtype, mend):
+    assert str(not_finite("VAE", "a.png", dtype)).endswith(f"for a.png ({dtype}): {mend}")
 
 
 def test_bytes_of_the_hub_and_images_of_pillow_are_read_alike(tmp_path):
