@@ -12,11 +12,11 @@ ifeq ($(OMP_WAIT_POLICY)$(OMP_NUM_THREADS),)
 export GOMP_SPINCOUNT ?= 20000
 endif
 
-.PHONY: help demo test check test-versions constraints export hooks clean
+.PHONY: help demo test lint check test-versions constraints export hooks clean
 
 help:
 	@echo "make demo    distil the tiny Flux of this repository and compare it with its teacher (about 5 minutes)"
-	@echo "make test    every test, every notebook from top to bottom"
+	@echo "make test    linter, types, every test, every notebook from top to bottom"
 	@echo "make check   linter, types and the fast tests: minutes, before each commit"
 	@echo "make test-versions   the fast tests with the oldest supported and the newest versions of torch and friends"
 	@echo "make constraints     note the versions in .venv as those that were tested, after make test"
@@ -27,12 +27,14 @@ help:
 demo: $(READY)
 	@.venv/bin/scfm demo $(ARGS)
 
-test: $(READY)
+test: lint
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(JOBS) --dist loadgroup $(ARGS)
 
-check: $(READY)
+lint: $(READY)
 	@.venv/bin/ruff check .
 	@.venv/bin/pyright
+
+check: lint
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(JOBS) --dist loadgroup -m "$(FAST)" $(ARGS)
 
 test-versions: $(READY)

@@ -21,7 +21,7 @@ from toy.reader import load_reader, prompt_accuracy, read
 from toy.shapes import COLOURS, PLACES, SHAPES, SIZES, Captions, draw_captions, draw_images, name_attributes
 
 STEPS = (1, 2, 3, 4, 8, 32)
-SHIFTS = (1.0, 1.5, 2.0, 3.0, 4.5)  # 3 is the scheduler's own ("stock")
+SHIFTS = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)  # 3 is the scheduler's own ("stock")
 STOCK = 3.0
 REFERENCE = 4000  # drawings
 

@@ -28,9 +28,10 @@ from scfm.data.prompts import read_prompts
 from scfm.method.distill import CopiedModels, SCFMConfig, distill
 from scfm.method.metrics import endpoint_distance
 from scfm.models.lora import LoraModels
-from toy.judge import SHIFTS, STOCK, Judge
+from toy.judge import STOCK, Judge
 from toy.plane import MLP
 
+SHIFTS = (1.0, 1.5, 2.0, 3.0, 4.5)  # at which the teacher is sampled
 # of the plane
 DEFAULT = {"lr_scheduler": "constant", "ema_decay_fast": 0.99, "ema_decay_slow": 0.999, "read_out": "student"}
 OURS = {"rank": 0, "restart_when_stalled": False}  # what is no field of `SCFMConfig`

@@ -2,9 +2,9 @@
 
     python -m experiments.studies.tiny_flux --run runs/carried --captions 2048
 
-The teacher at five sampling shifts; at the stock shift the carried LoRA at its searched scale for each number
-of steps, and the carried pair of LoRAs whose scale was trained in as the step size; with --run all three
-adapters of the run at 3 and 4 steps. Same captions, noises and reference
+The teacher at several sampling shifts; at the stock shift the carried LoRA at its searched scale for each
+number of steps, and the carried pair of LoRAs whose scale was trained in as the step size; with --run all
+three adapters of the run at 3 and 4 steps. Same captions, noises and reference
 drawings for all (see toy/judge.py). Resumes: a row that stands in the result is not measured again. Writes
 experiments/results/tiny_flux.json and .png.
 """

@@ -20,7 +20,7 @@ MARKER = "<!-- written by scfm, which will write it again; take this line out to
 
 CARD = """# A step LoRA for {pipeline}
 
-Made by self-distillation with scfm, the method of [arXiv 2510.17858](https://arxiv.org/abs/2510.17858).
+Made by self-distillation with scfm, {method}.
 {table}
 With stock diffusers, for {n} step{s}:
 
@@ -61,6 +61,7 @@ square, in latents) to the teacher's {target_steps}-step endpoints from the same
 steps.
 """
 
+PAPER = "[arXiv 2510.17858](https://arxiv.org/abs/2510.17858)"
 RULE = """The LoRA scale is the step size: n steps are taken at n ** -{exponent:g}, whatever n is{pair}.
 
 | steps | in diffusers | distance to the teacher's endpoint | the teacher's own, in as many steps |
@@ -102,6 +103,7 @@ def render_card(folder: str | Path) -> str:
     ]
     return CARD.format(
         pipeline=Path(config.pretrained_model_name_or_path).name,
+        method=method_name(lora_scales),
         table=scale_table(lora_scales, folder),
         shift=config.inference_shift,
         load=loading_code(lora_scales, folder.resolve().name),
@@ -110,6 +112,13 @@ def render_card(folder: str | Path) -> str:
         marker=MARKER,
         **example(config, lora_scales),
     )
+
+
+def method_name(lora_scales: LoraScales | None) -> str:
+    """Whose algorithm made the LoRA."""
+    if lora_scales is not None and lora_scales.exponent:
+        return f"its own algorithm step_scaled, after the method of {PAPER}"
+    return f"the method of {PAPER}"
 
 
 def example(config: InferenceConfig, lora_scales: LoraScales | None) -> dict[str, Any]:
@@ -177,8 +186,8 @@ def rule_table(lora_scales: LoraScales, selection: Mapping[str, Any]) -> str:
     distances = selection.get("endpoint_distance", {})
     ours, teachers = distances.get(selection.get("selected"), {}), distances.get("teacher", {})
     rows = [
-        f"| {n} | `{set_adapters(lora_scales.scale(n), lora_scales.order)}` | {ours.get(str(n), '-')} | "
-        f"{teachers.get(str(n), '-')} |"
+        f"| {n} | `{set_adapters(lora_scales.scale(n), lora_scales.order)}` | {distance_text(ours, n)} | "
+        f"{distance_text(teachers, n)} |"
         for n in sorted({*lora_scales.steps, 5})
     ]
     return RULE.format(
@@ -190,6 +199,11 @@ def rule_table(lora_scales: LoraScales, selection: Mapping[str, Any]) -> str:
         first=lora_scales.steps[0],
         last=lora_scales.steps[-1],
     )
+
+
+def distance_text(distances: Mapping[str, float], steps: int) -> str:
+    """A distance for so many steps, a dash where none was measured."""
+    return f"{distances[str(steps)]:.4f}" if str(steps) in distances else "-"
 
 
 def searched_table(lora_scales: LoraScales, search: Mapping[str, Any]) -> str:
