@@ -6,6 +6,7 @@ from dataclasses import fields
 from os.path import expanduser
 
 from scfm.commands.options import add_options, make_parser, numbers
+from scfm.data.caption_length import fewer_remarks, warn_of_long_captions
 from scfm.files import check_writable
 from scfm.inference.adapters import require_whole_fit
 from scfm.inference.config import InferenceConfig, load_captions
@@ -29,8 +30,10 @@ def main(argv: Sequence[str]) -> int:
     require_whole_fit(step_lora.pipe)
     steps, per_step = sorted(set(args.steps)), sorted(set(args.per_step))
     scales = sorted({0.0, *args.lora_scales})  # 0 is the teacher: always a choice
-    lora_scales, curve = search_lora_scales(step_lora, captions, steps, scales, args.target_steps, seed)
-    schedules = search_schedules(step_lora, captions, lora_scales, per_step, args.target_steps, seed)
+    warn_of_long_captions(step_lora.family, captions)
+    with fewer_remarks():
+        lora_scales, curve = search_lora_scales(step_lora, captions, steps, scales, args.target_steps, seed)
+        schedules = search_schedules(step_lora, captions, lora_scales, per_step, args.target_steps, seed)
     rounded = tuple(tuple(round(scale, 3) for scale in schedule.scales) for schedule in schedules.values())
     lora_scales = lora_scales._replace(schedules=rounded)
     card = save_lora_scales(step_lora, lora_scales, curve, captions, args.target_steps)

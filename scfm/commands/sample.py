@@ -7,6 +7,7 @@ from os.path import expanduser
 from pathlib import Path
 
 from scfm.commands.options import add_options, caption_word, make_parser, numbers
+from scfm.data.caption_length import fewer_remarks, warn_of_long_captions
 from scfm.data.prompts import read_prompts
 from scfm.files import check_writable
 from scfm.inference.config import InferenceConfig
@@ -28,7 +29,9 @@ def main(argv: Sequence[str]) -> int:
         origin = describe_origin(step_lora.lora_scales, steps)
     else:
         origin, scales = "as given", scales * steps if len(scales) == 1 else scales
-    images, scales = generate(step_lora, prompts, steps, scales, args.batch_size)
+    warn_of_long_captions(step_lora.family, prompts)
+    with fewer_remarks():
+        images, scales = generate(step_lora, prompts, steps, scales, args.batch_size)
     save_images(images, args.output)
     print(
         f"{args.output}: {len(prompts)} image{'s' * (len(prompts) > 1)}, {steps} step{'s' * (steps > 1)}, "

@@ -4,18 +4,17 @@ lazily."""
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from scfm.data.caption_length import fewer_remarks, warn_of_long_captions
 from scfm.data.fingerprint import fingerprint
 from scfm.data.images import (
     ListedImage,
@@ -119,9 +118,16 @@ class CachePlan:
         ]
 
     def encode(
-        self, families: Mapping[Size, Family], process: tuple[int, int] = (0, 1), progress: bool = True
+        self,
+        families: Mapping[Size, Family],
+        process: tuple[int, int] = (0, 1),
+        progress: bool = True,
+        warn: bool = True,
     ) -> None:
-        """Makes what is missing of this process's share. families: with VAE and text encoders loaded."""
+        """Makes what is missing of this process's share.
+
+        families: with VAE and text encoders loaded. warn: of captions that are too long, unless that was said
+        """
         wrong = [
             size
             for size in self.sizes
@@ -130,7 +136,7 @@ class CachePlan:
         if wrong:
             raise ValueError(f"families: none of {self.max_sequence_length} tokens for the sizes {wrong}")
         mine = [shard for shard in self.shards[process[0] :: process[1]] if not self.is_sound(shard)]
-        if process[0] == 0 and any(shard.kind == "text" for shard in mine):
+        if warn and process[0] == 0 and any(shard.kind == "text" for shard in mine):
             warn_of_long_captions(families[self.sizes[0]], self.captions)
         with fewer_remarks():
             for shard in tqdm(mine, desc="encoding", unit="shard", disable=not progress):
@@ -146,38 +152,6 @@ class CachePlan:
                 f"shards: encode it first"
             )
         return CachedDataset(self)
-
-
-def warn_of_long_captions(family: Family, captions: Sequence[str]) -> None:
-    """Says once how many captions are cut, by the tokenizer of the longest text that the family reads."""
-    components = family.pipe.components if hasattr(family, "pipe") else {}
-    parts = {name: part for name, part in sorted(components.items()) if name.startswith("tokenizer") and part}
-    if not parts:
-        return
-    tokenizer = list(parts.values())[-1]
-    limit = min(family.max_sequence_length, tokenizer.model_max_length)
-    texts = sorted(set(captions))
-    long = [text for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True) if len(ids) > limit]
-    if long:
-        log.warning(
-            "%d of %d captions are longer than %d tokens (max_sequence_length): their ends are not read, "
-            "as of %r",
-            len(long),
-            len(texts),
-            limit,
-            long[0][:60] + "...",
-        )
-
-
-@contextmanager
-def fewer_remarks() -> Iterator[None]:
-    """diffusers prints what it cuts of every caption, which `warn_of_long_captions` has said once."""
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(level)
 
 
 def shard(kind: str, rows: Any, key: Sequence[Any], size: Size | None = None) -> Shard:

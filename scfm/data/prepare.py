@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scfm.data.cache import CachedDataset, CachePlan
+from scfm.data.caption_length import warn_of_long_captions
 from scfm.data.fingerprint import PARTS, fingerprint
 from scfm.data.images import ListedImage, Size, list_images, parse_sizes, read_folder
 from scfm.data.prompts import read_prompts
@@ -198,8 +199,9 @@ def make_data(
     )
     if plan.missing():
         check_writable(plan.folder, "say --cache_dir FOLDER")
+        warn = families is None  # of long captions, which `generate_missing` has done
         families = families or load_families(config, source, state, "encoders")
-        plan.encode(families, (state.process_index, state.num_processes), progress)
+        plan.encode(families, (state.process_index, state.num_processes), progress, warn)
     # outside the if: a late process may find that nothing is missing
     state.wait_for_everyone()
     del families
@@ -226,6 +228,8 @@ def generate_missing(
     if missing and config.cache:
         check_writable(cache_folder(config), "say --cache_dir FOLDER")
     families = load_families(config, source, state, "all") if missing else None
+    if families and state.is_main_process:
+        warn_of_long_captions(next(iter(families.values())), inputs.captions)
     if families:
         generate_images(
             families,

@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
+from scfm.data.caption_length import fewer_remarks
 from scfm.data.images import BROKEN, Size, in_chunks, in_threads, not_finite
 from scfm.data.prompts import json_lines
 from scfm.files import atomic_write
@@ -56,7 +57,7 @@ def generate_images(
     chunks = [chunk for numbers in alike for chunk in in_chunks(numbers, batch_size)]
     mine = [chunk for chunk in chunks[process[0] :: process[1]] if missing & set(chunk)]
     total = sum(len(missing & set(chunk)) for chunk in mine)
-    with tqdm(total=total, desc="teacher's images", disable=not progress) as bar:
+    with fewer_remarks(), tqdm(total=total, desc="teacher's images", disable=not progress) as bar:
         for chunk in mine:
             for i, image in zip(chunk, generate(by_size, [rows[i] for i in chunk], chunk), strict=True):
                 if i in missing:

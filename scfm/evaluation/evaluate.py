@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from scfm.data.caption_length import fewer_remarks, warn_of_long_captions
 from scfm.evaluation.external_models import ExternalModel, lora_samplers, pipeline_samplers
 from scfm.evaluation.image_metrics import find_metrics
 from scfm.evaluation.image_store import (
@@ -114,7 +115,9 @@ def evaluate(
     device = device or default_device()
     metrics, missing = find_metrics(config.custom_metric, config.inception, config.clip, device)
     evaluation = Evaluation(StepLora(config, device, source), config, captions, progress)
-    rows = evaluation.generate(external_models)
+    warn_of_long_captions(evaluation.step_lora.family, captions)
+    with fewer_remarks():
+        rows = evaluation.generate(external_models)
     reference = images_in(config.reference_dir) if config.reference_dir else []
     measure(rows, out, captions, metrics, reference, (config.height, config.width), progress)
     protocol |= {

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -189,3 +190,16 @@ def test_a_caption_that_is_no_utf_8_is_named(lora, capsys):
         with pytest.raises(SystemExit, match="2"):
             run("sample", "--lora", lora, flag, latin)
         assert "is not UTF-8: put it into a file of captions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sample", "dial"])
+def test_long_captions_are_counted_once(lora, prompts, tmp_path, caplog, capfd, command):
+    prompts.write_text("a red star\n" + "a red star on the left " * 40)
+    words = ["--lora", lora, "--prompts", prompts, "--steps", 1]
+    more = {
+        "sample": ["--output", tmp_path / "a.png", "--batch_size", 1],
+        "dial": ["--num_prompts", 2, "--lora_scales", "1", "--target_steps", 2],
+    }
+    assert run(command, *words, *more[command]) == 0
+    assert caplog.text.count("1 of 2 captions are longer than 16 tokens") == 1
+    assert not re.search("truncated|indexing errors", caplog.text + capfd.readouterr().err)

@@ -3,6 +3,7 @@ their marks."""
 
 import io
 import json
+import re
 import struct
 import unicodedata
 import zlib
@@ -359,4 +360,15 @@ def test_long_captions_are_counted_once(tmp_path, caplog, capfd):
     words = ["--pretrained_model_name_or_path", str(FLUX), "--train_data_dir", str(own), "--sizes", "32x32"]
     assert main(["data", *words, "--max_sequence_length", str(TOKENS)]) == 0
     assert "1 of 2 captions are longer than 16 tokens" in caplog.text
-    assert "truncated" not in caplog.text + capfd.readouterr().err
+    assert not re.search("truncated|indexing errors", caplog.text + capfd.readouterr().err)
+
+
+def test_long_captions_are_counted_once_also_when_images_are_generated(tmp_path, caplog, capfd):
+    (tmp_path / "long.txt").write_text(
+        "\n".join(f"a red star number {i} " + "on the left " * 40 for i in range(3))
+    )
+    words = ["--pretrained_model_name_or_path", FLUX, "--prompts", tmp_path / "long.txt", "--sizes", "32x32"]
+    words += ["--output_dir", tmp_path / "out", "--teacher_steps", 1, "--batch_size", 1]
+    assert main(["data", *map(str, words), "--max_sequence_length", str(TOKENS)]) == 0
+    assert caplog.text.count("3 of 3 captions are longer than 16 tokens") == 1
+    assert not re.search("truncated|indexing errors", caplog.text + capfd.readouterr().err)

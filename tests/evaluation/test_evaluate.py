@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -307,3 +308,10 @@ def test_a_pipeline_that_is_not_whole_is_named_before_the_folder_is_made(
     (flux / "vae/diffusion_pytorch_model.safetensors").unlink()
     assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS, flag.format(flux)) == 2
     assert "has no weights in vae" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_long_captions_are_counted_once(lora, prompts, tmp_path, caplog, capfd):
+    prompts.write_text("a red star on the left " * 40)
+    assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS) == 0
+    assert caplog.text.count("1 of 1 captions are longer than 16 tokens") == 1
+    assert not re.search("truncated|indexing errors", caplog.text + capfd.readouterr().err)
