@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from scfm.data.caption_length import fewer_remarks, warn_of_long_captions
+from scfm.data.fingerprint import fingerprint
 from scfm.evaluation.external_models import ExternalModel, lora_samplers, pipeline_samplers
 from scfm.evaluation.image_metrics import find_metrics
 from scfm.evaluation.image_store import (
@@ -111,6 +112,7 @@ def evaluate(
     _ = source.family  # names a pipeline that is not known
     source.check_files()
     out, protocol = Path(config.output_dir), protocol_of(config, captions)
+    protocol["weights"] = fingerprint(source, *source.parts)[:16]  # a name may come to stand for others
     init_store(out, protocol)
     device = device or default_device()
     metrics, missing = find_metrics(config.custom_metric, config.inception, config.clip, device)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from scfm.data.fingerprint import fingerprint
 from scfm.evaluation.samplers import InContext, Sampler, lora_digest
 from scfm.inference.adapters import load_adapter, lora_file
 from scfm.inference.config import InferenceConfig
@@ -212,6 +213,7 @@ def pipeline_samplers(
         "guidance_scale": model.guidance_scale,
         "shift": model.inference_shift,
         "folder": model.path.name,
+        "weights": fingerprint(source, *source.parts)[:16],
         "pipeline": source.class_name,
     }
     for n in model.steps or steps:

@@ -315,3 +315,17 @@ def test_long_captions_are_counted_once(lora, prompts, tmp_path, caplog, capfd):
     assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS) == 0
     assert caplog.text.count("1 of 1 captions are longer than 16 tokens") == 1
     assert not re.search("truncated|indexing errors", caplog.text + capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("which", ["teacher", "external"])
+def test_images_of_other_weights_under_the_same_name_are_refused(lora, prompts, tmp_path, capsys, which):
+    flux = shutil.copytree(FLUX, tmp_path / "flux")
+    teacher = [f"--pretrained_model_name_or_path={flux}"]
+    words = {"teacher": teacher, "external": [f"--external_model=other={flux},steps=1"]}[which]
+    assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS, *words) == 0
+    path = flux / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["proj_out.bias"] += 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS, *words) == 2
+    assert "holds images of another weights" in capsys.readouterr().err
