@@ -57,6 +57,10 @@ class ScaledModels(Protocol):
         """The tensors of "student" or "ema", in one order for both."""
         ...
 
+    def by_power(self, name: str) -> dict[int, list[torch.Tensor]]:
+        """The same by the power of the scale that they are multiplied by."""
+        ...
+
 
 class Averages(Protocol):
     """EMAs of the student: `scfm.method.ema.EMA` or `FastSlow`. `updates` counts the calls of update()."""

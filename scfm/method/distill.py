@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Validator', 'STEP_SCALED', 'ALGORITHMS', 'VALIDATORS', 'DistillableModels', 'setting', 'SCFMConfig', 'validate',
            'is_int', 'fits', 'is_range', 'weighs', 'CopiedModels', 'call_network', 'jumps_from_config', 'sample_batch',
-           'make_optimizer', 'make_emas', 'Batch', 'StepOutput', 'batch_loss', 'train_step', 'optimizer_step',
-           'TimeBins', 'training_loop', 'distill']
+           'parameter_groups', 'make_optimizer', 'make_emas', 'Batch', 'StepOutput', 'batch_loss', 'train_step',
+           'optimizer_step', 'TimeBins', 'training_loop', 'distill']
 
 # %% ../../nbs/learn/03_distill.ipynb #c02
 import copy
@@ -271,11 +271,23 @@ def sample_batch(config: SCFMConfig, step: int, batch_size: int, shape: Sequence
     return noise[rows], jumps.rows(rows)
 
 # %% ../../nbs/learn/03_distill.ipynb #c16
+def parameter_groups(models: Any, config: SCFMConfig) -> list[dict[str, Any]]:
+    """The student's tensors with their learning rates, for an optimizer.
+
+    One group, but for step_scaled a group for each power k of the scale: what D_k changes is multiplied by
+    s ** k, so its learning rate is divided by the mean of that over the counts that are drawn. A step then
+    moves the velocity as far as without a scale.
+    """
+    if config.algorithm != STEP_SCALED:
+        return [{"params": models.parameters("student"), "lr": config.learning_rate}]
+    rule = config.step_scale
+    return [{"params": tensors, "lr": config.learning_rate / rule.mean(power)}
+            for power, tensors in models.by_power("student").items()]
+
 def make_optimizer(models: TrainableModels | ScaledModels,
                    config: SCFMConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
     """AdamW on the student's tensors and its learning-rate scheduler, to be stepped once a training step."""
-    optimizer = torch.optim.AdamW(models.parameters("student"), lr=config.learning_rate,
-                                  weight_decay=config.adam_weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups(models, config), weight_decay=config.adam_weight_decay)
 
     def rate(step: int) -> float:
         if config.lr_scheduler == "constant":

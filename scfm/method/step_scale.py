@@ -32,6 +32,12 @@ class StepScale(NamedTuple):
         """The scale at which a path of `steps` steps is sampled; any count, also one that was not drawn."""
         return float(steps) ** -self.exponent
 
+    def mean(self, power: int) -> float:
+        """The mean of scale ** power over the counts, as often as they are drawn."""
+        weights = self.weights or (1.,) * len(self.counts)
+        pairs = zip(weights, self.counts, strict=True)
+        return sum(weight * self.scale(n) ** power for weight, n in pairs) / sum(weights)
+
     def student_scales(self, steps: torch.Tensor) -> torch.Tensor:
         """Scales (B,) at which the student is trained, 0 for flow-matching examples.
 
@@ -83,6 +89,12 @@ class ScaledNetwork:
     def parameters(self, name: str) -> list[torch.Tensor]:
         """What is trained of "student", or its EMA: the differences, and the base where it learns."""
         return self.differences[name] + (self.bases[name] if self.train_base else [])
+
+    def by_power(self, name: str) -> dict[int, list[torch.Tensor]]:
+        """The same by the power of the scale that they are multiplied by: {0: the base, 1: D1, 2: D2}."""
+        count, parts = len(self.names), self.differences[name]
+        base = {0: self.bases[name]} if self.train_base else {}
+        return base | {k + 1: parts[k * count:(k + 1) * count] for k in range(self.order)}
 
     def weights(self, name: str, scale: float) -> dict[str, torch.Tensor]:
         """The weights at a scale. Beyond 0 the base gets no gradient: the differences alone learn there."""

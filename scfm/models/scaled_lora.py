@@ -84,6 +84,11 @@ class ScaledLoraModels:
         """The tensors of "student" or "ema"."""
         return [w for adapter in self.adapters[name] for w in adapter_parameters(self.transformer, adapter)]
 
+    def by_power(self, name: str) -> dict[int, list[torch.Tensor]]:
+        """The same by the power of the scale that they are multiplied by: {1: of the first LoRA, 2: ...}."""
+        adapters = enumerate(self.adapters[name], 1)
+        return {power: adapter_parameters(self.transformer, adapter) for power, adapter in adapters}
+
     def set_scales(self, name: str, scales: torch.Tensor) -> None:
         """The scales of the next forwards of "student" or "ema": (rows,), or (1,) for all."""
         for power, adapter in enumerate(self.adapters[name], 1):

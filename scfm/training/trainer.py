@@ -14,7 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from scfm.files import lock_folder, unlock_folder
 from scfm.method.consistency import Jumps
-from scfm.method.distill import Batch, StepOutput, TimeBins, train_step, training_loop
+from scfm.method.distill import Batch, StepOutput, TimeBins, parameter_groups, train_step, training_loop
 from scfm.training.checkpoint import latest, save_checkpoint, set_aside
 from scfm.training.output_dir import as_json, init_output_dir, refuse_strangers
 
@@ -221,10 +221,9 @@ class Trainer(ABC):
     def follow_config(self, old: dict[str, Any]) -> None:
         """The optimizer's settings are those of this run's config, whatever run the checkpoint is of."""
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["initial_lr"] = config.learning_rate
-            group["weight_decay"] = config.adam_weight_decay
-        self.scheduler.base_lrs = [config.learning_rate] * len(self.scheduler.base_lrs)
+        self.scheduler.base_lrs = [group["lr"] for group in parameter_groups(self.models, config)]
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["initial_lr"], group["weight_decay"] = base, config.adam_weight_decay
         rates = [
             base * rate(self.scheduler.last_epoch)
             for base, rate in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm.method.consistency import Jumps, keyed_generator
-from scfm.method.distill import SCFMConfig, distill
+from scfm.method.distill import SCFMConfig, distill, make_optimizer
 from scfm.method.flow import time_grid
 from scfm.method.step_scale import (
     ScaledNetwork,
@@ -189,3 +189,24 @@ def test_from_scratch_the_ema_of_the_base_is_an_ema():
     for a, b in zip(start, models.bases["ema"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert not torch.equal(models.bases["ema"][0], models.bases["student"][0])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_learning_rate_of_a_difference_is_divided_by_what_it_is_multiplied_by(order):
+    config = SCFMConfig(algorithm="step_scaled", scale_order=order, learning_rate=2e-4, lr_scheduler="cosine")
+    models = ScaledNetwork(MLP(16, 2), order, train_base=True)
+    optimizer, scheduler = make_optimizer(models, config)
+    scales = [n**-0.85 for n in config.step_counts]
+    means = [sum(s**power for s in scales) / len(scales) for power in range(order + 1)]
+    assert means[0] == 1  # the base, where it is trained
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-4 / mean for mean in means])
+    parts = [w for group in optimizer.param_groups for w in group["params"]]
+    assert {id(w) for w in parts} == {id(w) for w in models.parameters("student")}
+    assert len(parts) == len(models.parameters("student"))
+    for _ in range(config.max_train_steps // 2):
+        optimizer.step()
+        scheduler.step()
+    halved = [group["lr"] for group in optimizer.param_groups]
+    assert halved == pytest.approx([1e-4 / mean for mean in means])
+    weighted = StepScale(counts=(1, 4), weights=(3.0, 1.0))
+    assert weighted.mean(1) == pytest.approx((3 + 4**-0.85) / 4)
