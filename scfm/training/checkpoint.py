@@ -105,3 +105,9 @@ def find_checkpoint(output_dir: str | Path, resume: str = "auto") -> Path | None
             f"{output_dir}/checkpoints/000200"
         )
     return Path(resume)
+
+
+def refuse_fewer_steps(checkpoint: Path | None, last_step: int) -> None:
+    """ValueError when a checkpoint lies beyond the last step of a run, before the run's folder is changed."""
+    if checkpoint and checkpoint.name.isdigit() and int(checkpoint.name) > last_step:
+        raise ValueError(f"max_train_steps={last_step}: the checkpoint is at {int(checkpoint.name)} already")

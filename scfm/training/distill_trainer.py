@@ -27,7 +27,7 @@ from scfm.models.lora import LoraModels, adapter_state, load_adapter_state
 from scfm.models.sampling import on_device
 from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.source import PipelineSource
-from scfm.training.checkpoint import find_checkpoint, load_checkpoint
+from scfm.training.checkpoint import find_checkpoint, load_checkpoint, refuse_fewer_steps
 from scfm.training.config import DistillConfig
 from scfm.training.selection import select_and_save, validation_image
 from scfm.training.trainer import StepPlan, Trainer, make_accelerator
@@ -55,6 +55,7 @@ class DistillTrainer(Trainer):
             "data": fingerprint_of(inputs),
         }
         self.resume_from = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+        refuse_fewer_steps(self.resume_from, config.max_train_steps)
         with self.accelerator.main_process_first():
             self.take_folder(marks)
         dataset = make_data(data, self.source, inputs, self.accelerator, progress)[1]

@@ -24,7 +24,7 @@ from scfm.method.ema import EMA
 from scfm.method.metrics import endpoint_distance
 from scfm.models.pixels import save_pipeline
 from scfm.models.unet import UNetFlow, drop_labels, generate, load_flow, save_flow
-from scfm.training.checkpoint import latest, load_checkpoint
+from scfm.training.checkpoint import latest, load_checkpoint, refuse_fewer_steps
 from scfm.training.flow_config import LEVELS, FlowConfig
 from scfm.training.trainer import StepPlan, Trainer, make_accelerator
 
@@ -114,6 +114,7 @@ class FlowTrainer(Trainer):
         super().__init__(config, make_accelerator(), progress)
         self.images = images or load_labelled_images(config.train_data_dir)
         torch.manual_seed(config.seed)
+        refuse_fewer_steps(latest(config.output_dir), config.max_train_steps)
         with self.accelerator.main_process_first():
             self.take_folder({})
         self.models = make_models(config, self.images, self.accelerator.device)

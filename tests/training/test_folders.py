@@ -123,8 +123,10 @@ def test_a_run_that_goes_back_does_not_go_on_from_what_it_left(own, tmp_path):
 
 def test_fewer_steps_than_were_made_are_refused(own, tmp_path, capsys):
     assert distill(own, tmp_path / "run") == 0
+    before = (tmp_path / "run/config.json").read_text()
     assert distill(own, tmp_path / "run", max_train_steps=1) == 2
     assert "max_train_steps=1: the checkpoint is at 2 already" in capsys.readouterr().err
+    assert (tmp_path / "run/config.json").read_text() == before  # what was refused leaves no trace
 
 
 # What a run is of
