@@ -274,14 +274,13 @@ def sample_batch(config: SCFMConfig, step: int, batch_size: int, shape: Sequence
 def parameter_groups(models: Any, config: SCFMConfig) -> list[dict[str, Any]]:
     """The student's tensors with their learning rates, for an optimizer.
 
-    One group, but for step_scaled a group for each power k of the scale: what D_k changes is multiplied by
-    s ** k, so its learning rate is divided by the mean of that over the counts that are drawn. A step then
-    moves the velocity as far as without a scale.
+    For step_scaled the differences learn faster, by one over the mean of the scale over the counts that are
+    drawn: what they change is multiplied by it. The base, where it is trained, does not.
     """
     if config.algorithm != STEP_SCALED:
         return [{"params": models.parameters("student"), "lr": config.learning_rate}]
-    rule = config.step_scale
-    return [{"params": tensors, "lr": config.learning_rate / rule.mean(power)}
+    faster = config.learning_rate / config.step_scale.mean()
+    return [{"params": tensors, "lr": faster if power else config.learning_rate}
             for power, tensors in models.by_power("student").items()]
 
 def make_optimizer(models: TrainableModels | ScaledModels,

@@ -32,11 +32,10 @@ class StepScale(NamedTuple):
         """The scale at which a path of `steps` steps is sampled; any count, also one that was not drawn."""
         return float(steps) ** -self.exponent
 
-    def mean(self, power: int) -> float:
-        """The mean of scale ** power over the counts, as often as they are drawn."""
+    def mean(self) -> float:
+        """The mean of the scale over the counts, as often as they are drawn."""
         weights = self.weights or (1.,) * len(self.counts)
-        pairs = zip(weights, self.counts, strict=True)
-        return sum(weight * self.scale(n) ** power for weight, n in pairs) / sum(weights)
+        return sum(w * self.scale(n) for w, n in zip(weights, self.counts, strict=True)) / sum(weights)
 
     def student_scales(self, steps: torch.Tensor) -> torch.Tensor:
         """Scales (B,) at which the student is trained, 0 for flow-matching examples.
