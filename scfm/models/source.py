@@ -21,6 +21,7 @@ INDEX = "model_index.json"
 MODELS = ("transformer", "vae", "text_encoder", "image_encoder", "unet")  # how their names begin
 LIBRARIES = ("diffusers", "transformers")  # whose files of weights have names that we know
 BELOW = (f"snapshots/*/{INDEX}", f"*/{INDEX}")  # where a pipeline lies in the hub's cache, or in a download
+CONFIG_FILES = [INDEX, "*/config.json", "*/scheduler_config.json"]
 HUB_FILES = [INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
 
 
@@ -28,17 +29,18 @@ class PipelineSource:
     """A saved pipeline, known by its configuration files.
 
     name: its folder (as `save_pretrained` writes it), or the name of its repository on the hub.
+    configs_only: of a repository on the hub nothing but configuration files is downloaded
     Attributes: `folder`, resolved; `index`, what model_index.json holds: the class of the pipeline and of
     each part.
     FileNotFoundError when there is no pipeline, or when the hub cannot be reached and has no copy here.
     ValueError when model_index.json is damaged.
     """
 
-    def __init__(self, name: "str | Path | PipelineSource") -> None:
+    def __init__(self, name: "str | Path | PipelineSource", configs_only: bool = False) -> None:
         if isinstance(name, PipelineSource):
             self.folder, self.index = name.folder, name.index
             return
-        self.folder = resolve_folder(name)
+        self.folder = resolve_folder(name, configs_only)
         index = self.folder / INDEX
         if not index.is_file():
             raise FileNotFoundError(f"no pipeline in {self.folder}: {what_is_there(self.folder)}")
@@ -171,18 +173,20 @@ def what_is_there(path: Path) -> str:
     return f"expected {INDEX} there (a folder written by save_pretrained, or a downloaded snapshot)"
 
 
-def resolve_folder(name: str | Path) -> Path:
+def resolve_folder(name: str | Path, configs_only: bool = False) -> Path:
     """The folder of a pipeline: `name` itself where it is one, else a snapshot of the hub's repository of
     that name.
+
+    configs_only: without weights and tokenizers
 
     FileNotFoundError when it is neither, or when the hub cannot be reached and has no copy here.
     """
     folder = Path(name)
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.exists():
         return folder
-    online = hub_reachable()
+    online, files = hub_reachable(), CONFIG_FILES if configs_only else HUB_FILES
     try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES, local_files_only=not online))
+        return Path(snapshot_download(str(name), allow_patterns=files, local_files_only=not online))
     except Exception as error:  # the hub's client raises a dozen kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         why = f"the hub says: {reason}" if online else f"no copy from the hub is here ({unreachable()})"

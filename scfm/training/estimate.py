@@ -92,7 +92,7 @@ def shape_of(
     else:
         if change:
             raise ValueError("a change needs a shape to be made to: say --shape NAME too")
-        source = PipelineSource(config.pretrained_model_name_or_path)
+        source = PipelineSource(config.pretrained_model_name_or_path, configs_only=True)
         family_class: Any = source.family
         transformer = source.empty_transformer()
         pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=source.skeleton.vae_scale_factor)

@@ -128,7 +128,7 @@ def test_images_on_a_base_of_4_bits_are_of_another_protocol(lora, prompts, tmp_p
 
 def test_the_name_of_the_pipeline_is_looked_up_once(lora, prompts, tmp_path, monkeypatch):
     names, resolve = [], source.resolve_folder
-    monkeypatch.setattr(source, "resolve_folder", lambda name: names.append(name) or resolve(name))
+    monkeypatch.setattr(source, "resolve_folder", lambda name, *a: names.append(name) or resolve(name, *a))
     assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS) == 0
     assert names == [str(FLUX)]
 

@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(lora, monkeypatc
 
 def test_the_name_of_a_pipeline_is_looked_up_once(lora, monkeypatch):
     names, resolve = [], source.resolve_folder
-    monkeypatch.setattr(source, "resolve_folder", lambda name: names.append(name) or resolve(name))
+    monkeypatch.setattr(source, "resolve_folder", lambda name, *a: names.append(name) or resolve(name, *a))
     step_lora = step_lora_of(lora)
     assert names == [str(FLUX)] and step_lora.source.folder == FLUX
     StepLora(step_lora.config, "cpu", step_lora.source)

@@ -3,6 +3,7 @@
 import shutil
 import socket
 import time
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -11,7 +12,7 @@ import pytest
 from scfm.cli import main
 from scfm.models import hub, source
 from scfm.models.hub import answers
-from toy.pipelines import WEIGHTS
+from toy.pipelines import FLUX, WEIGHTS
 
 LORA = ["--lora", "lora"]
 SIZE = ["--height", "32", "--width", "32"]
@@ -90,3 +91,22 @@ def test_every_command_says_in_one_line_that_the_hub_is_away(
 @pytest.fixture
 def lora_copy(tmp_path):
     return shutil.copytree(WEIGHTS / "lora", tmp_path / "lora")
+
+
+def test_a_plan_downloads_configuration_files_alone(tmp_path, monkeypatch, capsys):
+    def download(name, allow_patterns, local_files_only):
+        folder = tmp_path / "snapshot"
+        for path in FLUX.rglob("*"):
+            place = path.relative_to(FLUX)
+            if path.is_file() and any(fnmatch(str(place), pattern) for pattern in allow_patterns):
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, folder / place)
+        return str(folder)
+
+    monkeypatch.setattr(source, "hub_reachable", lambda: True)
+    monkeypatch.setattr(source, "snapshot_download", download)
+    name = ["--pretrained_model_name_or_path", "somebody/tiny-flux"]
+    assert main(["plan", *name, *SIZE, "--max_sequence_length", "16"]) == 0
+    assert "GiB" in capsys.readouterr().out
+    assert {path.suffix for path in (tmp_path / "snapshot").rglob("*") if path.is_file()} == {".json"}
+    assert not list((tmp_path / "snapshot").rglob("tokenizer.json"))
