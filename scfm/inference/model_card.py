@@ -273,7 +273,8 @@ def training_lines(run: Mapping[str, Any], selection: Mapping[str, Any]) -> list
         judged = run.get("select_adapter", "best") == "best"
         nearest = ": its endpoints lie nearest to the teacher's" if judged else ""
         models = [name for name in selection.get("endpoint_distance", {}) if name != "teacher"]
-        lines.append(f"Of the models {', '.join(models)} {selection['selected']} is saved{nearest}.")
+        among = f"Of {', '.join(models[:-1])} and {models[-1]} the model " if models else ""
+        lines.append(f"{among}{selection['selected']} is saved{nearest}.")
     return lines
 
 
