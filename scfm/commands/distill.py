@@ -11,9 +11,9 @@ from scfm.inference.model_card import write_card
 from scfm.models.lora import WEIGHT_NAME
 from scfm.models.scaled_lora import second_file
 from scfm.training.checkpoint import latest
-from scfm.training.config import PRESETS, DistillConfig
+from scfm.training.config import PRESETS, DistillConfig, as_json
 from scfm.training.distill_trainer import finalize, init_trainer
-from scfm.training.output_dir import as_json, load_saved_config
+from scfm.training.output_dir import load_saved_config
 
 # Settings that change neither the weights nor what was compared.
 HARMLESS = (

@@ -11,8 +11,8 @@ from scfm.inference.adapters import lora_file
 from scfm.method.distill import setting
 from scfm.models.loading import DTYPES, require_bitsandbytes
 from scfm.models.lora import WEIGHT_NAME
-from scfm.training.config import DistillConfig, load_settings
-from scfm.training.output_dir import as_json, load_saved_config
+from scfm.training.config import DistillConfig, as_json, load_settings
+from scfm.training.output_dir import load_saved_config
 
 Config = TypeVar("Config", bound="InferenceConfig")
 

@@ -1,7 +1,8 @@
 """The settings of a distillation, and where they come from."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,11 @@ class DistillConfig(SCFMConfig):
         )
 
 
+def as_json(config: Any) -> dict[str, Any]:
+    """The settings as a file gives them back: tuples as lists."""
+    return json.loads(json.dumps(asdict(config)))
+
+
 # settings that one kind of algorithm has and the other has not
 OF_THE_PAPERS = (
     "teacher_ratio",
@@ -192,8 +198,8 @@ def refuse_for_algorithm(config: DistillConfig) -> None:
     """ValueError for settings that mean nothing to the algorithm, and for what step_scaled cannot do."""
     is_scaled = config.algorithm == STEP_SCALED
     strangers = OF_THE_PAPERS if is_scaled else OF_STEP_SCALED
-    usual = {f.name: f.default for f in fields(config)}
-    changed = [name for name in strangers if getattr(config, name) != usual[name]]
+    usual, mine = as_json(type(config)()), as_json(config)  # a settings file has lists for tuples
+    changed = [name for name in strangers if mine[name] != usual[name]]
     if changed:
         raise ValueError(
             f"{changed[0]}={getattr(config, changed[0])!r} means nothing to algorithm {config.algorithm}: "

@@ -1,11 +1,11 @@
 """The folder of a run, which remembers its settings and what they were applied to."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from scfm.files import atomic_write
+from scfm.training.config import as_json
 from scfm.training.environment import environment_info
 
 # What may differ between the runs that share a folder: nothing that changes a step that has been made.
@@ -30,11 +30,6 @@ RESUMABLE = (
     "micro_batch_size",
     "report_to",
 )
-
-
-def as_json(config: Any) -> dict[str, Any]:
-    """The settings as a file gives them back: tuples as lists."""
-    return json.loads(json.dumps(asdict(config)))
 
 
 def load_saved_config(folder: str | Path, config_class: type) -> dict[str, Any] | None:

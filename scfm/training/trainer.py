@@ -16,7 +16,8 @@ from scfm.files import lock_folder, unlock_folder
 from scfm.method.consistency import Jumps
 from scfm.method.distill import Batch, StepOutput, TimeBins, parameter_groups, train_step, training_loop
 from scfm.training.checkpoint import latest, save_checkpoint, set_aside
-from scfm.training.output_dir import as_json, init_output_dir, refuse_strangers
+from scfm.training.config import as_json
+from scfm.training.output_dir import init_output_dir, refuse_strangers
 
 log = logging.getLogger(__name__)
 OPTIMIZER_SETTINGS = ("learning_rate", "adam_weight_decay", "max_grad_norm", "lr_scheduler")

@@ -16,9 +16,8 @@ from scfm.evaluation.evaluate import EvaluateConfig
 from scfm.inference.config import InferenceConfig
 from scfm.inference.export import ExportConfig
 from scfm.method.distill import SCFMConfig
-from scfm.training.config import DistillConfig
+from scfm.training.config import DistillConfig, as_json
 from scfm.training.flow_config import FlowConfig
-from scfm.training.output_dir import as_json
 from toy.pipelines import FLUX
 
 PIPELINE = {"pretrained_model_name_or_path": str(FLUX)}
@@ -107,3 +106,10 @@ def test_help_shows_every_default(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
     assert done.value.code == 0 and capsys.readouterr().out.count("(default: ") > 3
+
+
+@pytest.mark.parametrize("algorithm", ["dual", "step_scaled"])
+def test_a_config_of_a_file_has_lists_and_is_the_same(algorithm):
+    """`asdict` of a run's config.json: its lists are no other values than the tuples of the defaults."""
+    config = DistillConfig(pretrained_model_name_or_path="a", prompts="b", algorithm=algorithm)
+    DistillConfig(**as_json(config)).check()

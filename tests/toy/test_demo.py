@@ -43,7 +43,7 @@ def test_the_demo_writes_image_table_and_results(tmp_path, capsys):
     )
     record = json.loads((out / "results.json").read_text())
     assert Image.open(out / "comparison.png").width > 600
-    assert record["captions"] == 4 and len(record["entries"]) == 4 and record["live"]["steps"] == 2
+    assert record["captions"] == 4 and len(record["entries"]) == 5 and record["live"]["steps"] == 2
     for name, rows in record["entries"].items():
         for steps in demo.STUDENT_STEPS if name.startswith("live") else STEPS:
             assert {*COLUMNS, "seconds"} <= at_stock(rows, steps).keys()
