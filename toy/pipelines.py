@@ -131,7 +131,7 @@ def small_vae(scaling_factor, shift_factor):
     )
 
 
-def clip_config(tokenizer, width):
+def clip_config(tokenizer, width, tokens=TOKENS):
     """Of a CLIP text encoder of two layers."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -140,21 +140,21 @@ def clip_config(tokenizer, width):
         projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=tokens,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
 
 
-def t5_encoder(tokenizer):
+def t5_encoder(tokenizer, width=WIDTH):
     """A T5 encoder of two layers."""
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
-            d_model=WIDTH,
-            d_kv=16,
-            d_ff=2 * WIDTH,
+            d_model=width,
+            d_kv=width // 4,
+            d_ff=2 * width,
             num_layers=2,
             num_heads=4,
             feed_forward_proj="gated-gelu",

@@ -13,19 +13,7 @@ from scfm.models.scaled_lora import second_file
 from scfm.training.checkpoint import latest
 from scfm.training.config import PRESETS, DistillConfig, as_json
 from scfm.training.distill_trainer import finalize, init_trainer
-from scfm.training.output_dir import load_saved_config
-
-# Settings that change neither the weights nor what was compared.
-HARMLESS = (
-    "output_dir",
-    "cache_dir",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "validation_steps",
-    "micro_batch_size",
-    "report_to",
-)
+from scfm.training.output_dir import HARMLESS, load_saved_config
 
 
 def main(argv: Sequence[str]) -> int:

@@ -126,7 +126,8 @@ class CachePlan:
     ) -> None:
         """Makes what is missing of this process's share.
 
-        families: with VAE and text encoders loaded. warn: of captions that are too long, unless that was said
+        families: with VAE and text encoders loaded
+        warn: log how many captions are too long; False where the caller has done so
         """
         wrong = [
             size

@@ -113,10 +113,11 @@ class ScaledLoraModels:
 
         name: "teacher", "student" or "ema"
         """
+        call = self.teacher_velocity if name == "teacher" else self.velocity
 
         def velocity(x: torch.Tensor, t: torch.Tensor, cond: Condition = None) -> torch.Tensor:
             with self.using(name, torch.tensor([scale], device=x.device)), torch.no_grad():
-                return self.velocity(self.transformer, x, t, cond)
+                return call(self.transformer, x, t, cond)
 
         return velocity
 

@@ -12,23 +12,26 @@ from scfm.training.environment import environment_info
 # Paths are compared by what lies there (inputs.json), not by how they are written.
 PATHS = ("pretrained_model_name_or_path", "prompts", "train_data_dir", "cache_dir", "output_dir", "teacher")
 OURS = ("images", "cache", "logs")  # what may lie in a run's folder before its config.json
-RESUMABLE = (
-    "pretrained_model_name_or_path",
-    "prompts",
-    "train_data_dir",
-    "max_train_steps",
+HARMLESS = (  # of these, what changes neither the weights nor what is compared at the end
     "output_dir",
     "cache_dir",
     "checkpointing_steps",
     "checkpoints_total_limit",
     "resume_from_checkpoint",
     "validation_steps",
+    "micro_batch_size",
+    "report_to",
+)
+RESUMABLE = (
+    *HARMLESS,
+    "pretrained_model_name_or_path",
+    "prompts",
+    "train_data_dir",
+    "max_train_steps",
     "num_eval_prompts",
     "eval_lora_scales",
     "eval_num_steps",
     "select_adapter",
-    "micro_batch_size",
-    "report_to",
 )
 
 

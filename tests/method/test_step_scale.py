@@ -111,19 +111,19 @@ def test_the_gradient_is_plain_autograds_with_a_detached_target(order):
         torch.testing.assert_close(a, b.grad, rtol=1e-4, atol=1e-7)
 
 
+def train(models, on_step=None, **settings):
+    """A short training on Gaussian data."""
+    usual = {"global_batch_size": 16, "learning_rate": 1e-3, "shift": (0.9, 1.1), "algorithm": "step_scaled"}
+    config = SCFMConfig(**usual, **settings)
+    distill(models, lambda g, n: torch.randn(n, 2, generator=g), config, on_step, progress=False)
+
+
 def test_training_moves_the_differences_alone_and_repeats_itself():
     def trained():
         torch.manual_seed(0)
         models = ScaledNetwork(MLP(16, 2))
         before = [w.clone() for w in models.bases["student"]]
-        config = SCFMConfig(
-            max_train_steps=4,
-            global_batch_size=16,
-            learning_rate=1e-3,
-            shift=(0.9, 1.1),
-            algorithm="step_scaled",
-        )
-        distill(models, lambda g, n: torch.randn(n, 2, generator=g), config, progress=False)
+        train(models, max_train_steps=4)
         assert all(torch.equal(a, b) for a, b in zip(before, models.bases["student"], strict=True))
         return models
 
@@ -167,23 +167,12 @@ def test_from_scratch_the_ema_of_the_base_is_an_ema():
     network = MLP(16, 2)
     start = [w.detach().clone() for w in network.parameters()]
     models = ScaledNetwork(network, train_base=True)
-    config = SCFMConfig(
-        max_train_steps=3,
-        global_batch_size=16,
-        learning_rate=1e-3,
-        shift=(0.9, 1.1),
-        algorithm="step_scaled",
-        non_shortcut_ratio=0.75,
-        ema_decay=0.9,
-    )
     seen = []
-    distill(
-        models,
-        lambda g, n: torch.randn(n, 2, generator=g),
-        config,
-        on_step=lambda i, output: seen.append([w.detach().clone() for w in models.bases["student"]]),
-        progress=False,
-    )
+
+    def on_step(i, output):
+        seen.append([w.detach().clone() for w in models.bases["student"]])
+
+    train(models, on_step, max_train_steps=3, non_shortcut_ratio=0.75, ema_decay=0.9)
     for weights in seen:
         start = [a.lerp(w, 0.1) for a, w in zip(start, weights, strict=True)]
     for a, b in zip(start, models.bases["ema"], strict=True):

@@ -392,6 +392,7 @@ def test_the_folder_of_another_run_is_refused(run, tmp_path, images):
         ({"method": "shortcut"}, "needs --shift 1,1"),
         ({"teacher_ratio": 0.4}, "there is no teacher"),
         ({"algorithm": "dual"}, "take one_ema"),
+        ({"algorithm": "step_scaled", "teacher": "flow.safetensors"}, "does not train the scale: distil"),
         ({"label_dropout": 1.0}, "in .0, 1"),
         ({"lr_warmup_steps": -1}, "0 for none"),
         ({"weight_dtype": "fp16"}, "fp32 or bf16"),

@@ -13,17 +13,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
-    T5Config,
     T5EncoderModel,
     T5TokenizerFast,
 )
 
 from toy.emoji.data import TOKENS, Caption, Emoji, Emojis, draw_caption
 from toy.emoji.vae import to_floats
-from toy.pipelines import byte_pairs
+from toy.pipelines import byte_pairs, clip_config, t5_encoder
 
 CLIP_TOKENS = 32  # its tokens cost the transformer nothing; commas and spelled words fit as well
 CLIP_WIDTH, T5_WIDTH, SPACE = 64, 128, 128
@@ -43,30 +41,8 @@ class Text(NamedTuple):
 def build_text(words: list[str]) -> Text:
     """Encoders with random weights, and tokenizers in which each of `words` is one token."""
     clip, t5 = clip_tokenizer(words), t5_tokenizer(words)
-    clip_config = CLIPTextConfig(
-        vocab_size=len(clip),
-        hidden_size=CLIP_WIDTH,
-        intermediate_size=2 * CLIP_WIDTH,
-        projection_dim=CLIP_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=CLIP_TOKENS,
-        bos_token_id=clip.bos_token_id,
-        eos_token_id=clip.eos_token_id,
-        pad_token_id=clip.pad_token_id,
-    )
-    t5_config = T5Config(
-        vocab_size=len(t5),
-        d_model=T5_WIDTH,
-        d_kv=32,
-        d_ff=2 * T5_WIDTH,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        pad_token_id=t5.pad_token_id,
-    )
-    return Text(CLIPTextModel(clip_config), clip, T5EncoderModel(t5_config), t5)
+    config = clip_config(clip, CLIP_WIDTH, CLIP_TOKENS)
+    return Text(CLIPTextModel(config), clip, t5_encoder(t5, T5_WIDTH), t5)
 
 
 def clip_tokenizer(words: list[str]) -> CLIPTokenizer:
