@@ -17,8 +17,8 @@ uses it, in bf16.
 
 The carried VAE had 1,700 updates, and 700 more in a second run that began from the first one's weights
 (--vae_from). Latents of 8 channels at factor 4 were taken instead of 16 at factor 8, whose transformer would
-cost a third: after the same 40 seconds of one core the loss of reconstruction was 0.9 instead of
-1.5 (trial sizes, one batch each: a hint, no measurement).
+cost a third: after the same 40 seconds of one core the loss of reconstruction was 0.9
+instead of 1.5 (trial sizes, one batch each: a hint, no measurement).
 
 Two hundred combinations (an object in one style, an object in one skin tone) are in no batch of any stage:
 their names are in held_out.json.
