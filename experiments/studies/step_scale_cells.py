@@ -117,6 +117,7 @@ def measure_from_scratch(cache: CellCache, job: Job, sizes: FromScratch) -> dict
         non_shortcut_ratio=1 - (share or 0),
         shift=(1 / 1.1, 1.1),
         ema_decay=0.98,
+        ema_decay_slow=0.995,
         seed=job.seed,
     )
 

@@ -30,8 +30,8 @@ from scfm.method.consistency import (
     scfm_loss,
     with_flow_examples,
 )
-from .ema import EMA, FastSlow
-from .step_scale import StepScale, draw_step_jumps, step_scale_loss
+from .ema import FastSlow
+from .step_scale import ScaledEMAs, StepScale, draw_step_jumps, step_scale_loss
 from ..types import Averages, Condition, ScaledModels, TrainableModels, VelocityField
 
 # %% ../../nbs/learn/03_distill.ipynb #c05
@@ -60,7 +60,9 @@ class SCFMConfig:
         "dual", "dual (Algorithm 2), one_ema (Algorithm 1), dual_pure: dual with teacher examples whose "
         "targets are the teacher's alone, or step_scaled: the scale is the step size (chapter 06_step_scale)")
     ema_decay_fast: float = setting(0.99, "decay of the fast EMA, per step")
-    ema_decay_slow: float = setting(0.999, "decay of the slow EMA, per step; the only EMA of one_ema")
+    ema_decay_slow: float = setting(
+        0.999, "decay of the slow EMA, per step; the only EMA of one_ema; with step_scaled of the base, "
+        "where that is trained too")
     restart_every: int = setting(0, "steps between restarts of both EMAs; 0 for none")
     non_shortcut_ratio: float = setting(
         0.0, "share of flow-matching examples, whose target is noise - data; the rest as above")
@@ -147,7 +149,7 @@ VALIDATORS: list[Validator] = [
     ("algorithm", lambda c: c.algorithm in ALGORITHMS, " or ".join(ALGORITHMS)),
     ("ema_decay_slow", lambda c: 0 <= c.ema_decay_slow < 1, "a decay in [0, 1)"),
     ("ema_decay_fast", lambda c: 0 <= c.ema_decay_fast < 1
-     and (c.algorithm == "one_ema" or c.ema_decay_fast <= c.ema_decay_slow),
+     and (c.algorithm in ("one_ema", STEP_SCALED) or c.ema_decay_fast <= c.ema_decay_slow),
      "a decay in [0, 1), no larger than ema_decay_slow"),
     ("restart_every", lambda c: is_int(c.restart_every, 0), "a whole number of steps; 0 for no restart"),
     ("non_shortcut_ratio", lambda c: 0 <= c.non_shortcut_ratio <= 1,
@@ -295,13 +297,13 @@ def make_optimizer(models: TrainableModels | ScaledModels,
     return optimizer, LambdaLR(optimizer, rate)
 
 def make_emas(models: Any, config: SCFMConfig) -> Averages:
-    """The EMAs, which become copies of the student: the one of step_scaled, else the fast and the slow one.
+    """The EMAs, which become copies of the student: those of step_scaled, else the fast and the slow one.
 
     models: `ScaledModels` for step_scaled, else `TrainableModels`, whose scale of the EMAs in the targets is
         set here
     """
     if config.algorithm == STEP_SCALED:
-        return EMA(models.parameters("ema"), models.parameters("student"), config.ema_decay)
+        return ScaledEMAs(models, config.ema_decay, config.ema_decay_slow)
     models.ema_target_scale = config.ema_target_scale
     fast, slow, student = (models.parameters(name) for name in ("ema_fast", "ema_slow", "student"))
     return FastSlow(fast, slow, student, config.ema_decay_fast, config.ema_decay_slow, config.restart_every)

@@ -46,12 +46,21 @@ class FlowConfig(SCFMConfig):
     teacher_ratio: float = setting(
         0.0, "share of those others whose target is the teacher's; 0 without a teacher"
     )
-    shift: tuple = setting((1.0, 2.0), "range of the time shift, drawn per example")
+    shift: tuple = setting(
+        (),
+        "range of the time shift, drawn per example; empty: 1 to 2; with step_scaled, which trains on the "
+        "grids that are sampled, within a tenth of 1",
+    )
     algorithm: str = setting(
-        "one_ema", "one_ema: targets of one average; dual and dual_pure only with a teacher"
+        "one_ema",
+        "one_ema: targets of one average; dual and dual_pure only with a teacher; step_scaled: the scale is "
+        "the step size (chapter 06_step_scale), and many steps are the plain flow",
     )
     ema_decay_slow: float = setting(
         0.999, "decay of the EMA, per step: targets are its, and it is what is saved"
+    )
+    ema_decay: float = setting(
+        0.99, "step_scaled: decay of the EMA of what few steps add to the plain flow; a short memory"
     )
     label_dropout: float = setting(
         0.1, "share of examples whose label is hidden, so that guidance is possible"
@@ -70,6 +79,14 @@ class FlowConfig(SCFMConfig):
     def __post_init__(self) -> None:
         expand_user(self)
 
+    @property
+    def shift_range(self) -> tuple[float, float]:
+        """Between which shifts an example's is drawn."""
+        if self.shift:
+            low, high = self.shift
+            return low, high
+        return (1 / 1.1, 1.1) if self.algorithm == STEP_SCALED else (1.0, 2.0)
+
     def check(self) -> None:
         """ValueError with the setting, its value and the mend. Looks at nothing but the settings."""
         super().check()
@@ -78,7 +95,8 @@ class FlowConfig(SCFMConfig):
 
 def is_plain_shortcut(c: FlowConfig) -> bool:
     """Whether the settings are those that a Shortcut Model can be trained with."""
-    return (c.shift, c.self_grids, c.t_skip, c.teacher) == (SHORTCUT["shift"], SHORTCUT["self_grids"], 2, "")
+    same = (c.shift, c.self_grids, c.t_skip) == (SHORTCUT["shift"], SHORTCUT["self_grids"], 2)
+    return same and not c.teacher and c.algorithm != STEP_SCALED
 
 
 FLOW_VALIDATORS = [
@@ -92,8 +110,8 @@ FLOW_VALIDATORS = [
     (
         "method",
         lambda c: c.method == "scfm" or is_plain_shortcut(c),
-        f"needs --shift 1,1 --self_grids {','.join(map(str, SHORTCUT['self_grids']))} --t_skip 2 and no "
-        f"teacher",
+        f"needs --shift 1,1 --self_grids {','.join(map(str, SHORTCUT['self_grids']))} --t_skip 2, no "
+        "teacher, and not --algorithm step_scaled",
     ),
     (
         "teacher_ratio",
@@ -101,15 +119,19 @@ FLOW_VALIDATORS = [
         "there is no teacher: take 0, or name one with --teacher",
     ),
     (
-        "algorithm",
-        lambda c: c.algorithm != STEP_SCALED,
-        "scfm pretrain does not train the scale: distil the pipeline that it writes, with scfm distill "
-        "--algorithm step_scaled",
+        "shift",
+        lambda c: c.algorithm != STEP_SCALED or c.shift_range[0] <= 1 <= c.shift_range[1],
+        "step_scaled trains on the grids that are sampled, at shift 1: leave --shift out",
+    ),
+    (
+        "non_shortcut_ratio",
+        lambda c: not (c.algorithm == STEP_SCALED and c.teacher) or c.non_shortcut_ratio == 0,
+        "step_scaled with a teacher leaves the teacher as it is: no example can train it, take 0",
     ),
     (
         "algorithm",
-        lambda c: c.teacher or c.algorithm == "one_ema",
-        "without a teacher there is one average: take one_ema",
+        lambda c: c.teacher or c.algorithm in ("one_ema", STEP_SCALED),
+        "without a teacher there is one average: take one_ema, or step_scaled",
     ),
     ("label_dropout", lambda c: 0 <= c.label_dropout < 1, "a share of the examples, in [0, 1)"),
     ("lr_warmup_steps", lambda c: is_int(c.lr_warmup_steps, 0), "a whole number of steps; 0 for none"),

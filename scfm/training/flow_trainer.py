@@ -1,6 +1,5 @@
 """Pre-training of few-step flows on labelled images, and their distillation: `scfm pretrain`."""
 
-import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,63 +11,16 @@ from torchvision.utils import make_grid
 from scfm.data.labelled_images import LabelledImages, load_labelled_images
 from scfm.files import atomic_write
 from scfm.method.consistency import Jumps, Stream, keyed_generator
-from scfm.method.distill import (
-    Batch,
-    CopiedModels,
-    StepOutput,
-    make_emas,
-    make_optimizer,
-    sample_batch,
-)
+from scfm.method.distill import Batch, StepOutput, make_emas, make_optimizer, sample_batch
 from scfm.method.ema import EMA
 from scfm.method.metrics import endpoint_distance
 from scfm.models.pixels import save_pipeline
-from scfm.models.unet import UNetFlow, drop_labels, generate, load_flow, save_flow
+from scfm.models.unet import drop_labels, generate
 from scfm.training.checkpoint import latest, load_checkpoint, refuse_fewer_steps
 from scfm.training.flow_config import LEVELS, FlowConfig
+from scfm.training.flow_models import FlowModels, make_models
 from scfm.training.trainer import StepPlan, Trainer, make_accelerator
-
-
-class FlowModels:
-    """The two models of pre-training: the student, and `ema_slow`, its average, which makes the targets and
-    is what is saved.
-
-    A network whose input is the step size (labels and levels, (B, 2)) is given half of it for targets: one
-    level more.
-    """
-
-    def __init__(self, network: UNetFlow) -> None:
-        self.networks = {"student": network, "ema_slow": copy.deepcopy(network).eval().requires_grad_(False)}
-        self.half = network.levels > 0
-
-    def student(self, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> torch.Tensor:
-        """The only model with a gradient."""
-        return self.networks["student"](x, t, cond)
-
-    @torch.no_grad()
-    def ema_slow(self, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> torch.Tensor:
-        """The average, at half the step size where that is an input."""
-        if self.half:
-            cond = cond + torch.tensor([0, 1], device=cond.device)
-        return self.networks["ema_slow"](x, t, cond)
-
-    def parameters(self, name: str) -> list[torch.Tensor]:
-        """The tensors of one model, as a list."""
-        return list(self.networks[name].parameters())
-
-
-def make_models(
-    config: FlowConfig, images: LabelledImages, device: torch.device
-) -> FlowModels | CopiedModels:
-    """A new network with its average; or, where a teacher is named, the four models of chapter 03."""
-    if config.teacher:
-        network = load_flow(config.teacher)
-    else:
-        levels = LEVELS if config.method == "shortcut" else 0
-        network = UNetFlow(config.size, len(images.names), levels, images.pixels.shape[-1])
-    network.bf16 = config.weight_dtype == "bf16"
-    torch.nn.Module.to(network, device).train()
-    return CopiedModels(network) if config.teacher else FlowModels(network)
+from scfm.types import Averages
 
 
 def sample_images(
@@ -119,11 +71,15 @@ class FlowTrainer(Trainer):
             self.take_folder({})
         self.models = make_models(config, self.images, self.accelerator.device)
         self.optimizer, self.scheduler = make_optimizer(self.models, config)
-        student, slow = self.models.parameters("student"), self.models.parameters("ema_slow")
-        self.emas = (
-            make_emas(self.models, config) if config.teacher else EMA(slow, student, config.ema_decay_slow)
-        )
+        self.emas = self.make_averages()
         self.evaluations = 0
+
+    def make_averages(self) -> Averages:
+        """One EMA without a teacher, unless the scale is trained in; else those of the algorithm."""
+        config, models = self.config, self.models
+        if isinstance(models, FlowModels):
+            return EMA(models.parameters("ema_slow"), models.parameters("student"), config.ema_decay_slow)
+        return make_emas(models, config)
 
     def plan_step(self, step: int) -> StepPlan:
         config, device = self.config, self.accelerator.device
@@ -161,12 +117,12 @@ class FlowTrainer(Trainer):
         steps of this network are from many of its own. Whether the images are good it does not say. each:
         images of a class.
         """
-        config, network, device = self.config, self.models.networks["ema_slow"], self.accelerator.device
+        config, models, device = self.config, self.models, self.accelerator.device
         classes, folder = len(self.images.names), self.output_dir / "validation"
         labels = torch.arange(each * classes, device=device) % classes
         generator = keyed_generator(config.seed, 0, Stream.EVAL)
         noise = torch.randn(len(labels), *self.images.pixels.shape[1:], generator=generator).to(device)
-        endpoints = [generate(network, labels, noise, n) for n in config.eval_num_steps]
+        endpoints = [generate(models.sampled(n), labels, noise, n) for n in config.eval_num_steps]
         grid = make_grid(
             torch.cat([e[:classes] for e in endpoints]).cpu().clamp(-1, 1) / 2 + 0.5, nrow=classes, padding=1
         )
@@ -187,26 +143,20 @@ class FlowTrainer(Trainer):
         """A checkpoint, and what is used afterwards: the average, as flow.safetensors."""
         path = super().save()
         notes = {"train_steps": self.global_step, "evaluations": self.evaluations}
-        save_flow(self.models.networks["ema_slow"], self.output_dir / "flow.safetensors", notes=notes)
+        self.models.save(self.output_dir / "flow.safetensors", notes)
         return path
 
     def state_dict(self) -> dict[str, Any]:
         """The networks but the teacher, and the counters."""
-        networks = {
-            name: network.state_dict() for name, network in self.models.networks.items() if name != "teacher"
-        }
         return {
-            "networks": networks,
+            "networks": self.models.state_dict(),
             "evaluations": self.evaluations,
-            "ema_updates": getattr(self.emas, "updates", 0),
+            "ema_updates": self.emas.updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, weights in state["networks"].items():
-            self.models.networks[name].load_state_dict(weights)
-        self.evaluations = state["evaluations"]
-        if self.config.teacher:
-            self.emas.updates = state["ema_updates"]
+        self.models.load_state_dict(state["networks"])
+        self.evaluations, self.emas.updates = state["evaluations"], state["ema_updates"]
 
     def resume(self) -> int:
         """Goes on from the newest checkpoint, if there is one; returns the number of steps done."""
@@ -224,7 +174,8 @@ def pretrain(
     stopped.
 
     At the end the average lies in config.output_dir as flow.safetensors and, unless its input is the step
-    size, as a pipeline.
+    size, as a pipeline. Where the scale is trained in, the pipeline is the plain flow, and
+    `load_flow(file, steps)` the network for a number of steps.
     """
     trainer = FlowTrainer(config, progress, images)
     if trainer.resume() > config.max_train_steps:
@@ -236,7 +187,5 @@ def pretrain(
     if trainer.global_step < config.max_train_steps:
         return None
     if trainer.is_main and config.method == "scfm":
-        save_pipeline(
-            trainer.models.networks["ema_slow"], trainer.images.names, trainer.output_dir / "pipeline"
-        )
+        save_pipeline(trainer.models.sampled(0), trainer.images.names, trainer.output_dir / "pipeline")
     return trainer

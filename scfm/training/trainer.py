@@ -156,6 +156,9 @@ class Trainer(ABC):
         """
         everyone = torch.zeros(self.config.global_batch_size, device=self.accelerator.device)
         everyone[places] = losses.to(everyone.device)
+        for weight in self.models.parameters("student"):
+            if weight.grad is None:  # no example of this step, or of this process, trains it
+                weight.grad = torch.zeros_like(weight)
         if self.accelerator.num_processes == 1:
             return everyone.cpu()
         for weight in self.models.parameters("student"):

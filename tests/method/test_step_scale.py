@@ -172,7 +172,7 @@ def test_from_scratch_the_ema_of_the_base_is_an_ema():
     def on_step(i, output):
         seen.append([w.detach().clone() for w in models.bases["student"]])
 
-    train(models, on_step, max_train_steps=3, non_shortcut_ratio=0.75, ema_decay=0.9)
+    train(models, on_step, max_train_steps=3, non_shortcut_ratio=0.75, ema_decay=0.0, ema_decay_slow=0.9)
     for weights in seen:
         start = [a.lerp(w, 0.1) for a, w in zip(start, weights, strict=True)]
     for a, b in zip(start, models.bases["ema"], strict=True):

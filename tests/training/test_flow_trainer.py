@@ -1,8 +1,10 @@
 """Pre-training and its network: the loss by hand, costs by counting, kill and resume bit by bit, the command.
 All on noise."""
 
+import copy
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -25,7 +27,7 @@ from scfm.commands.pretrain import main
 from scfm.data.labelled_images import LabelledImages
 from scfm.method.consistency import Jumps
 from scfm.method.distill import sample_batch
-from scfm.method.flow import interpolate
+from scfm.method.flow import interpolate, sample, time_grid
 from scfm.models.unet import (
     SIZES,
     UNetFlow,
@@ -38,8 +40,8 @@ from scfm.models.unet import (
     save_flow,
 )
 from scfm.training.flow_config import SHORTCUT, FlowConfig
+from scfm.training.flow_models import FlowModels, ScaledFlowModels
 from scfm.training.flow_trainer import (
-    FlowModels,
     FlowTrainer,
     evaluations,
     load_pixels,
@@ -78,6 +80,9 @@ def run(tmp_path, images):
 
 
 def weights(run):
+    if isinstance(run.models, ScaledFlowModels):
+        parts = {n: run.models.parameters(n) for n in ("student", "ema")}
+        return {f"{n} {i}": w.detach().clone() for n, part in parts.items() for i, w in enumerate(part)}
     return {
         f"{n} {k}": v.clone() for n, net in run.models.networks.items() for k, v in net.state_dict().items()
     }
@@ -297,7 +302,11 @@ def test_the_average_ships_and_follows_its_decay(run):
 # The run
 
 
-@pytest.mark.parametrize("told", [{}, SHORTCUT, {"weight_dtype": "bf16"}], ids=["scfm", "shortcut", "bf16"])
+STEP_SCALED = {"algorithm": "step_scaled", "non_shortcut_ratio": 0.5}
+WAYS = {"scfm": {}, "shortcut": SHORTCUT, "bf16": {"weight_dtype": "bf16"}, "step_scaled": STEP_SCALED}
+
+
+@pytest.mark.parametrize("told", WAYS.values(), ids=WAYS)
 def test_kill_and_resume_is_bitwise_the_unbroken_run(run, told):
     whole, broken = run("whole", **told), run("broken", **told)
     whole.train()
@@ -333,6 +342,69 @@ def test_a_finished_flow_is_distilled_and_the_run_resumes(run, tmp_path):
         assert torch.equal(whole.models.networks["teacher"].state_dict()[name], tensor)
         assert torch.equal(teacher[f"student {name}"], tensor)  # the student starts as the teacher
     assert whole.evaluations == 4 * 8 * 5
+
+
+def test_few_steps_are_taught_beside_the_plain_flow(run):
+    """Scale 0 is plain flow matching: its steps are those of a run that has nothing else, on its examples."""
+    r = run(**STEP_SCALED, ema_decay_slow=0.5, ema_decay_fast=0.5, max_grad_norm=math.inf)
+    reference, average = copy.deepcopy(r.models.network), copy.deepcopy(r.models.network)
+    optimizer = torch.optim.AdamW(reference.parameters(), weight_decay=r.config.adam_weight_decay)
+    seen = 0
+    for step in range(3):
+        plan = r.plan_step(step)
+        (batch,) = plan.batches
+        flow = batch.jumps.is_flow
+        x, t = interpolate(batch.data, batch.noise, batch.jumps.t1)[flow], batch.jumps.t1[flow]
+        error = reference(x, t, batch.cond[flow]) - (batch.noise - batch.data)[flow]
+        (error.square().flatten(1).mean(1).sum() / len(flow)).backward()
+        optimizer.param_groups[0]["lr"] = r.config.learning_rate * (step + 1) / r.config.lr_warmup_steps
+        r.train_step(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += int(flow.sum())
+        with torch.no_grad():
+            for a, w in zip(average.parameters(), reference.parameters(), strict=True):
+                a.lerp_(w, 0.5)
+    assert 0 < seen < 24 and any(w.any() for w in r.models.differences["ema"])
+    for mine, w in zip(r.models.sampled(0).parameters(), average.parameters(), strict=True):
+        torch.testing.assert_close(mine, w, rtol=1e-4, atol=1e-6)
+
+
+def test_what_ships_gives_the_network_of_each_step_count(run):
+    r = run(**STEP_SCALED)
+    r.train()
+    path, noise, labels = r.output_dir / "flow.safetensors", torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    for steps in (None, 1, 4, 5):
+        network, scale = load_flow(path, steps), steps**-0.85 if steps else 0.0
+        told = generate(network, labels, noise, steps or 8)
+        field = r.models.field("ema", scale)
+        torch.testing.assert_close(
+            told, sample(field, noise, time_grid(steps or 8), labels), atol=1e-5, rtol=1e-4
+        )
+    assert same(dict(load_flow(path).state_dict()), dict(r.models.sampled(0).state_dict()))
+    moved = load_flow(path, 1)(noise, torch.ones(2), labels) - load_flow(path)(noise, torch.ones(2), labels)
+    assert moved.detach().abs().max() > 0
+
+
+def test_differences_from_a_finished_flow_leave_it_as_it_is(run, tmp_path):
+    run("first").train()
+    told = {**STEP_SCALED, "non_shortcut_ratio": 0.0, "teacher": str(tmp_path / "first" / "flow.safetensors")}
+    whole, broken = run("whole", **told), run("broken", **told)
+    whole.train()
+    stops = iter((False, True))
+    broken.train(should_stop=lambda: next(stops))
+    again = run("broken", **told)
+    again.resume()
+    again.train()
+    assert same(weights(whole), weights(again)) and again.emas.updates == 4
+    assert same(dict(load_flow(told["teacher"]).state_dict()), dict(whole.models.sampled(0).state_dict()))
+
+
+def test_a_difference_that_no_example_trains_has_a_gradient_of_zero(run):
+    """Or several processes would wait for each other's gradients."""
+    r = run(algorithm="step_scaled", non_shortcut_ratio=1.0)
+    r.train_step(0)
+    assert not any(w.any() for w in r.models.differences["student"])
 
 
 def test_previews_show_every_step_count_and_say_how_far_they_are(run):
@@ -392,7 +464,9 @@ def test_the_folder_of_another_run_is_refused(run, tmp_path, images):
         ({"method": "shortcut"}, "needs --shift 1,1"),
         ({"teacher_ratio": 0.4}, "there is no teacher"),
         ({"algorithm": "dual"}, "take one_ema"),
-        ({"algorithm": "step_scaled", "teacher": "flow.safetensors"}, "does not train the scale: distil"),
+        ({"non_shortcut_ratio": 0.5, "teacher": "x", "algorithm": "step_scaled"}, "no example can train it"),
+        ({"shift": (2.0, 3.0), "algorithm": "step_scaled"}, "leave --shift out"),
+        ({"method": "shortcut", **SHORTCUT, "algorithm": "step_scaled"}, "not --algorithm step_scaled"),
         ({"label_dropout": 1.0}, "in .0, 1"),
         ({"lr_warmup_steps": -1}, "0 for none"),
         ({"weight_dtype": "fp16"}, "fp32 or bf16"),
@@ -439,11 +513,12 @@ def test_the_command_is_killed_and_goes_on(tmp_path, images):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path, images):
+@pytest.mark.parametrize("way", ["scfm", "step_scaled"])
+def test_two_processes_are_one(way, tmp_path, images):
     """The real command under torchrun: the same updates, evaluations counted over both, weights equal up to
     rounding."""
     write(tmp_path, images)
-    told = {**QUICK, "train_data_dir": str(tmp_path), "max_train_steps": 3}
+    told = {**QUICK, **WAYS[way], "train_data_dir": str(tmp_path), "max_train_steps": 3}
     for count in (1, 2):
         argv = [
             word
