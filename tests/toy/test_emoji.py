@@ -12,8 +12,10 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from torchvision.transforms.functional import pil_to_tensor
 
-from toy.emoji import sheet
+from scfm.data.images import read_folder
+from toy.emoji import captions, sheet
 from toy.emoji.data import (
     CONFIG,
     SIDE,
@@ -99,6 +101,30 @@ def trained(emoji_file, folder):
 
 def run(emoji_file, out, *more):
     assert main(["--data", str(emoji_file), "--output_dir", str(out), "--every", "2", *SIZES, *more]) == 0
+
+
+def test_captions_for_distillation_are_of_training_images_alone(emoji_file, trained, tmp_path):
+    train, out = split(load_emoji(emoji_file), trained)
+    words = [
+        "--data",
+        str(emoji_file),
+        "--folder",
+        str(trained),
+        "--output_file",
+        str(tmp_path / "p" / "c.txt"),
+    ]
+    assert captions.main([*words, "--count", "20", "--images", str(tmp_path / "images")]) == 0
+    lines = (tmp_path / "p" / "c.txt").read_text().splitlines()
+    assert len(set(lines)) == len(lines) == 20
+    assert all(any(row.object in line for row in train.rows) for line in lines)
+    pairs = read_folder(tmp_path / "images")
+    assert [text for _, text in pairs] == [row.name for row in train.rows]
+    for (path, _), pixels in list(zip(pairs, train.pixels, strict=True))[::7]:
+        assert torch.equal(pil_to_tensor(Image.open(path)), pixels)
+    assert captions.main([*words, "--held_out"]) == 0
+    assert (tmp_path / "p" / "c.txt").read_text().splitlines() == [row.name for row in out.rows]
+    with pytest.raises(ValueError, match="ask for fewer"):
+        captions.main([*words, "--count", "3000"])
 
 
 def test_both_sets_of_names_say_the_same():
