@@ -12,6 +12,10 @@ FOLDER holds the parquet files (default: the environment variable SCFM_CIFAR10).
                      raw and dialled
     plain, LoRA      the same by `scfm distill`: a LoRA of rank 16 on the frozen flow, a thousand images; raw
                      and dialled
+    plain, step_scaled    the same with the scale trained in as the step size (chapter 06_step_scale), all
+                     weights
+    step_scaled 1/4  that in pre-training: three quarters of the examples are plain flow matching at scale 0,
+                     the others train the differences
 
 An example's forward counts 1 evaluation, its backward 2. Every sampler gets the same noises and labels. The
 Frechet distance is taken on the features of `toy/features.py` and is not FID; with --inception FILE the same
@@ -22,6 +26,8 @@ cifar_images.png.
     --only plain shortcut     trains and measures these
     --train                   trains, measures nothing
     --report                  computes nothing, writes what the cells that are there give
+    --keep                    what the cells lack stays as the record that is there has it, if it is of the
+                              same size, budget, count and judge
     --smoke --cells /tmp/c --out /tmp/cifar     seconds; the numbers mean nothing
 """
 
@@ -43,21 +49,23 @@ from experiments.testbeds.cifar import (
     METHODS,
     NFE,
     RECIPES,
+    SCALED,
     SEARCH_NOISES,
     SEARCH_SCALES,
     Cifar10,
     Plan,
     job_of,
+    saved_settings,
 )
 from experiments.testbeds.cifar_judge import Sampler
 from scfm.inference.search import search_lora_scales
 from scfm.inference.step_lora import InferenceConfig, StepLora
-from scfm.method.distill import CopiedModels
+from scfm.method.distill import STEP_SCALED, CopiedModels
 from scfm.method.flow import EVALUATIONS, sample, time_grid
 from scfm.method.lora_scale import LoraScales
 from scfm.models.unet import UNetFlow, generate, load_flow
 
-ALL = ("plain", "scfm 1/4", "shortcut", DISTILLED, LORA, "scfm 1/8", "scfm 1/2")
+ALL = ("plain", "scfm 1/4", "shortcut", DISTILLED, LORA, SCALED, "step_scaled 1/4", "scfm 1/8", "scfm 1/2")
 BY_MIDPOINT = ("plain", "scfm 1/4")
 MOST_FEW = 16  # beyond it a dial stands near 0, and midpoint has arrived
 
@@ -65,6 +73,15 @@ MOST_FEW = 16  # beyond it a dial stands near 0, and midpoint has arrived
 def flow_sampler(network: UNetFlow) -> Sampler:
     network.bf16 = network.init_kwargs["size"] != "tiny"
     return partial(generate, network)
+
+
+def scaled_sampler(bed: Cifar10, job: Job) -> Sampler:
+    """The network at the scale of each number of steps, which was trained in."""
+
+    def sampler(labels: torch.Tensor, noise: torch.Tensor, steps: int, solver: str) -> torch.Tensor:
+        return flow_sampler(load_flow(bed.flow_file(job), steps).to(bed.device))(labels, noise, steps, solver)
+
+    return sampler
 
 
 def distilled_sampler(bed: Cifar10, job: Job) -> tuple[Sampler, LoraScales]:
@@ -112,6 +129,8 @@ def measure(bed: Cifar10, job: Job) -> None:
     """
     if job.family == LORA:
         raw, turned, scales = lora_samplers(bed, job)
+    elif saved_settings(bed.folder(job))["algorithm"] == STEP_SCALED:
+        raw, turned = scaled_sampler(bed, job), None
     else:
         raw = flow_sampler(load_flow(bed.flow_file(job)).to(bed.device))
         turned, scales = distilled_sampler(bed, job) if job.family == DISTILLED else (None, None)
@@ -155,7 +174,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--nfe", type=int, nargs="+", default=NFE, help="network evaluations of an image at which to measure"
     )
-    parser.add_argument("--only", nargs="+", default=ALL, choices=[*METHODS, DISTILLED, LORA])
+    parser.add_argument("--only", nargs="+", default=ALL, choices=[*METHODS, DISTILLED, LORA, SCALED])
     parser.add_argument(
         "--copy", default="JPEG quality 75 copy", help="what is special about this copy of CIFAR-10"
     )
@@ -163,6 +182,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inception", default="", help="weights of Inception, for the true FID")
     parser.add_argument("--train", action="store_true", help="train only")
     parser.add_argument("--report", action="store_true", help="compute nothing")
+    parser.add_argument("--keep", action="store_true", help="rows without cells stay as they are recorded")
     parser.add_argument("--smoke", action="store_true", help="tiny everything")
     args = parser.parse_args(argv)
     if not args.data:
@@ -191,7 +211,7 @@ def main(argv: Sequence[str] | None = None, should_stop: Callable[[], bool] = la
         for job in jobs:
             measure(bed, job)
     if not args.train:
-        report(plan, args.seeds, args.out, args.copy, args.note)
+        report(plan, args.seeds, args.out, args.copy, args.note, args.keep)
     return 0
 
 

@@ -16,6 +16,7 @@ from experiments.testbeds.cifar import (
     DISTILLED,
     LORA,
     NFE,
+    SCALED,
     TEACHERS_SHARE,
     Cifar10,
     Plan,
@@ -39,7 +40,10 @@ NAMES = (
     f"{DISTILLED}, dialled",
     LORA,
     f"{LORA}, dialled",
+    SCALED,
+    "step_scaled 1/4",
 )
+SAME = ("about", "size", "budget", "images", "features", "recipe")  # of two records whose rows may be joined
 SETTINGS = (
     "max_train_steps",
     "method",
@@ -51,6 +55,7 @@ SETTINGS = (
     "lr_warmup_steps",
     "ema_decay_slow",
     "ema_decay_fast",
+    "ema_decay",
     "shift",
     "self_grids",
     "weight_dtype",
@@ -92,6 +97,22 @@ def gather(plan: Plan, seeds: Sequence[int], copy: str, notes: Sequence[str] = (
         for part, value in (("samplers", rows), ("trained", training)):
             if value:
                 record[part].setdefault(name, {})[str(seed)] = value
+    return record | {"aims": aims(record)}
+
+
+def joined(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The record, with the rows that it lacks from one in `path`. ValueError for another protocol."""
+    old = json.loads(path.read_text(encoding="utf-8"))
+    other = [name for name in SAME if old[name] != record[name]]
+    if other:
+        raise ValueError(f"{path} is of another {', '.join(other)}: leave --keep out, or take another --out")
+    both = {}
+    for part in ("samplers", "trained"):
+        found = {name: {**old[part].get(name, {}), **record[part].get(name, {})} for name in NAMES}
+        both[part] = {name: by_seed for name, by_seed in found.items() if by_seed}
+    seeds = sorted({int(seed) for by_seed in both["samplers"].values() for seed in by_seed})
+    notes = list(dict.fromkeys([*old["notes"], *record["notes"]]))
+    record = {**record, **both, "seeds": seeds, "notes": notes, "floor": record.get("floor", old["floor"])}
     return record | {"aims": aims(record)}
 
 
@@ -259,13 +280,24 @@ def save_png(figure: Any, path: Path) -> None:
 
 
 def report(
-    plan: Plan, seeds: Sequence[int], out: Path, copy: str = "", notes: Sequence[str] = ()
+    plan: Plan,
+    seeds: Sequence[int],
+    out: Path,
+    copy: str = "",
+    notes: Sequence[str] = (),
+    keep: bool = False,
 ) -> dict[str, Any]:
-    """Writes out.json, out.png and out_images.png, and prints the tables."""
+    """Writes out.json, out.png and out_images.png, and prints the tables.
+
+    keep: what the cells lack stays as the record that is there has it; the images, of which there are those
+        of the cells alone, go into out_images_more.png
+    """
     record = gather(plan, seeds, copy, notes)
+    plot_images(plan, record, out.with_name(out.name + "_images" + "_more" * keep + ".png"))
+    if keep:
+        record = joined(record, out.with_suffix(".json"))
     write_json(json.dumps(record, indent=1), out.with_suffix(".json"))
     plot(record, out.with_suffix(".png"))
-    plot_images(plan, record, out.with_name(out.name + "_images.png"))
     for key in PRINTED:
         print(table(record, key), end="\n\n")
     print(json.dumps(record["aims"], indent=1))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from experiments import budgets
+from experiments.recipes import short_decay
 from experiments.runner import CellCache, Job, non_defaults
 from experiments.testbeds import Field
 from experiments.testbeds.plane import BUDGETED_SIZES, Plane, PlaneSizes, make_recipe
@@ -39,11 +40,6 @@ class FromScratch(NamedTuple):
 def train_steps(budget: int, batch: int, lora: bool = False) -> int:
     """Training steps that a budget buys: those of SCFM, without the search that nothing here needs."""
     return budgets.plan("scfm", budget, batch, lora=lora)[0]
-
-
-def short_decay(steps: int) -> float:
-    """Of an EMA whose memory grows with the root of the training: 5 steps of 200, 10 of 800."""
-    return 1 - 1 / max(1.0, 0.36 * steps**0.5)
 
 
 def make_config(job: Job, sizes: Any, steps: int, around: float, **usual: Any) -> SCFMConfig:

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torchvision.transforms.functional import to_pil_image
 
+from experiments.recipes import short_decay
 from experiments.runner import Job
 from experiments.stored import from_stored
 from experiments.testbeds import Field, Walk
 from experiments.testbeds.cifar_judge import Judge, Sampler, Samples
 from scfm.data.labelled_images import LabelledImages, load_labelled_images
+from scfm.method.distill import STEP_SCALED
 from scfm.method.ema import shorten
 from scfm.method.flow import sample, time_grid
 from scfm.models.lora import WEIGHT_NAME
@@ -37,9 +39,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "scfm 1/4": {"non_shortcut_ratio": 0.75},
     "scfm 1/2": {"non_shortcut_ratio": 0.5},
     "shortcut": SHORTCUT,
+    "step_scaled 1/4": {"non_shortcut_ratio": 0.75, "algorithm": STEP_SCALED},
 }
-DISTILLED, LORA = "plain, distilled", "plain, LoRA"
-TEACHERS_SHARE = 0.8  # of the budget goes to the teacher of these two, the rest to distilling
+DISTILLED, LORA, SCALED = "plain, distilled", "plain, LoRA", "plain, step_scaled"
+TEACHERS_SHARE = 0.8  # of the budget goes to the teacher of these three, the rest to distilling
 LORA_IMAGES = 1000  # real images that the LoRA is trained on
 SEARCH_NOISES, GOAL_STEPS = 32, 64  # of the search for scales
 SEARCH_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -202,7 +205,7 @@ class Cifar10:
         """One method to the end of its budget; the file of the result, or None when it was stopped."""
         if job.family == LORA:
             return self._train_lora(job)
-        if job.family == DISTILLED:
+        if job.family in (DISTILLED, SCALED):
             return self._distil(job)
         if job.family == "plain" and not self.teacher_file(job).is_file():
             flow = self._train_flow(job, TEACHERS_SHARE)
@@ -215,12 +218,18 @@ class Cifar10:
         """Up to a share of the budget."""
         plan, change = self.plan, METHODS[job.family]
         steps = steps_for(plan.budget * share, plan.recipe, change["non_shortcut_ratio"])
+        if change.get("algorithm") == STEP_SCALED:
+            change = {**change, "ema_decay": short_decay(steps)}
         return self._pretrain(job, {"max_train_steps": steps, "validation_steps": plan.previews, **change})
 
     def _distil(self, job: Job) -> Path | None:
-        """The teacher with all weights, by Algorithm 2."""
+        """The teacher with all weights, by Algorithm 2, or with the scale trained in as the step size."""
         plan = self.plan
         steps = steps_for(plan.budget * (1 - TEACHERS_SHARE), plan.recipe, 0.0)
+        if job.family == SCALED:
+            way: dict[str, Any] = {"algorithm": STEP_SCALED, "ema_decay": short_decay(steps)}
+        else:
+            way = {"algorithm": "dual", "teacher_ratio": 0.4, **shortened(steps)}
         return self._pretrain(
             job,
             {
@@ -228,9 +237,7 @@ class Cifar10:
                 "validation_steps": 0,
                 "teacher": str(self.teacher_file(job)),
                 "non_shortcut_ratio": 0.0,
-                "teacher_ratio": 0.4,
-                "algorithm": "dual",
-                **shortened(steps),
+                **way,
                 "learning_rate": plan.recipe["learning_rate"] / 4,
                 "lr_warmup_steps": min(50, steps // 4),
             },

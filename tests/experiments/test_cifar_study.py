@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from experiments import carry_flows
 from experiments.studies import cifar
 from experiments.studies.cifar import flow_sampler, lora_samplers
-from experiments.studies.cifar_report import aims
+from experiments.studies.cifar_report import SAME, aims, joined, rows_of
 from experiments.testbeds.cifar import (
     DISTILLED,
     LORA,
     METHODS,
+    SCALED,
     Cifar10,
     Plan,
     flow_notes,
@@ -72,6 +73,45 @@ def test_training_leaves_the_teacher_and_computes_nothing_twice(plan, monkeypatc
     assert flow_notes(distilled) == {"train_steps": 1, "evaluations": 40}
     monkeypatch.setattr("experiments.testbeds.cifar.pretrain", None)  # would fail if it were called again
     assert bed.train(PLAIN) == flow and bed.train(DISTIL) == distilled
+
+
+def test_the_scale_is_trained_in_at_the_same_cost(plan, untrained_judge):
+    bed = Cifar10(plan._replace(budget=480, nfe=(1, 2)))
+    scratch, taught = (job_of(name, 0) for name in ("step_scaled 1/4", SCALED))
+    assert bed.train(PLAIN) and flow_notes(bed.train(taught)) == {"train_steps": 2, "evaluations": 80}
+    notes = flow_notes(bed.train(scratch))
+    assert notes["train_steps"] == 17 and 17 * 8 * 3 < notes["evaluations"] < 17 * 8 * 5
+    teacher, noise, labels = (
+        load_file(bed.teacher_file(PLAIN)),
+        torch.randn(2, 3, 32, 32),
+        torch.tensor([0, 1]),
+    )
+    base = load_flow(bed.flow_file(taught)).state_dict()
+    assert all(torch.equal(base[name], tensor) for name, tensor in teacher.items())
+    for job in (scratch, taught):
+        sampler = cifar.scaled_sampler(bed, job)
+        for n in (1, 2):
+            by_hand = generate(load_flow(bed.flow_file(job), n), labels, noise, n)
+            assert torch.equal(sampler(labels, noise, n, "euler"), by_hand)
+        cifar.measure(bed, job)
+        assert [row["nfe"] for row in rows_of(bed.plan, job.family, 0)] == [1, 2]
+
+
+def test_rows_without_cells_stay_as_they_are_recorded(tmp_path):
+    same = dict.fromkeys(SAME, "x") | {"notes": ["a"], "floor": {}}
+    row = [{"nfe": n, "solver": "euler", "frechet_test": float(n)} for n in (4, 64)]
+    old = same | {"samplers": {"plain": {"0": row, "1": row}}, "trained": {"plain": {"0": {}}}}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    new = same | {"notes": ["b"], "samplers": {SCALED: {"0": row}}, "trained": {}}
+    both = joined(new, tmp_path / "old.json")
+    assert (
+        list(both["samplers"]) == ["plain", SCALED]
+        and both["seeds"] == [0, 1]
+        and both["notes"] == ["a", "b"]
+    )
+    assert both["aims"][SCALED]["at 4, times plain"] == {"0": 1.0}
+    with pytest.raises(ValueError, match="another budget"):
+        joined(new | {"budget": "y"}, tmp_path / "old.json")
 
 
 def test_flows_are_carried_in_half_precision_with_their_notes_or_not_at_all(trained, tmp_path, capsys):
