@@ -36,11 +36,11 @@ from scfm.method.baselines import (
     reflow_loss,
     sample_renoised,
 )
-from scfm.method.consistency import keyed_generator
 from scfm.method.distill import SCFMConfig
 from scfm.method.flow import EVALUATIONS, sample
 from scfm.method.lora_scale import LoraScales
 from scfm.models.lora import LoraModels, copy_adapter
+from scfm.streams import keyed_generator
 from toy.judge import STOCK
 from toy.pipelines import GUIDANCE
 

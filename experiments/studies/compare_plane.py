@@ -38,11 +38,11 @@ from scfm.method.baselines import (
     sample_with_step_size,
     shortcut_loss,
 )
-from scfm.method.consistency import keyed_generator
 from scfm.method.distill import CopiedModels, SCFMConfig
 from scfm.method.flow import time_grid
 from scfm.method.lora_scale import choose_lora_scales
 from scfm.method.scale_schedule import parabola_min, search_per_step
+from scfm.streams import keyed_generator
 from toy.plane import DATA, MLP, with_step
 
 LOSSES = {"consistency": distillation_loss, "shortcut": shortcut_loss, "meanflow": meanflow_loss}

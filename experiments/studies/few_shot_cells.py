@@ -23,10 +23,10 @@ from experiments.testbeds.taught_flux import (
     load_judges,
 )
 from experiments.testbeds.tiny_flux import Adapter, copy_of_lora, make_models
-from scfm.method.consistency import keyed_generator
 from scfm.method.distill import CopiedModels, distill
 from scfm.method.lora_scale import SCALES
 from scfm.method.metrics import endpoint_distance, sliced_wasserstein
+from scfm.streams import keyed_generator
 from toy.judge import STOCK
 from toy.plane import DATA
 

@@ -74,10 +74,10 @@ class Judge:
         return partial(look, load_features().to(self.device))
 
     def _inception_features(self, weights: str) -> Callable:
-        from scfm.evaluation.image_metrics import inception
+        from scfm.evaluation.image_metrics import InceptionMetric
 
-        metric = inception(weights, self.device)
-        return lambda images: metric.look((chunk, None) for chunk in images.split(100))
+        metric = InceptionMetric(weights, self.device)
+        return lambda images: metric.measure((chunk, None) for chunk in images.split(100))
 
     def see(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """{metric: features (N, D)} of images (N, 3, 32, 32) uint8, and what the classifier takes them for,

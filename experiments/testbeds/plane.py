@@ -15,7 +15,7 @@ from experiments.runner import CellCache, Job, non_defaults
 from experiments.scales import finite
 from experiments.streams import Stream
 from experiments.testbeds import BatchOf, Field, Walk
-from scfm.method.consistency import keyed_generator, scfm_loss
+from scfm.method.consistency import scfm_loss
 from scfm.method.distill import (
     CopiedModels,
     SCFMConfig,
@@ -28,6 +28,7 @@ from scfm.method.ema import shorten
 from scfm.method.flow import sample, time_grid
 from scfm.method.lora_scale import SCALES, STEPS
 from scfm.method.metrics import endpoint_distance, sliced_wasserstein
+from scfm.streams import keyed_generator
 from toy.plane import DATA, MLP, train_flow
 
 COUPLED = 512  # noises on which a distance to the teacher's endpoints is measured

@@ -10,11 +10,11 @@ from experiments.scales import by_steps, find_scales, finite
 from experiments.streams import Stream
 from experiments.testbeds import FieldAtScale, Walk
 from experiments.testbeds.plane import Plane, make_recipe
-from scfm.method.consistency import keyed_generator
 from scfm.method.distill import CopiedModels
 from scfm.method.flow import EVALUATIONS
 from scfm.method.lora_scale import STEPS
 from scfm.method.metrics import sliced_wasserstein
+from scfm.streams import keyed_generator
 from toy.plane import DATA
 
 

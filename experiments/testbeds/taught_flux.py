@@ -19,10 +19,10 @@ from experiments.testbeds.tiny_flux import (
     teacher_field,
 )
 from scfm.data.prompts import read_prompts
-from scfm.method.consistency import keyed_generator
 from scfm.method.distill import SCFMConfig
 from scfm.method.ema import shorten
 from scfm.models.lora import load_adapter_state, set_scale
+from scfm.streams import keyed_generator
 from toy.judge import STOCK, Judge
 from toy.pipelines import GUIDANCE
 

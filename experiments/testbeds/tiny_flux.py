@@ -19,7 +19,6 @@ from experiments.streams import Stream
 from experiments.testbeds import BatchOf, Field, FieldAtScale, Walk
 from experiments.testbeds.plane import make_recipe, ramp_teacher_ratio
 from scfm.data.fingerprint import fingerprint
-from scfm.method.consistency import keyed_generator
 from scfm.method.distill import SCFMConfig, distill
 from scfm.method.flow import sample, time_grid
 from scfm.method.lora_scale import STEPS
@@ -27,6 +26,7 @@ from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels, adapter_state, load_adapter_state
 from scfm.models.sampling import euler_endpoints, on_device, start_noise
 from scfm.models.source import PipelineSource
+from scfm.streams import keyed_generator
 from toy.judge import STOCK, Judge
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS, load_flux
 from toy.shapes import draw_captions, draw_images

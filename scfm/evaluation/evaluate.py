@@ -14,7 +14,7 @@ from tqdm import tqdm
 from scfm.data.caption_length import fewer_remarks, warn_of_long_captions
 from scfm.data.fingerprint import fingerprint
 from scfm.evaluation.external_models import ExternalModel, lora_samplers, pipeline_samplers
-from scfm.evaluation.image_metrics import find_metrics
+from scfm.evaluation.find_metrics import find_metrics
 from scfm.evaluation.image_store import (
     generate_set,
     init_store,
@@ -52,6 +52,9 @@ class EvaluateConfig(InferenceConfig):
         "",
         "file of Inception's weights (.safetensors, .pth); empty: from the hub; none: leave FID out",
     )
+    imagenet: str = setting(
+        "", "features of EfficientNet-Lite0 on ImageNet, carried by a package; none: leave them out"
+    )
     clip: str = setting(
         "openai/clip-vit-large-patch14", "folder or hub name of a CLIP model; none: leave the CLIP score out"
     )
@@ -72,6 +75,8 @@ class EvaluateConfig(InferenceConfig):
     def check(self) -> None:
         """As of `InferenceConfig`, and what can be known of a mistake before anything is loaded."""
         super().check()
+        if self.imagenet not in ("", "none"):
+            raise ValueError(f"--imagenet is {self.imagenet!r}: leave it out, or say none")
         for name in ("num_images", "teacher_steps", "batch_size", "latency_repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}: give 1 or more")
@@ -115,7 +120,9 @@ def evaluate(
     protocol["weights"] = fingerprint(source, *source.parts)[:16]  # a name may come to stand for others
     init_store(out, protocol)
     device = device or default_device()
-    metrics, missing = find_metrics(config.custom_metric, config.inception, config.clip, device)
+    metrics, missing = find_metrics(
+        config.custom_metric, config.inception, config.clip, device, config.imagenet
+    )
     evaluation = Evaluation(StepLora(config, device, source), config, captions, progress)
     warn_of_long_captions(evaluation.step_lora.family, captions)
     with fewer_remarks():
@@ -127,6 +134,9 @@ def evaluate(
         "reference_dir": Path(config.reference_dir).name,
         "reference_images": len(reference),
         "metrics": [metric.name for metric in metrics],
+        "weights_of_metrics": {
+            metric.name: mark for metric in metrics if (mark := getattr(metric, "mark", ""))
+        },
     }
     warnings = warnings_of(config, len(reference), any(metric.distance for metric in metrics))
     warnings = partial_fits(evaluation.step_lora.pipe) + warnings

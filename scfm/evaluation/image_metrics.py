@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from scfm.method.metrics import frechet_distance
 from scfm.models.hub import answers, hub_reachable
 from scfm.models.loading import no_loading_bars
 
@@ -217,33 +216,6 @@ class CustomMetric:
         scores = {n: torch.cat([scores[n].double() for _, scores in parts]).nanmean().item() for n in names}
         features = [features for features, _ in parts if features is not None]
         return Measured(torch.cat(features) if features else None, scores)
-
-
-def find_metrics(
-    custom_metric: str, inception: str, clip: str, device: str | torch.device = "cpu"
-) -> tuple[list[ImageMetric], dict[str, str]]:
-    """(metrics, {name: why it is missing}), by the settings of that name; "none" leaves one out."""
-    metrics: list[ImageMetric] = [CustomMetric(custom_metric)] if custom_metric else []
-    missing: dict[str, str] = {}
-    for name, metric_class, place in (
-        ("Inception (FID)", InceptionMetric, inception),
-        ("CLIP score", CLIPMetric, clip),
-    ):
-        if place == "none":
-            missing[name] = "left out by the settings"
-            continue
-        try:
-            metrics.append(metric_class(place, device))
-        except MetricUnavailable as reason:
-            missing[name] = str(reason)
-    return metrics, missing
-
-
-def frechet(features: torch.Tensor | None, others: torch.Tensor | None) -> float | None:
-    """`frechet_distance`, or None where one of the two is missing or has fewer than 2 rows."""
-    if features is None or others is None or min(len(features), len(others)) < 2:
-        return None
-    return frechet_distance(features, others)
 
 
 def first_line(error: Exception) -> str:

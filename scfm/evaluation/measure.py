@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 import torch
 from tqdm import tqdm
 
-from scfm.evaluation.image_metrics import ImageMetric, frechet
+from scfm.evaluation.feature_distances import compare_sets, frechet
+from scfm.evaluation.image_metrics import ImageMetric
 from scfm.evaluation.image_store import image_batches, image_path
 
 Row: TypeAlias = dict[str, Any]
@@ -23,7 +24,8 @@ def measure(
     size: tuple[int, int],
     progress: bool = True,
 ) -> None:
-    """Adds to each row what each metric says of its images: scores and Frechet distances.
+    """Adds to each row what each metric says of its images: scores, Frechet distances, and how the sets of
+    images lie in each other (`compare_sets`).
 
     rows: the teacher's first
     reference: image files that all are compared with
@@ -43,6 +45,10 @@ def measure(
                     teacher = features if teacher is None else teacher
                     distances = distances_of(features, teacher, fixed)
                     row.setdefault("distances", {})[metric.distance] = distances
+                    row.setdefault("sets", {})[metric.name] = {
+                        "teacher": compare_sets(features, teacher, paired=True),
+                        "reference": compare_sets(features, fixed),
+                    }
                 bar.update(1)
 
 

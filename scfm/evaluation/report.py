@@ -19,6 +19,7 @@ from scfm.evaluation.table import (
     describe_protocol,
     format_number,
     groups_of,
+    sets_of,
     several,
 )
 from scfm.files import atomic_write
@@ -59,10 +60,17 @@ large; "-": there is no such number. <i>Evaluations</i>: examples that the netwo
 <i>Endpoint distance</i>: root mean square, in latents, to where the teacher lands at its own steps from the
 same noise. <i>Seconds an image</i>: prompt to pixels at batch size 1, the median of {repeats} after a
 warm-up, on {device}.</p>
+{sets}
 <h2>The same caption and the same noise in each column</h2>
 <img alt="a row for each sampler, a column for each caption" src="data:image/png;base64,{image}">
 <footer>Made by scfm evaluate; {versions}. All numbers: report.json beside this page.</footer>
 </body></html>
+"""
+
+SETS = """<h2>{title}</h2>
+<p>KID: the kernel distance, unbiased, with its standard error; below two errors it is no difference.
+Precision and density: do the images lie among the others; recall and coverage: are the others reached.</p>
+<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>
 """
 
 
@@ -98,6 +106,7 @@ def html_report(record: Mapping[str, Any], grid: Image.Image) -> str:
         body="\n".join(body),
         repeats=teacher["latency_repeats"],
         device=html.escape(teacher["device"]),
+        sets="\n".join(sets_table(title, lines) for title, lines in sets_of(record)),
         image=base64.b64encode(buffer.getvalue()).decode(),
         versions=html.escape(", ".join(f"{name} {v}" for name, v in record["versions"].items())),
     )
@@ -115,6 +124,13 @@ def table_row(row: Row, columns: Sequence[Column], best: set[tuple[str, str]]) -
         shade = " class=best" if (row["name"], heading) in best else ""
         cells.append(f"<td{shade}>{format_number(value(row))}</td>")
     return f'<tr class="{row["kind"]}">{"".join(cells)}</tr>'
+
+
+def sets_table(title: str, lines: Sequence[Sequence[str]]) -> str:
+    """How sets of images lie in each other, in HTML; lines: as from `sets_of`."""
+    head, *body = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines)
+    rows = "".join(f"<tr>{cells}</tr>" for cells in body)
+    return SETS.format(title=html.escape(title), head=head, rows=rows)
 
 
 def image_grid(

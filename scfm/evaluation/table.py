@@ -40,6 +40,29 @@ def columns_of(record: Mapping[str, Any]) -> list[Column]:
     return [column for column in columns if any(column.value(row) is not None for row in rows)]
 
 
+def sets_of(record: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """[(title, lines)] of small tables, one for each metric with features and each set that the images are
+    compared with: KID times 1000 with its standard error, precision, recall, density, coverage.
+
+    The first line of each names the columns.
+    """
+    tables = []
+    names = dict.fromkeys(name for row in record["rows"] for name in row.get("sets", {}))
+    for name, to in ((name, to) for name in names for to in ("teacher", "reference")):
+        lines = [["", "steps", "KID x 1000", "error", "precision", "recall", "density", "coverage"]]
+        for row in (row for group in groups_of(record) for row in group.rows):
+            found = row.get("sets", {}).get(name, {}).get(to)
+            if found:
+                kid = [f"{1000 * found['kid']:.3g}", f"{1000 * found['kid_error']:.2g}"]
+                shares = [f"{found[key]:.3f}" for key in ("precision", "recall", "density", "coverage")]
+                lines.append([row["label"], str(row["steps"]), *kid, *shares])
+        if len(lines) > 1:
+            tables.append(
+                (f"{name}, to the {to}'s images" if to == "teacher" else f"{name}, to the reference", lines)
+            )
+    return tables
+
+
 def entry(row: Row, name: str) -> float | None:
     """A number of a row itself."""
     return row[name]
@@ -103,6 +126,13 @@ def text_table(record: Mapping[str, Any], widest: int = 30) -> str:
                 for heading, value, _ in columns
             ]
             lines.append([row["label"], str(row["steps"]), *cells])
+    parts = [aligned(lines, widest)]
+    parts += [f"{title}\n{aligned(lines, widest)}" for title, lines in sets_of(record)]
+    return "\n\n".join(parts)
+
+
+def aligned(lines: Sequence[Sequence[str]], widest: int) -> str:
+    """Lines of cells as text, each column as wide as its widest cell, but for `widest`."""
     widths = [min(widest, max(map(len, column))) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(padded(line, widths)) for line in lines)
 

@@ -26,7 +26,8 @@ from toy.pipelines import FLUX, TOKENS, WEIGHTS, build_flux, load_flux
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a pink star"]
 TINY = ["--num_images", "3", "--steps", "2", "--teacher_steps", "4", "--latency_repeats", "1"]
 TINY += ["--batch_size", "2"]
-NO_METRICS = ["--inception", "none", "--clip", "none"]
+NO_METRICS = ["--inception", "none", "--clip", "none", "--imagenet", "none"]
+NAME, MARK = "EfficientNet-Lite0", "579344248a93e230"  # the file's SHA-256 begins so
 CUSTOM = "Frechet distance on toy.judge:look"
 
 
@@ -65,11 +66,16 @@ def test_the_report_and_what_is_missing(lora, prompts, clip_folder, tmp_path, ca
     assert list(rows) == ["teacher-4", "student-2", *solvers]
     protocol = record["protocol"]
     assert (protocol["num_images"], protocol["num_captions"], protocol["reference_images"]) == (3, 3, 3)
-    assert protocol["metrics"] == ["toy.judge:look", "CLIP"]
+    assert protocol["metrics"] == ["toy.judge:look", "EfficientNet-Lite0", "CLIP"]
+    assert protocol["weights_of_metrics"] == {"EfficientNet-Lite0": MARK}
     assert list(record["missing"]) == ["Inception (FID)"]
     for name, row in rows.items():
         assert row["evaluations"] == (4 if name == "teacher-4" else 2) and row["seconds"] > 0
         distances = row["distances"][CUSTOM]
+        assert row["distances"][f"Frechet distance on {NAME}"]["reference"] > 0
+        assert row["sets"] == dict.fromkeys(
+            ("toy.judge:look", NAME), {"teacher": None, "reference": None}
+        )  # few
         assert 0 <= row["scores"]["prompt accuracy"] <= 1 and "CLIP score" in row["scores"]
         if name == "teacher-4":
             assert row["endpoint_distance"] is None

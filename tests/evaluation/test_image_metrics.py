@@ -8,13 +8,13 @@ from safetensors.torch import save_file
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPModel, CLIPProcessor
 
+from scfm.evaluation.feature_distances import frechet
+from scfm.evaluation.find_metrics import find_metrics
 from scfm.evaluation.image_metrics import (
     CLIPMetric,
     CustomMetric,
     InceptionMetric,
     MetricUnavailable,
-    find_metrics,
-    frechet,
 )
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a pink star"]
@@ -109,11 +109,11 @@ def test_a_metric_of_ones_own():
 
 
 def test_what_is_left_out_or_cannot_be_loaded_is_named(clip_folder):
-    metrics, missing = find_metrics("toy.judge:look", "nowhere.pth", str(clip_folder))
+    metrics, missing = find_metrics("toy.judge:look", "nowhere.pth", str(clip_folder), imagenet="none")
     assert [metric.name for metric in metrics] == ["toy.judge:look", "CLIP"]
     assert [metric.distance is None for metric in metrics] == [False, True]
-    assert "could not be loaded from nowhere.pth" in missing["Inception (FID)"] and len(missing) == 1
-    assert find_metrics("", "none", "none") == (
+    assert "could not be loaded from nowhere.pth" in missing["Inception (FID)"] and len(missing) == 2
+    assert find_metrics("", "none", "none", imagenet="none") == (
         [],
         dict.fromkeys(missing | {"CLIP score": ""}, "left out by the settings"),
     )
@@ -133,7 +133,7 @@ def test_without_a_network_weights_are_missing_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *_, **__: pytest.fail("asked"))
     monkeypatch.setattr("transformers.CLIPModel.from_pretrained", clip)
-    metrics, missing = find_metrics("", "", "me/clip")
+    metrics, missing = find_metrics("", "", "me/clip", imagenet="none")
     assert not metrics
     assert "cannot be reached, and they are not in torch's cache; name a file" in missing["Inception (FID)"]
     assert "no copy here" in missing["CLIP score"]
