@@ -33,12 +33,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from scfm.data.cache import CachePlan, batch_indices
 from scfm.data.images import list_images, read_image
 from scfm.data.teacher_images import generate_images
-from scfm.method.consistency import Stream, keyed_generator
 from scfm.method.distill import Batch, SCFMConfig, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
 from scfm.models.loading import DTYPES
 from scfm.models.lora import LoraModels, add_adapters
 from scfm.models.source import PipelineSource
+from scfm.streams import Stream, keyed_generator
 from scfm.training.config import DistillConfig
 from scfm.training.estimate import count_example, shape_of
 from toy.pipelines import FLUX, TOKENS, load_flux

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scfm.method.consistency import keyed_generator
 from scfm.method.distill import (
     Batch,
     SCFMConfig,
@@ -43,6 +42,7 @@ from scfm.method.distill import (
 from scfm.method.flow import interpolate, velocity
 from scfm.models.family import unguided
 from scfm.models.lora import ADAPTERS, LoraModels
+from scfm.streams import keyed_generator
 from scfm.training.estimate import SHAPES
 
 RESULTS = Path(__file__).parent / "results"

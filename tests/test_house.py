@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "threads",
     "types",
+    "streams",
     "files",
     "method",
     "models",
@@ -108,7 +109,7 @@ def test_scfm_does_not_import_toy(path):
 def test_a_module_needs_only_what_is_installed_with_it(path):
     allowed = (
         {"torch", "tqdm"}
-        if chapter(path) in ("threads", "types", "method")
+        if chapter(path) in ("threads", "types", "streams", "method")
         else {r.name for r in requirements(SETTINGS["requirements"])}
     )
     allowed |= {own for name, own in (("pillow", "PIL"), ("pyyaml", "yaml")) if name in allowed}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scfm.method import flow
-from scfm.method.consistency import DistillModels, Jumps, consistency_target, draw_jumps, keyed_generator
+from scfm.method.consistency import DistillModels, Jumps, consistency_target, draw_jumps
 from scfm.method.distill import (
     Batch,
     CopiedModels,
@@ -19,6 +19,7 @@ from scfm.method.distill import (
     sample_batch,
     train_step,
 )
+from scfm.streams import keyed_generator
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "learn/plain_scfm.ipynb"
 CODE = [

@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
-from scfm.method.consistency import Jumps, draw_jumps, keyed_generator
+from scfm.method.consistency import Jumps, draw_jumps
 from scfm.method.distill import Batch, SCFMConfig, make_emas, make_optimizer, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels
+from scfm.streams import keyed_generator
 from toy.pipelines import FLUX, TOKENS, load_flux
 
 ROOT = Path(__file__).parents[1]

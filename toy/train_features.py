@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from scfm.data.labelled_images import load_labelled_images
-from scfm.method.consistency import keyed_generator
+from scfm.streams import keyed_generator
 from toy.features import WEIGHTS, Features, look
 
 BATCH, PEAK, WARM, WEIGHT_DECAY, SMOOTHING, PAD, HOLE = 256, 0.2, 0.2, 5e-4, 0.1, 4, 8

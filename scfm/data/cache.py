@@ -27,8 +27,8 @@ from scfm.data.images import (
     read_image,
 )
 from scfm.files import atomic_write
-from scfm.method.consistency import Stream, keyed_generator
 from scfm.models.source import PipelineSource
+from scfm.streams import Stream, keyed_generator
 from scfm.types import Family
 
 log = logging.getLogger(__name__)

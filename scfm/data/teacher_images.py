@@ -15,8 +15,8 @@ from scfm.data.caption_length import fewer_remarks
 from scfm.data.images import BROKEN, Size, in_chunks, in_threads, not_finite
 from scfm.data.prompts import json_lines
 from scfm.files import atomic_write
-from scfm.method.consistency import Stream, keyed_generator
 from scfm.models.sampling import euler_endpoints, start_noise, stock_shift
+from scfm.streams import Stream, keyed_generator
 from scfm.types import Family
 
 Row = dict[str, Any]  # a line of metadata.jsonl

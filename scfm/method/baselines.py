@@ -18,14 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from scfm.method.consistency import (
-    LOSSES,
-    DistillModels,
-    Jumps,
-    consistency_target,
-    draw_jumps,
-    keyed_generator,
-)
+from .consistency import LOSSES, DistillModels, Jumps, consistency_target, draw_jumps
 from scfm.method.distill import (
     CopiedModels,
     SCFMConfig,
@@ -36,6 +29,7 @@ from scfm.method.distill import (
     training_loop,
 )
 from .flow import interpolate, per_row, sample, time_grid, velocity
+from ..streams import keyed_generator
 from ..types import Condition, Models, VelocityField
 
 # %% ../../nbs/learn/40_comparison.ipynb #c09

@@ -20,18 +20,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from scfm.method.consistency import (
-    LOSSES,
-    TARGET_MODELS,
-    Jumps,
-    Stream,
-    draw_jumps,
-    keyed_generator,
-    scfm_loss,
-    with_flow_examples,
-)
+from .consistency import LOSSES, TARGET_MODELS, Jumps, draw_jumps, scfm_loss, with_flow_examples
 from .ema import FastSlow
 from .step_scale import ScaledEMAs, StepScale, draw_step_jumps, step_scale_loss
+from ..streams import Stream, keyed_generator
 from ..types import Averages, Condition, ScaledModels, TrainableModels, VelocityField
 
 # %% ../../nbs/learn/03_distill.ipynb #c05

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from scfm.method.consistency import Stream, keyed_generator
 from scfm.method.flow import sample, time_grid
+from scfm.streams import Stream, keyed_generator
 from scfm.types import Family, VelocityField
 
 

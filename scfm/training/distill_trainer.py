@@ -18,7 +18,7 @@ from scfm.data.prepare import (
     make_families,
     read_inputs,
 )
-from scfm.method.consistency import Jumps, Stream, keyed_generator
+from scfm.method.consistency import Jumps
 from scfm.method.distill import STEP_SCALED, Batch, jumps_from_config, make_emas, make_optimizer
 from scfm.models.check import LAYERS
 from scfm.models.family import velocities
@@ -27,6 +27,7 @@ from scfm.models.lora import LoraModels, adapter_state, load_adapter_state
 from scfm.models.sampling import on_device
 from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.source import PipelineSource
+from scfm.streams import Stream, keyed_generator
 from scfm.training.checkpoint import find_checkpoint, load_checkpoint, refuse_fewer_steps
 from scfm.training.config import DistillConfig
 from scfm.training.selection import select_and_save, validation_image

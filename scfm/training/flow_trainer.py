@@ -10,12 +10,13 @@ from torchvision.utils import make_grid
 
 from scfm.data.labelled_images import LabelledImages, load_labelled_images
 from scfm.files import atomic_write
-from scfm.method.consistency import Jumps, Stream, keyed_generator
+from scfm.method.consistency import Jumps
 from scfm.method.distill import Batch, StepOutput, make_emas, make_optimizer, sample_batch
 from scfm.method.ema import EMA
 from scfm.method.metrics import endpoint_distance
 from scfm.models.pixels import save_pipeline
 from scfm.models.unet import drop_labels, generate
+from scfm.streams import Stream, keyed_generator
 from scfm.training.checkpoint import latest, load_checkpoint, refuse_fewer_steps
 from scfm.training.flow_config import LEVELS, FlowConfig
 from scfm.training.flow_models import FlowModels, make_models

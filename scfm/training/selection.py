@@ -12,7 +12,6 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from scfm.files import atomic_write
-from scfm.method.consistency import Stream, keyed_generator
 from scfm.method.distill import STEP_SCALED
 from scfm.method.lora_scale import LoraScales, choose_lora_scales, endpoint_curve
 from scfm.models.loading import with_vae
@@ -20,6 +19,7 @@ from scfm.models.lora import save_lora
 from scfm.models.lora_file import write_lora_scales
 from scfm.models.sampling import euler_endpoints, start_noise
 from scfm.models.scaled_lora import ScaledLoraModels
+from scfm.streams import Stream, keyed_generator
 from scfm.training.config import DistillConfig
 
 if TYPE_CHECKING:

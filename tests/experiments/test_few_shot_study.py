@@ -16,8 +16,8 @@ from experiments.testbeds.plane import Plane
 from experiments.testbeds.taught_flux import TaughtFlux, spread, subset
 from experiments.testbeds.tiny_flux import PROMPTS
 from scfm.data.prompts import read_prompts
-from scfm.method.consistency import keyed_generator
 from scfm.method.distill import SCFMConfig, jumps_from_config
+from scfm.streams import keyed_generator
 from toy.judge import draw_unknown, named_in
 
 pytestmark = pytest.mark.experiment

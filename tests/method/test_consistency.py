@@ -18,12 +18,12 @@ from scfm.method.consistency import (
     draw_jumps,
     draw_teacher_mask,
     index_cond,
-    keyed_generator,
     scfm_loss,
     snap_times,
     velocity_by_row,
 )
 from scfm.method.flow import interpolate, shift_time
+from scfm.streams import keyed_generator
 
 ALGORITHMS = ("one_ema", "dual", "dual_pure")
 rows_ = st.integers(1, 40)
@@ -137,20 +137,6 @@ def test_mean_count_of_teacher_examples_is_exact(rows, share):
     assert (masks.mean(0) - share).abs().max() < 5 * 0.5 / draws**0.5  # and every place is as likely
     if (rows, share) == (1, 0.4):
         assert 0 < masks.sum() < draws  # sometimes a teacher example, never always
-
-
-def test_keyed_generators_repeat_and_differ():
-    def draw(*key):
-        return torch.rand(4, generator=keyed_generator(*key))
-
-    assert torch.equal(draw(3, 7, 1), draw(3, 7, 1))
-    seen = {
-        tuple(draw(seed, update, stream).tolist())
-        for seed in range(5)
-        for update in range(40)
-        for stream in range(3)
-    }
-    assert len(seen) == 5 * 40 * 3
 
 
 def test_snapping_names_the_mend():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.method.consistency import keyed_generator, scfm_loss
+from scfm.method.consistency import scfm_loss
 from scfm.method.distill import (
     Batch,
     CopiedModels,
@@ -20,6 +20,7 @@ from scfm.method.distill import (
     sample_batch,
     train_step,
 )
+from scfm.streams import keyed_generator
 
 
 class Net(torch.nn.Module):

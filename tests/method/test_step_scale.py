@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.method.consistency import Jumps, keyed_generator
+from scfm.method.consistency import Jumps
 from scfm.method.distill import SCFMConfig, distill, make_optimizer
 from scfm.method.flow import time_grid
 from scfm.method.step_scale import (
@@ -18,6 +18,7 @@ from scfm.method.step_scale import (
     step_scale_loss,
     step_scale_target,
 )
+from scfm.streams import keyed_generator
 from toy.plane import MLP
 
 RULE = StepScale()

@@ -12,7 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from scfm.inference.step_lora import InferenceConfig
-from scfm.method.consistency import consistency_target, draw_jumps, keyed_generator
+from scfm.method.consistency import consistency_target, draw_jumps
 from scfm.method.flow import euler_step, sample, time_grid
 from scfm.method.metrics import endpoint_distance
 from scfm.models.check import (
@@ -33,6 +33,7 @@ from scfm.models.sampling import start_noise
 from scfm.models.sd3 import SD3
 from scfm.models.source import PipelineSource
 from scfm.models.unet import UNetFlow
+from scfm.streams import keyed_generator
 from scfm.training.config import DistillConfig
 from scfm.training.distill_trainer import DistillTrainer
 from scfm.training.selection import endpoints

@@ -9,7 +9,6 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from scfm.method.consistency import keyed_generator
 from scfm.method.flow import sample, time_grid
 from scfm.method.step_scale import StepScale, draw_step_jumps, step_scale_loss, step_scale_target
 from scfm.models.flux import Flux
@@ -18,6 +17,7 @@ from scfm.models.pixels import Pixels, pipeline_of
 from scfm.models.scaled_lora import MODELS, ScaledLoraModels, second_file
 from scfm.models.sd3 import SD3
 from scfm.models.unet import UNetFlow
+from scfm.streams import keyed_generator
 from toy.pipelines import TOKENS, build_flux, build_sd3
 
 SCALES = torch.tensor([0.0, 0.3, 1.0, 0.5])
