@@ -60,7 +60,7 @@ VARIANTS = {
     "jumps of 4": {"t_skip": 4} | GRIDS,
     "Huber": {"loss": "huber"},
     "one EMA": {"algorithm": "one_ema"},
-    "pure teacher rows": {"algorithm": "dual_pure"},
+    "pure teacher examples": {"algorithm": "dual_pure"},
     "student read out": {"read_out": "student"},
     "fast EMA read out": {"read_out": "ema_fast"},
     "free": {"dial": "free"},
@@ -101,7 +101,7 @@ NOTES = (
     "base on the tiny Flux; k/N .4 unless it says otherwise; .6 because the study `ablations` had it "
     "ahead there.",
     "A k/N that moves goes evenly from the first number to the second over the training; it and pure "
-    "teacher rows (the slow EMA has no part in their targets) were added last.",
+    "teacher examples (the slow EMA has no part in their targets) were added last.",
     "The base was chosen by ablations on the checkerboard, seed 0, with the same samples that judge here.",
 )
 
