@@ -40,7 +40,7 @@ from scfm.models.lora import LoraModels, add_adapters
 from scfm.models.source import PipelineSource
 from scfm.streams import Stream, keyed_generator
 from scfm.training.config import DistillConfig
-from scfm.training.estimate import count_example, shape_of
+from scfm.training.plan import count_example, shape_of
 from toy.pipelines import FLUX, TOKENS, load_flux
 from toy.shapes import draw_captions
 

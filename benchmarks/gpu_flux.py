@@ -43,7 +43,7 @@ from scfm.method.flow import interpolate, velocity
 from scfm.models.family import unguided
 from scfm.models.lora import ADAPTERS, LoraModels
 from scfm.streams import keyed_generator
-from scfm.training.estimate import SHAPES
+from scfm.training.plan import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {"flux": "flux-dev", "sd35": "sd35-large"}

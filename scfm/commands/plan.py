@@ -6,7 +6,7 @@ from typing import Any
 
 from scfm.commands.options import add_options, make_parser, use_settings_file
 from scfm.training.config import DistillConfig
-from scfm.training.estimate import GPUS, SHAPES, make_plan
+from scfm.training.plan import GPUS, SHAPES, make_plan
 
 
 def main(argv: Sequence[str]) -> int:

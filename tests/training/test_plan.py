@@ -12,7 +12,7 @@ from scfm.models.lora import LoraModels
 from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.sd3 import SD3
 from scfm.training.config import DistillConfig
-from scfm.training.estimate import make_plan
+from scfm.training.plan import make_plan
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
 
 TINY = dict(

@@ -1,4 +1,4 @@
-"""Memory and hours of a run, counted on a transformer without weights."""
+"""What `scfm plan` prints: memory and hours of a run, counted on a transformer without weights."""
 
 from types import SimpleNamespace
 from typing import Any, NamedTuple
