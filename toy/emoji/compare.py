@@ -8,24 +8,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from toy.emoji import sheet
 from toy.emoji.data import CONFIG
 from toy.grid import draw_grid, step_label
 
 LORA = CONFIG.with_name("emoji_lora")
-CAPTIONS = (
-    "a red apple",
-    "a cat with tears of joy, fluent style",
-    "waving hand, dark skin tone",
-    "grinning face with big eyes",
-    "woman astronaut, medium skin tone, fluent style",
-    "red heart",
-    "man cook, light skin tone, noto style",
-    "pizza, noto style",
-    "a dog face",
-    "sunflower",
-    "octopus",
-    "bicycle",
-)
+HELD_OUT = (
+    "scientist, medium skin tone, fluent style",
+    "camel, fluent style",
+)  # combinations never trained on
+CAPTIONS = (*sheet.CAPTIONS, *HELD_OUT)
 TEACHER, STUDENT = (32, 1, 2, 4), (1, 2, 4, 8)
 
 

@@ -52,7 +52,7 @@ from toy.emoji.text import (
 )
 from toy.emoji.vae import build_vae, decoder_loss, encode, psnr, scale_latents, to_floats, vae_loss
 
-UPDATES = {"vae": 1700, "text": 1200, "flow": 32000, "guide": 2000, "decoder": 6000}
+UPDATES = {"vae": 1700, "text": 1200, "flow": 32000, "guide": 1200, "decoder": 6000}
 BATCH = {"vae": 8, "text": 128, "flow": 32, "guide": 32, "decoder": 8}
 RATES = {"vae": 2e-3, "text": 2e-3, "flow": 1e-3, "guide": 2e-4, "decoder": 1e-3}
 SHIFT = 2.0  # of the scheduler
