@@ -1,8 +1,8 @@
 """SCFM for Flux in one file: a folder of captioned images in, a LoRA that samples in a few steps out.
 
-A flow-matching model V(x_t, t) takes x_t = (1 - t) data + t noise from noise (t = 1) to data (t = 0) in 30 to
-50 Euler steps. SCFM (arXiv 2510.17858, Algorithm 2) trains a LoRA so that ONE step lands where TWO land.
-Four models share one frozen transformer, and none of them has a step-size input:
+A flow-matching model V(x_t, t) takes x_t = (1 - t) data + t noise from t = 1 to 0 in 30 to 50 Euler steps.
+SCFM (arXiv 2510.17858, Algorithm 2) trains a LoRA so that ONE step lands where TWO land. Four models share a
+frozen transformer, none has a step-size input:
 
     teacher   the transformer as it is               student   teacher + the LoRA that is trained
     ema_fast  teacher + a fast EMA of that LoRA      ema_slow  teacher + a slow EMA of that LoRA
@@ -17,10 +17,9 @@ The tiny Flux of this repository, on images drawn for it, a minute on one CPU co
 
     mkdir -p runs/circles && python -c '
     from PIL import Image, ImageDraw
-    for color in ("red", "yellow", "green", "blue"):
-        ImageDraw.Draw(image := Image.new("RGB", (32, 32), "gray")).ellipse((7, 7, 24, 24), fill=color)
-        image.save(f"runs/circles/{color}.png")
-        open(f"runs/circles/{color}.txt", "w").write(f"a {color} circle")'
+    for c in ("red", "yellow", "green", "blue"):
+        ImageDraw.Draw(image := Image.new("RGB", (32, 32), "gray")).ellipse((7, 7, 24, 24), fill=c)
+        image.save(f"runs/circles/{c}.png"); open(f"runs/circles/{c}.txt", "w").write(f"a {c} circle")'
     python examples/plain_scfm_flux.py --pretrained_model_name_or_path toy/weights/flux \\
         --train_data_dir runs/circles --output_dir runs/plain --resolution 32 --max_sequence_length 16 \\
         --weight_dtype fp32 --max_train_steps 100 --train_batch_size 16 --learning_rate 5e-4 --rank 16 \\
@@ -31,6 +30,8 @@ import json
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
@@ -48,7 +49,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Cond = tuple[Tensor, Tensor, Tensor]        # T5 (B, L, D), CLIP (B, P), guidance scale (B,)
 
 # 1. The data: each image and each caption is encoded once, before the transformer is loaded
-
 def read_dataset(folder: Path) -> list[tuple[Path, str]]:
     """(image file, caption) pairs, from metadata.jsonl or from .txt files."""
     pairs, table = [], folder / "metadata.jsonl"
@@ -94,7 +94,6 @@ def encode_dataset(args: argparse.Namespace, pairs: list[tuple[Path, str]], devi
     return [torch.cat(column) for column in zip(*encoded, strict=True)]
 
 # 2. The models: three LoRA adapters on one frozen base
-
 class LoraModels:
     """teacher, student, ema_fast, ema_slow. img_ids: (N, 3), the positions of the image tokens."""
 
@@ -126,20 +125,17 @@ class LoraModels:
             txt_ids=self.img_ids.new_zeros(prompt_embeds.shape[1], 3), return_dict=False)[0].to(x.dtype)
 
 # 3. The method: Algorithm 2 of arXiv 2510.17858
-
 def sample_jumps(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Times (n, 3), t1 > t2 > t3 for each example, and whether it is a teacher example (n,)."""
     # k of n are teacher examples, k rounded up or down at random: a batch of 1 must not lose them all
     is_teacher = torch.randperm(n) < int(TEACHER_RATIO * n + torch.rand(()))
     self_grid = torch.tensor(SELF_GRIDS)[torch.randint(len(SELF_GRIDS), (n,))]
     steps = torch.where(is_teacher, TEACHER_GRID, self_grid)[:, None]                   # (n, 1)
-    # two neighboring Euler steps of the grid: times 1 - i/steps, 1 - (i+1)/steps, 1 - (i+2)/steps, i even
-    i = 2 * (torch.rand(n, 1) * (steps // 2)).long()                                    # (n, 1)
-    times = 1 - (i + torch.arange(3)) / steps                                           # (n, 3)
+    i = 2 * (torch.rand(n, 1) * (steps // 2)).long()    # (n, 1), even: the first of two neighboring steps
+    times = 1 - (i + torch.arange(3)) / steps           # (n, 3)
     s = torch.empty(n, 1).uniform_(*SHIFT_RANGE)        # time shift: t <- s t / (1 + (s - 1) t)
     times = (s * times / (1 + (s - 1) * times)).clamp(max=1 - 1e-5)
-    # Flux casts t to the dtype of its weights, so the target must use the rounded times as well. They stay
-    # distinct: near t = 1 these grids have steps of at least 1/144, bf16 has steps of 1/256.
+    # rounded as Flux casts t; near t = 1 these grids have steps of at least 1/144, bf16 has steps of 1/256
     return times.to(dtype).float(), is_teacher
 
 @torch.no_grad()
@@ -164,6 +160,9 @@ def train_step(models: LoraModels, optimizer: torch.optim.Optimizer, data: Tenso
     target = consistency_target(models, x1, times, is_teacher, cond)
     # No other model until backward() is over: gradient checkpointing repeats the forward with what is active.
     pred = models.velocity("student", x1, t1, cond)                     # is shown t1, but not t2 and t3
+    return optimize(models, optimizer, pred, target, dict(zip(("ema_fast", "ema_slow"), decays, strict=True)))
+
+def optimize(models: Any, optimizer: Any, pred: Tensor, target: Tensor, decays: dict[str, float]) -> float:
     loss = (pred - target).square().mean()                              # mean |V_student(x1, t1) - target|^2
     loss.backward()
     student = models.parameters("student")
@@ -171,21 +170,24 @@ def train_step(models: LoraModels, optimizer: torch.optim.Optimizer, data: Tenso
         raise SystemExit("error: the gradient is not finite: lower --learning_rate, or --weight_dtype fp32")
     optimizer.step()
     optimizer.zero_grad()
-    with torch.no_grad():                                           # ema <- decay ema + (1 - decay) student
-        for name, decay in zip(("ema_fast", "ema_slow"), decays, strict=True):
-            torch._foreach_lerp_(models.parameters(name), student, 1 - decay)
+    for name, decay in decays.items():                              # ema <- decay ema + (1 - decay) student
+        torch._foreach_lerp_([p.data for p in models.parameters(name)], [p.data for p in student], 1 - decay)
     return loss.item()
 
 # 4. The program
-
-def save_lora(transformer: FluxTransformer2DModel, folder: Path) -> None:
-    """Writes the student for pipe.load_lora_weights(folder). The file gets its name when it is whole."""
-    config = transformer.peft_config["student"].to_dict()
+def save_lora(transformer: Any, folder: Path, name: str = "student", end: str = "") -> None:
+    """Writes an adapter for pipe.load_lora_weights(folder). The file gets its name when it is whole."""
+    config = transformer.peft_config[name].to_dict()
     config["target_modules"] = sorted(config["target_modules"])         # JSON has no sets
     FluxPipeline.save_lora_weights(
-        folder, transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name="student"),
+        folder, transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=name),
         transformer_lora_adapter_metadata=config, weight_name="unfinished.safetensors")
-    (folder / "unfinished.safetensors").replace(folder / "pytorch_lora_weights.safetensors")
+    (folder / "unfinished.safetensors").replace(folder / f"pytorch_lora_weights{end}.safetensors")
+
+def how_to_sample(folder: str) -> str:
+    return f"""# to sample with any FluxPipeline: these two lines, then pipe(prompt, num_inference_steps=4)
+pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, shift=3, use_dynamic_shifting=False)
+pipe.load_lora_weights({folder!r}, adapter_name="scfm"); pipe.set_adapters("scfm", 1)"""
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The settings; one that cannot work, for this pipeline or at all, ends the program with one line."""
@@ -204,9 +206,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more compute")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     args = parser.parse_args(argv)
-    for name in positive:
-        if not 0 < getattr(args, name) < (1 if "decay" in name else math.inf):
-            parser.error(f"--{name} {getattr(args, name)}: must be above 0 (a decay: below 1, too)")
+    for name in (n for n in positive if not 0 < getattr(args, n) < (1 if "decay" in n else math.inf)):
+        parser.error(f"--{name} {getattr(args, name)}: must be above 0 (a decay: below 1, too)")
     if not 0 <= args.guidance_scale_range[0] <= args.guidance_scale_range[1] < math.inf:
         parser.error("--guidance_scale_range: 0 <= low <= high is needed")
     try:
@@ -221,7 +222,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--resolution {args.resolution}: must be a multiple of {patch}")
     return args
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, method: Any = None) -> None:
+    method = method or SimpleNamespace(**globals())     # plain_step_scale_flux.py has functions of its own
     args, device = parse_args(argv), "cuda" if torch.cuda.is_available() else "cpu"
     pairs, n, dtype = read_dataset(args.train_data_dir), args.train_batch_size, DTYPES[args.weight_dtype]
     torch.manual_seed(args.seed)
@@ -231,20 +233,18 @@ def main(argv: list[str] | None = None) -> None:
         transformer.enable_gradient_checkpointing()
     side = math.isqrt(latents.shape[1])                 # tokens down and across
     img_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, device, dtype)
-    models = LoraModels(transformer.to(device), args.rank, img_ids)
+    models = method.LoraModels(transformer.to(device), args.rank, img_ids)
     optimizer = torch.optim.AdamW(models.parameters("student"), lr=args.learning_rate, weight_decay=1e-4)
     for step in (bar := tqdm(range(1, args.max_train_steps + 1), desc="training")):
         i = torch.randint(len(pairs), (n,))
         noise, guidance = torch.randn_like(latents[i]), torch.empty(n).uniform_(*args.guidance_scale_range)
-        batch = [b.to(device) for b in (latents[i], noise, *sample_jumps(n, dtype))]
+        batch = [b.to(device) for b in (latents[i], noise, *method.sample_jumps(n, dtype))]
         cond = tuple(c.to(device, dtype) for c in (prompt_embeds[i], pooled[i], guidance))
-        loss = train_step(models, optimizer, *batch, cond, (args.ema_decay_fast, args.ema_decay_slow))
+        loss = method.train_step(models, optimizer, *batch, cond, (args.ema_decay_fast, args.ema_decay_slow))
         bar.set_postfix(loss=f"{loss:.4f}")
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            save_lora(transformer, args.output_dir)
-    print(f"""# to sample with any FluxPipeline: these two lines, then pipe(prompt, num_inference_steps=4)
-pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, shift=3, use_dynamic_shifting=False)
-pipe.load_lora_weights({args.output_dir.as_posix()!r}, adapter_name="scfm"); pipe.set_adapters("scfm", 1)""")
+            method.save_lora(transformer, args.output_dir)
+    print(method.how_to_sample(args.output_dir.as_posix()))
 
 if __name__ == "__main__":
     main()
