@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default=file, required=not file, help="the parquet file (or $EMOJI_DATA)")
     parser.add_argument("--folder", default=str(CONFIG), help="the pipeline, whose held_out.json is read")
     parser.add_argument("--output_file", default="prompts.txt")
-    parser.add_argument("--count", type=int, default=1536, help="captions of training images")
+    parser.add_argument("--count", type=int, default=1024, help="captions of training images")
     parser.add_argument("--held_out", action="store_true", help="the held-out combinations instead")
     parser.add_argument("--images", help="folder that the images of this part are written to")
     return parser.parse_args(argv)
