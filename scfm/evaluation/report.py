@@ -69,7 +69,9 @@ warm-up, on {device}.</p>
 
 SETS = """<h2>{title}</h2>
 <p>KID: the kernel distance, unbiased, with its standard error; below two errors it is no difference.
-Precision and density: do the images lie among the others; recall and coverage: are the others reached.</p>
+Precision and density: do the images lie among the others; recall and coverage: are the others reached. To the
+teacher's images these four are high by the shared noise alone. Its own halves: one random half of the
+reference against the other, what images as good as the reference would get.</p>
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>
 """
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from scfm.evaluation.measure import Row
 
+SET_COLUMNS = ["", "steps", "KID x 1000", "error", "precision", "recall", "density", "coverage"]
+
 
 class Column(NamedTuple):
     """A column of numbers. value: of a row, or None where it has none."""
@@ -49,18 +51,25 @@ def sets_of(record: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     tables = []
     names = dict.fromkeys(name for row in record["rows"] for name in row.get("sets", {}))
     for name, to in ((name, to) for name in names for to in ("teacher", "reference")):
-        lines = [["", "steps", "KID x 1000", "error", "precision", "recall", "density", "coverage"]]
+        floor = record.get("floors", {}).get(name) if to == "reference" else None
+        lines = [cells_of("its own halves", "-", floor)] if floor else []
         for row in (row for group in groups_of(record) for row in group.rows):
             found = row.get("sets", {}).get(name, {}).get(to)
             if found:
-                kid = [f"{1000 * found['kid']:.3g}", f"{1000 * found['kid_error']:.2g}"]
-                shares = [f"{found[key]:.3f}" for key in ("precision", "recall", "density", "coverage")]
-                lines.append([row["label"], str(row["steps"]), *kid, *shares])
-        if len(lines) > 1:
-            tables.append(
-                (f"{name}, to the {to}'s images" if to == "teacher" else f"{name}, to the reference", lines)
-            )
+                lines.append(cells_of(row["label"], str(row["steps"]), found))
+        if lines:
+            title = f"{name}, to the teacher's images" if to == "teacher" else f"{name}, to the reference"
+            if floor:
+                counts = " and ".join(map(str, floor["counts"]))
+                title += f" (its own halves, {counts} images: Frechet distance {floor['frechet']:.4g})"
+            tables.append((title, [SET_COLUMNS, *lines]))
     return tables
+
+
+def cells_of(label: str, steps: str, found: Mapping[str, Any]) -> list[str]:
+    """A line of `sets_of`. found: as from `compare_sets`"""
+    shares = [f"{found[key]:.3f}" for key in SET_COLUMNS[4:]]
+    return [label, steps, f"{1000 * found['kid']:.3g}", f"{1000 * found['kid_error']:.2g}", *shares]
 
 
 def entry(row: Row, name: str) -> float | None:

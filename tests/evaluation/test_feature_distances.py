@@ -5,7 +5,16 @@ import torch
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.kid import poly_mmd
 
-from scfm.evaluation.feature_distances import Manifold, compare_sets, kernel_distance, manifold
+from scfm.evaluation import feature_distances
+from scfm.evaluation.feature_distances import (
+    FeatureSet,
+    Manifold,
+    compare_sets,
+    floor_of,
+    frechet,
+    kernel_distance,
+    manifold,
+)
 from scfm.evaluation.table import sets_of, text_table
 
 
@@ -82,10 +91,33 @@ def test_density_and_coverage_are_counted():
         manifold(made, reference)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_large_sets_are_compared_in_blocks(monkeypatch, paired):
+    """The whole matrix of pairs of 50,000 images has 20 GB."""
+    x, y = draws(23, 23)
+    whole = kernel_distance(x, y, paired), manifold(x, y), manifold(x, y, 3)
+    monkeypatch.setattr(feature_distances, "BLOCK", 4)
+    for one, other in zip(
+        whole, (kernel_distance(x, y, paired), manifold(x, y), manifold(x, y, 3)), strict=True
+    ):
+        assert one == pytest.approx(other, rel=1e-9)
+
+
+def test_the_floor_is_one_half_of_the_reference_against_the_other():
+    x = draws(41, 1)[0]
+    floor = floor_of(x)
+    assert floor["counts"] == [21, 20] and floor == floor_of(x) and floor_of(x[:11]) is None
+    assert abs(floor["kid"]) < 4 * floor["kid_error"] and floor["frechet"] > 0
+    halves = torch.tensor([0.0] * 10 + [9.0] * 10)[:, None] + draws(20, 1, dim=1)[0]
+    assert floor_of(halves)["frechet"] < frechet(halves[:10], halves[10:]) / 3  # the halves are random ones
+
+
 def test_too_few_or_the_same_images_are_not_compared():
     x, y = draws(6, 6)
-    assert compare_sets(x, x) is None and compare_sets(x[:5], y) is None and compare_sets(x, None) is None
-    assert compare_sets(x, y, paired=True).keys() == {"kid", "kid_error", *Manifold._fields}
+    one, other = FeatureSet(x), FeatureSet(y)
+    assert compare_sets(one, one) is None and compare_sets(one, None) is None
+    assert compare_sets(FeatureSet(x[:5]), other) is None
+    assert compare_sets(one, other, paired=True).keys() == {"kid", "kid_error", *Manifold._fields}
     with pytest.raises(ValueError, match="cannot be paired"):
         kernel_distance(x, y[:4], paired=True)
 
@@ -112,8 +144,13 @@ def test_the_tables_show_each_metric_and_set():
         "name": "teacher",
         "sets": {"net": {"teacher": None, "reference": numbers}},
     }
-    record = {"rows": [teacher, row | {"sets": {"net": {"teacher": numbers, "reference": numbers}}}]}
+    record = {
+        "rows": [teacher, row | {"sets": {"net": {"teacher": numbers, "reference": numbers}}}],
+        "floors": {"net": numbers | {"counts": [7, 6], "frechet": 2.5, "kid": 0.001}},
+    }
     (first, lines), (second, more) = sets_of(record)
-    assert "teacher" in first and "reference" in second and len(lines) == 2 and len(more) == 3
+    assert "teacher" in first and "reference" in second and len(lines) == 2 and len(more) == 4
+    assert "7 and 6 images: Frechet distance 2.5" in second
+    assert more[1] == ["its own halves", "-", "1", "4", "0.500", "0.250", "1.500", "1.000"]
     assert lines[1] == ["student", "2", "12.3", "4", "0.500", "0.250", "1.500", "1.000"]
     assert "KID x 1000" in text_table(record)
