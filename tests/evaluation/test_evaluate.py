@@ -1,5 +1,6 @@
 """`scfm evaluate`: images, numbers and report, and how it resumes."""
 
+import hashlib
 import io
 import json
 import re
@@ -56,19 +57,22 @@ def test_the_report_and_what_is_missing(lora, prompts, clip_folder, tmp_path, ca
     for i in range(3):
         Image.new("RGB", (40, 50), (80 * i, 20, 90)).save(reference / "deep" / f"{i}.jpg")
     metrics = ["--custom_metric", "toy.judge:look", "--clip", clip_folder]
-    metrics += ["--inception", tmp_path / "nowhere.pth"]
+    metrics += ["--inception", tmp_path / "nowhere.pth", "--patch_fid", "--preference", clip_folder]
     assert evaluate(lora, prompts, out, *metrics, "--reference_dir", reference) == 0
     text = capsys.readouterr().out
     assert "missing: Inception (FID): Inception's weights could not be loaded from" in text
-    assert text.count("missing:") == 1
+    assert "missing: patch FID: images of 32 x 32 pixels are not larger than a patch" in text
+    assert text.count("missing:") == 2
     record, rows = record_in(out), rows_in(out)
     solvers = ("teacher-2", "teacher-heun-2", "teacher-midpoint-2", "teacher-dpm-2", "teacher-stock-2")
     assert list(rows) == ["teacher-4", "student-2", *solvers]
     protocol = record["protocol"]
     assert (protocol["num_images"], protocol["num_captions"], protocol["reference_images"]) == (3, 3, 3)
-    assert protocol["metrics"] == ["toy.judge:look", "EfficientNet-Lite0", "CLIP"]
-    assert protocol["weights_of_metrics"] == {"EfficientNet-Lite0": MARK}
-    assert list(record["missing"]) == ["Inception (FID)"]
+    preference = f"preference model {clip_folder.name}"
+    assert protocol["metrics"] == ["toy.judge:look", NAME, "CLIP", preference]
+    clip = hashlib.sha256((clip_folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+    assert protocol["weights_of_metrics"] == {NAME: MARK, "CLIP": clip, preference: clip}
+    assert list(record["missing"]) == ["Inception (FID)", "patch FID"] and record["floors"] == {}
     for name, row in rows.items():
         assert row["evaluations"] == (4 if name == "teacher-4" else 2) and row["seconds"] > 0
         distances = row["distances"][CUSTOM]
@@ -77,6 +81,7 @@ def test_the_report_and_what_is_missing(lora, prompts, clip_folder, tmp_path, ca
             ("toy.judge:look", NAME), {"teacher": None, "reference": None}
         )  # few
         assert 0 <= row["scores"]["prompt accuracy"] <= 1 and "CLIP score" in row["scores"]
+        assert row["scores"][f"preference ({clip_folder.name})"] == row["scores"]["CLIP score"]
         if name == "teacher-4":
             assert row["endpoint_distance"] is None
             assert distances["teacher"] is None and distances["reference"] > 0
