@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from experiments.figures import headless_pyplot, save
 from experiments.runner import Job, write_json
+from experiments.stored import to_stored
 from experiments.testbeds.cifar import (
     DISTILLED,
     LORA,
@@ -103,7 +104,7 @@ def gather(plan: Plan, seeds: Sequence[int], copy: str, notes: Sequence[str] = (
 def joined(record: dict[str, Any], path: Path) -> dict[str, Any]:
     """The record, with the rows that it lacks from one in `path`. ValueError for another protocol."""
     old = json.loads(path.read_text(encoding="utf-8"))
-    other = [name for name in SAME if old[name] != record[name]]
+    other = [name for name in SAME if to_stored(old[name]) != to_stored(record[name])]
     if other:
         raise ValueError(f"{path} is of another {', '.join(other)}: leave --keep out, or take another --out")
     both = {}
@@ -112,7 +113,14 @@ def joined(record: dict[str, Any], path: Path) -> dict[str, Any]:
         both[part] = {name: by_seed for name, by_seed in found.items() if by_seed}
     seeds = sorted({int(seed) for by_seed in both["samplers"].values() for seed in by_seed})
     notes = list(dict.fromkeys([*old["notes"], *record["notes"]]))
-    record = {**record, **both, "seeds": seeds, "notes": notes, "floor": record.get("floor", old["floor"])}
+    record = {
+        **record,
+        **{name: old[name] for name in SAME},
+        **both,
+        "seeds": seeds,
+        "notes": notes,
+        "floor": record.get("floor", old["floor"]),
+    }
     return record | {"aims": aims(record)}
 
 

@@ -67,6 +67,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shifts to twice": {"shift_width": 1.0},
     "learning rate x 3": {"learning_rate": 1e-3},
 }
+ON_FLUX_ALONE: dict[str, dict[str, Any]] = {  # there the differences' own rate is 2.8e-3 without it
+    "learning rate x .36": {"learning_rate": 3.6e-4}
+}
 ON_FLUX = ("p = .5", "p = 1", "2 to 4 twice as often", "EMA .5", "EMA .95", "finest 32", "one shift")
 NOTES = (
     "Plane: sliced-Wasserstein-2 to fresh data, and the distance to the teacher's own endpoints from the "
@@ -117,6 +120,8 @@ def jobs(
     for label, change in chosen.items():
         found += [Job(CHOICES, "step_scaled", label, data, 0, change, on_plane) for data in sets[:2]]
     on_both = {label: change for label, change in chosen.items() if label in ON_FLUX and not small}
+    if not small:
+        on_both |= {label: {"scale_order": 2} | change for label, change in ON_FLUX_ALONE.items()}
     found += [
         Job(CHOICES, "step_scaled", label, FLUX, 0, change, on_flux) for label, change in on_both.items()
     ]
