@@ -103,6 +103,7 @@ CASES: list[tuple[str, Flags, Flags]] = [
     ("sample", {"lora": "LORA", "prompt": "a star"}, {"output": "another_run"}),
     ("evaluate", {}, {"lora": "nowhere"}),
     ("evaluate", {"lora": "LORA", "prompts": "captions.txt"}, {"num_images": 0}),
+    ("evaluate", {"lora": "LORA", "prompts": "captions.txt"}, {"imagenet": "yes"}),
     ("evaluate", {"lora": "LORA", "prompts": "captions.txt"}, {"output_dir": "captions.txt/evaluation"}),
     ("export", {"lora": "LORA"}, {"output_dir": "another_run"}),
     ("export", {}, {"lora": "nowhere", "output_dir": "exported"}),
