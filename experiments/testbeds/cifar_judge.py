@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from experiments.runner import write_json
 from experiments.stored import STORED_WORDS
 from scfm.data.labelled_images import load_labelled_images
+from scfm.evaluation.feature_distances import manifold
 from scfm.files import atomic_write
 from scfm.method.flow import EVALUATIONS
 from scfm.method.metrics import frechet_distance
@@ -22,6 +23,7 @@ from scfm.models.unet import header_of
 from toy.features import load_features, look, mark
 
 Sampler = Callable[..., torch.Tensor]  # (labels, noise, steps, solver) -> images (n, 3, 32, 32) in [-1, 1]
+NEIGHBOURS = 3  # of precision and recall, as in arXiv 1904.06991
 GENERATED = STORED_WORDS["generated"]  # the folder of the images
 
 
@@ -104,12 +106,12 @@ class Judge:
             for name, reference in self.reference.items()
         }
         real = self.reference["test"]["frechet"][: len(seen["frechet"])]
-        precision, recall = precision_recall(real, seen["frechet"])
+        lies = manifold(seen["frechet"], real, NEIGHBOURS)
         predicted = seen["logits"].argmax(1)
         shares = predicted.bincount(minlength=10).double() / len(predicted)
         marks |= {
-            "precision": round(precision, 4),
-            "recall": round(recall, 4),
+            "precision": round(lies.precision, 4),
+            "recall": round(lies.recall, 4),
             "balance": round(torch.special.entr(shares).sum().exp().item(), 3),
         }
         if labels is not None:
@@ -134,16 +136,3 @@ class Judge:
         if not path.is_file():
             write_json(json.dumps(self.scores(self.see(self.fresh))), path)
         return json.loads(path.read_text())
-
-
-def precision_recall(real: torch.Tensor, made: torch.Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of `made` (m, D) within the k-nearest-neighbour balls of `real` (n, D), and the reverse. arXiv
-    1904.06991.
-    """
-    return share_within(made, real, k), share_within(real, made, k)
-
-
-def share_within(points: torch.Tensor, centres: torch.Tensor, k: int) -> float:
-    """Share of the points that lie in a ball around a centre which reaches to its k-th nearest neighbour."""
-    radii = torch.cdist(centres, centres).kthvalue(k + 1, 1).values
-    return (torch.cdist(points, centres) <= radii).any(1).float().mean().item()

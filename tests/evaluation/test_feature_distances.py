@@ -154,3 +154,12 @@ def test_the_tables_show_each_metric_and_set():
     assert more[1] == ["its own halves", "-", "1", "4", "0.500", "0.250", "1.500", "1.000"]
     assert lines[1] == ["student", "2", "12.3", "4", "0.500", "0.250", "1.500", "1.000"]
     assert "KID x 1000" in text_table(record)
+
+
+def test_precision_and_recall_of_what_is_known():
+    real = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    same, far = manifold(real, real), manifold(real + 100, real)
+    assert (same.precision, same.recall) == (1.0, 1.0) and far == Manifold(0.0, 0.0, 0.0, 0.0)
+    one_mode = real[:1].repeat(200, 1) + 1e-4 * torch.randn(200, 4)  # true, and not all of it
+    lies = manifold(one_mode, real)
+    assert lies.precision == 1.0 and lies.recall < 0.1

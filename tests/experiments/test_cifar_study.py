@@ -24,7 +24,6 @@ from experiments.testbeds.cifar import (
     saved_settings,
     steps_for,
 )
-from experiments.testbeds.cifar_judge import precision_recall
 from scfm.inference.step_lora import InferenceConfig, StepLora
 from scfm.models.unet import generate, header_of, load_flow
 from toy.features import Features
@@ -177,15 +176,6 @@ def test_the_command_writes_a_record_of_what_it_trained(noise_images, tmp_path, 
     assert record["trained"]["plain"]["0"]["settings"]["global_batch_size"] == 8
     assert record["floor"]["frechet_test"] >= 0 and set(record["aims"]) == {DISTILLED}
     assert (tmp_path / "cifar.png").is_file() and (tmp_path / "cifar_images.png").is_file()
-
-
-def test_precision_and_recall_of_what_is_known():
-    real = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
-    assert precision_recall(real, real) == (1.0, 1.0)
-    assert precision_recall(real, real + 100) == (0.0, 0.0)
-    one_mode = real[:1].repeat(200, 1) + 1e-4 * torch.randn(200, 4)  # true, and not all of it
-    precision, recall = precision_recall(real, one_mode)
-    assert precision == 1.0 and recall < 0.1
 
 
 def test_the_aims_are_judged_seed_by_seed():
