@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 import statistics
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from scfm.method.ema import shorten
 from scfm.models.lora_file import read_lora_scales
 from scfm.training.config import DistillConfig, load_settings
 from scfm.types import VelocityField
+from toy.grid import draw_grid, step_label
 from toy.judge import SHIFTS, STOCK, Entry, Judge, table
 from toy.pipelines import FLUX, GUIDANCE, TOKENS, WEIGHTS
 
@@ -67,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = describe(judge, selection, entries, carried, args.captions, plan)
     print("\n" + table(record["entries"]) + "\n\n" + explain(record), flush=True)
 
-    print("3/3  writing", out / "comparison.png", "and", out / "results.json")
+    print(f"3/3  writing {out / 'comparison.png'}, {out / 'emoji.png'} and {out / 'results.json'}")
     draw_comparison(trainer, selection, judge, out / "comparison.png")
+    draw_emoji(out / "emoji.png")
     record["seconds_in_all"] = round(time.time() - start)
     write_json(out / "results.json", record)
     print(f"     done in {record['seconds_in_all']} s")
@@ -343,32 +344,22 @@ def draw_comparison(
     trainer: Any, selection: dict[str, Any], judge: Judge, path: Path, columns: int = 12
 ) -> None:
     """Rows of samplers, columns of captions; the noise of a column is the same in every row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     teacher, student = trainer.models.teacher, live_student(trainer, selection)
     trained = fixed_entries(teacher)[-1].field_for  # a field for each step count, made when it is its turn
-    rows = [
-        ("teacher, 32 steps", lambda n: teacher, 32),
-        *((f"teacher, {n} step{'s' * (n > 1)}", lambda n: teacher, n) for n in (1, 2, 4)),
-        ("live student, 4 steps", student, 4),
-        *((f"carried LoRA, {n} step{'s' * (n > 1)}", trained, n) for n in (1, 2, 4)),
+    rows = [("teacher", lambda n: teacher, n) for n in (32, 1, 2, 4)]
+    rows += [("live student", student, 4), *(("carried LoRA", trained, n) for n in (1, 2, 4))]
+    images = [
+        (step_label(name, n), judge.family.decode(judge.endpoints(field_for(n), n, STOCK, columns)))
+        for name, field_for, n in rows
     ]
-    figure, axes = plt.subplots(len(rows), columns, figsize=(columns + 1.6, len(rows) + 0.9))
-    for line, (name, field_for, steps) in zip(axes, rows, strict=True):
-        images = judge.family.decode(judge.endpoints(field_for(steps), steps, STOCK, columns))
-        for ax, image in zip(line, images, strict=False):
-            ax.imshow((image.permute(1, 2, 0).numpy() + 1) / 2, interpolation="nearest")
-        for ax in line:
-            ax.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    for ax, caption in zip(axes[0], judge.captions.text, strict=False):
-        ax.set_title("\n".join(textwrap.wrap(caption, 16)), fontsize=6.5)
-    figure.tight_layout(pad=0.3)
-    atomic_write(path, lambda new: figure.savefig(str(new), dpi=90, format="png"))
-    plt.close(figure)
+    draw_grid(images, judge.captions.text[:columns], path)
+
+
+def draw_emoji(path: Path) -> None:
+    """The second image: the carried emoji pipeline and its carried student, sampled now."""
+    from toy.emoji import compare
+
+    draw_grid(compare.sample_rows(compare.load(), compare.CAPTIONS), compare.CAPTIONS, path)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -31,7 +31,9 @@ def draw_grid(
     figure, axes = plt.subplots(len(rows), len(captions), figsize=size, squeeze=False)
     for line, (label, images) in zip(axes, rows, strict=True):
         for ax, image in zip(line, images[: len(captions)], strict=True):
-            ax.imshow((image.permute(1, 2, 0).cpu().numpy() + 1).clip(0, 2) / 2, interpolation="nearest")
+            ax.imshow(
+                (image.float().permute(1, 2, 0).cpu().numpy() + 1).clip(0, 2) / 2, interpolation="nearest"
+            )
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for ax, caption in zip(axes[0], captions, strict=True):

@@ -135,6 +135,7 @@ def test_an_export_holds_both(pair, tmp_path, capsys):
     assert record["differences"]["mean"] < 1e-3 < record["differences"]["two_captions"]
 
 
-def test_the_carried_card_is_what_is_written_from_the_carried_records():
-    folder = WEIGHTS / "step_lora"
+@pytest.mark.parametrize("name", ["step_lora", "emoji_lora"])
+def test_the_carried_card_is_what_is_written_from_the_carried_records(name):
+    folder = WEIGHTS / name
     assert (folder / "README.md").read_text(encoding="utf-8") == render_card(folder)

@@ -42,7 +42,7 @@ def test_the_demo_writes_image_table_and_results(tmp_path, capsys):
         and "a step costs" in printed
     )
     record = json.loads((out / "results.json").read_text())
-    assert Image.open(out / "comparison.png").width > 600
+    assert Image.open(out / "comparison.png").width > 400 and Image.open(out / "emoji.png").width > 600
     assert record["captions"] == 4 and len(record["entries"]) == 5 and record["live"]["steps"] == 2
     for name, rows in record["entries"].items():
         for steps in demo.STUDENT_STEPS if name.startswith("live") else STEPS:

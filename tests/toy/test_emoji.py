@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from scfm.data.images import read_folder
-from toy.emoji import captions, sheet
+from scfm.inference.step_lora import InferenceConfig, StepLora
+from toy.emoji import captions, compare, sheet
 from toy.emoji.data import (
     CONFIG,
     SIDE,
@@ -295,6 +296,30 @@ def test_a_sheet_has_a_row_a_caption_and_a_column_a_step_count(trained, emoji_fi
     cell = SIDE + sheet.EDGE
     assert Image.open(path).size == (sheet.MARGIN + 4 * cell, sheet.LINE + 2 * cell)
     assert sheet.main([*words, "--steps", "1", "--cfg", "--captions", "disc", "--held_out", "0"]) == 0
+
+
+@pytest.mark.slow
+def test_stock_diffusers_samples_the_carried_student_as_we_do(tmp_path):
+    """And it lands nearer to its teacher's endpoints than the teacher in as many steps."""
+    words = ["--lora", str(compare.LORA), "--student_counts", "1", "2"]
+    args, pipe = sheet.parse(words), sheet.load(CONFIG)
+    scales = sheet.student(pipe, args)
+    settings = {"lora": str(compare.LORA), "pretrained_model_name_or_path": str(CONFIG)}
+    ours = StepLora(InferenceConfig(**settings, weight_dtype="fp32"))
+    texts = list(compare.CAPTIONS[:4])
+    noise = torch.randn(4, *ours.family.latent_shape, generator=torch.Generator().manual_seed(0))
+    goal = ours.endpoints(texts, noise, 32, 0.0)
+    for steps, scale in scales:
+        assert scale == pytest.approx(steps**-0.85)
+        endpoints = ours.endpoints(texts, noise, steps, scale)
+        images = (ours.family.decode(endpoints) + 1) * 127.5
+        theirs = sheet.sample(pipe, texts, args, steps, scale)
+        assert (images.clamp(0, 255) - theirs.float()).abs().max() < 2
+        alone = ours.endpoints(texts, noise, steps, 0.0)
+        assert (endpoints - goal).square().mean() < 0.5 * (alone - goal).square().mean()
+    path = tmp_path / "sheet.png"
+    assert sheet.main([*words, "--output_file", str(path), "--steps", "1", "--captions", "red heart"]) == 0
+    assert Image.open(path).width == sheet.MARGIN + 3 * (SIDE + sheet.EDGE)
 
 
 def test_the_help_names_every_stage(capsys):

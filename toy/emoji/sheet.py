@@ -1,8 +1,9 @@
 """What the emoji pipeline makes:  python -m toy.emoji.sheet --folder toy/weights/emoji
 
-A row per caption, a column per step count, all of a row from the same noise. With --data, two columns more:
-the training image nearest to the sample of the most steps, and for a held-out combination (marked with a
-star) the image that was never trained on.
+A row per caption, a column per step count, all of a row from the same noise. With --lora, the student's
+columns follow, by stock diffusers with the scales of its card. With --data, two columns more: the training
+image nearest to the teacher's sample of the most steps, and for a held-out combination (marked with a star)
+the image that was never trained on.
 """
 
 import argparse
@@ -16,6 +17,9 @@ from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
 from scfm.models.loading import no_loading_bars
+from scfm.models.lora import WEIGHT_NAME
+from scfm.models.lora_file import read_lora_scales
+from scfm.models.scaled_lora import second_file
 from toy.emoji.data import CONFIG, SIDE, TOKENS, Emojis, load_emoji, split
 
 STEPS = (1, 2, 3, 4, 8, 32)
@@ -42,11 +46,15 @@ def main(argv: list[str] | None = None) -> int:
         train, out = split(load_emoji(args.data), args.folder)
         held = pick(out, args.held_out)
         captions += [out.rows[i].name for i in held]
-    columns = sample(load(args.folder), captions, args)
-    heads = [f"{s} step" + "s" * (s > 1) for s in args.steps]
+    pipe = load(args.folder)
+    columns = [sample(pipe, captions, args, steps) for steps in args.steps]
+    heads, most = [f"{s} step" + "s" * (s > 1) for s in args.steps], columns[-1]
+    if args.lora:
+        columns += [sample(pipe, captions, args, steps, scale) for steps, scale in student(pipe, args)]
+        heads += [f"student {steps}" for steps in args.student_counts]
     stars = [False] * (len(captions) - len(held)) + [True] * len(held)
     if args.data:
-        columns.append(nearest(columns[-1], train))
+        columns.append(nearest(most, train))
         blank = torch.full((len(captions) - len(held), 3, SIDE, SIDE), 255, dtype=torch.uint8)
         columns.append(torch.cat([blank, out.pixels[held]]))
         heads += ["nearest", "held out"]
@@ -65,6 +73,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--captions", nargs="*", help="in place of the built-in ones")
     parser.add_argument("--held_out", type=int, default=6, help="rows of held-out combinations")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="step counts")
+    parser.add_argument("--lora", help="folder of the student, a pair of LoRAs")
+    parser.add_argument("--student_counts", type=int, nargs="+", default=[1, 2, 4], help="of the student")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale")
     parser.add_argument(
         "--cfg", action="store_true", help="guide by a second, empty caption: before the stage `guide`"
@@ -88,14 +98,27 @@ def pick(out: Emojis, count: int) -> list[int]:
     return [i * len(out.rows) // count for i in range(count)] if count else []
 
 
+def student(pipe: FluxPipeline, args: argparse.Namespace) -> list[tuple[int, float]]:
+    """[(steps, LoRA scale)] of the student, whose two LoRAs join the pipeline."""
+    for name, file in (("step", WEIGHT_NAME), ("step_2", second_file(WEIGHT_NAME).name)):
+        pipe.load_lora_weights(args.lora, weight_name=file, adapter_name=name)
+    scales = read_lora_scales(Path(args.lora) / WEIGHT_NAME)
+    assert scales is not None and scales.order == 2
+    return [(steps, scales.scale(steps)) for steps in args.student_counts]
+
+
 @torch.no_grad()
-def sample(pipe: FluxPipeline, captions: list[str], args: argparse.Namespace) -> list[torch.Tensor]:
-    """Images (n, 3, 64, 64) uint8 for each step count, from the same noise."""
+def sample(
+    pipe: FluxPipeline, captions: list[str], args: argparse.Namespace, steps: int, scale: float | None = None
+) -> torch.Tensor:
+    """Images (n, 3, 64, 64) uint8, from the same noise whatever the steps. scale: of the student's LoRAs."""
     channels = pipe.transformer.config.in_channels
     tokens = (SIDE // pipe.vae_scale_factor // 2) ** 2
     noise = torch.randn(len(captions), tokens, channels, generator=torch.Generator().manual_seed(args.seed))
     if args.shift:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=args.shift)
+    if scale is not None:
+        pipe.set_adapters(["step", "step_2"], [scale, scale**2])
     guide = {"guidance_scale": args.guidance}
     if args.cfg:
         guide = {
@@ -103,20 +126,17 @@ def sample(pipe: FluxPipeline, captions: list[str], args: argparse.Namespace) ->
             "true_cfg_scale": args.guidance,
             "negative_prompt": [""] * len(captions),
         }
-    columns = []
-    for steps in args.steps:
-        images = pipe(
-            captions,
-            height=SIDE,
-            width=SIDE,
-            num_inference_steps=steps,
-            latents=noise.to(pipe.device),
-            max_sequence_length=TOKENS,
-            output_type="pt",
-            **guide,
-        ).images
-        columns.append((images.cpu() * 255).round().to(torch.uint8))
-    return columns
+    images = pipe(
+        captions,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=steps,
+        latents=noise.to(pipe.device),
+        max_sequence_length=TOKENS,
+        output_type="pt",
+        **guide,
+    ).images
+    return (images.cpu() * 255).round().to(torch.uint8)
 
 
 def nearest(images: torch.Tensor, train: Emojis) -> torch.Tensor:
