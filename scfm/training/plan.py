@@ -1,5 +1,8 @@
 """What `scfm plan` prints: memory and hours of a run, counted on a transformer without weights."""
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -114,9 +117,57 @@ def count_example(family: Any, transformer: Any, guidance: float, dtype: torch.d
     """`Count` for one example of a transformer with an active LoRA, without gradient checkpointing. Nothing
     is computed.
 
+    Blocks that are alike cost the same, so of each row of them at most three are called: the first, which may
+    get no gradient from below, the second, and a third for what each further one adds.
+
     ValueError for a family whose text enters in another way than that of Flux and SD3.
     """
-    x, t, cond = meta_inputs(family, transformer, guidance, dtype)
+    inputs = meta_inputs(family, transformer, guidance, dtype)
+    lists = [name for name, part in transformer.named_children() if isinstance(part, torch.nn.ModuleList)]
+    rows = {(name, i): row for name in lists for i, row in enumerate(alike(getattr(transformer, name)))}
+    few = {key: min(2, len(row)) for key, row in rows.items()}
+
+    def count(lengths: dict[tuple[str, int], int]) -> Count:
+        kept = {
+            name: [b for key in rows if key[0] == name for b in rows[key][: lengths[key]]] for name in lists
+        }
+        with blocks_replaced(transformer, kept):
+            return count_called(family, transformer, *inputs)
+
+    total = least = count(few)
+    for key, row in rows.items():
+        if len(row) > 2:
+            more = zip(total, count(few | {key: 3}), least, strict=True)
+            total = Count(*(a + (len(row) - 2) * (b - c) for a, b, c in more))
+    return total
+
+
+def alike(blocks: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:
+    """The blocks in rows of neighbours that are of one class and have tensors of the same shapes."""
+
+    def kind(block: torch.nn.Module) -> tuple[type, list[tuple[str, torch.Size]]]:
+        return type(block), [(name, tensor.shape) for name, tensor in block.named_parameters()]
+
+    return [list(row) for _, row in itertools.groupby(blocks, kind)]
+
+
+@contextmanager
+def blocks_replaced(transformer: torch.nn.Module, kept: dict[str, list[torch.nn.Module]]) -> Iterator[None]:
+    """The transformer with other lists of blocks, by the lists' names; its own again afterwards."""
+    own = {name: getattr(transformer, name) for name in kept}
+    for name, blocks in kept.items():
+        setattr(transformer, name, torch.nn.ModuleList(blocks))
+    try:
+        yield
+    finally:
+        for name, blocks in own.items():
+            setattr(transformer, name, blocks)
+
+
+def count_called(
+    family: Any, transformer: Any, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]
+) -> Count:
+    """`Count` of the transformer as it is, every block called."""
     saved: list[torch.Tensor] = []
     seen = {id(p) for p in transformer.parameters()}
 
@@ -126,12 +177,10 @@ def count_example(family: Any, transformer: Any, guidance: float, dtype: torch.d
             saved.append(tensor)  # held, so that no other gets its id
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        family.velocity(transformer, x, t, cond)
-    forward = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             prediction = family.velocity(transformer, x, t, cond)
+        forward = counter.get_total_flops()
         prediction.square().mean().backward()
     return Count(forward, counter.get_total_flops(), sum(v.numel() * v.element_size() for v in saved))
 
@@ -227,7 +276,8 @@ def give_adapters(config: DistillConfig, family: Any, transformer: Any) -> tuple
             ScaledLoraModels(transformer, family.velocity, targets, config.rank, alpha, order)
             trained, copies = names_of("student", order), 1
         else:
-            add_adapters(transformer, targets, config.rank, alpha)
+            # one adapter stands for its copies, which have its size
+            add_adapters(transformer, targets, config.rank, alpha, {"student": ()})
             trained, copies = ["student"], len(COPIES["student"])
     count = sum(p.numel() for name in trained for p in adapter_parameters(transformer, name))
     return count, (1 + copies) * count

@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from scfm.cli import main
 from scfm.method.distill import Batch, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
-from scfm.models.lora import LoraModels
+from scfm.models.lora import LoraModels, add_adapters
 from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.sd3 import SD3
 from scfm.training.config import DistillConfig
-from scfm.training.plan import make_plan
+from scfm.training.plan import count_called, count_example, make_plan, meta_inputs, shape_of
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
 
 TINY = dict(
@@ -71,6 +71,25 @@ def test_the_count_is_that_of_a_real_update(family_class, build, checkpointing, 
     else:
         assert counter.get_total_flops() < planned["operations of a step"] < 2.5 * counter.get_total_flops()
     assert planned["LoRA, parameters"] == sum(p.numel() for p in models.parameters("student"))
+
+
+@pytest.mark.parametrize(
+    "shape, blocks",
+    [
+        ("flux-dev", {"num_layers": 4, "num_single_layers": 5}),
+        ("flux-dev", {"num_layers": 1, "num_single_layers": 2}),
+        ("sd35-large", {"num_layers": 5}),  # whose last block is another
+    ],
+)
+def test_three_blocks_stand_for_those_that_are_alike(shape, blocks):
+    config = DistillConfig(max_sequence_length=7)
+    family, transformer = shape_of(config, shape, blocks)
+    with torch.device("meta"):
+        add_adapters(transformer, family.lora_targets, 3, copies={"student": ()})
+    lists = [list(part) for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
+    whole = count_called(family, transformer, *meta_inputs(family, transformer, 4.0, torch.float32))
+    assert count_example(family, transformer, 4.0, torch.float32) == whole
+    assert lists == [list(part) for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
 
 
 @pytest.mark.slow
