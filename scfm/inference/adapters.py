@@ -72,6 +72,7 @@ def load_adapter(pipe: Any, path: str | Path, name: str) -> None:
     try:
         with silenced(REMARKING), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a pair, on purpose
             pipe.load_lora_weights(
                 str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True
             )
