@@ -8,32 +8,39 @@ from PIL import Image
 
 from scfm.cli import main
 from toy import demo
-from toy.judge import COLUMNS, STEPS, Judge, at_stock, best_of
+from toy.emoji import compare
+from toy.judge import COLUMNS, STEPS, STOCK, Judge, at_stock, best_of
 from toy.shapes import draw_captions
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_demo_writes_image_table_and_results(tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("\n".join(draw_captions(4, torch.Generator().manual_seed(0)).text))
-    out = tmp_path / "demo"
-    for _ in range(2):  # a second demo starts from nothing and must not stumble over the first
-        assert (
-            main(
-                [
-                    "demo",
-                    "--output_dir",
-                    str(out),
-                    "--max_train_steps",
-                    "2",
-                    "--captions",
-                    "4",
-                    "--prompts",
-                    str(tmp_path / "prompts.txt"),
-                ]
-            )
-            == 0
-        )
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The words of a demo of seconds: fewer shifts, step counts, timed steps and emoji."""
+    monkeypatch.setattr(demo, "SHIFTS", (STOCK, 4.5))
+    monkeypatch.setattr(demo, "STUDENT_STEPS", (1, 3))
+    monkeypatch.setattr(demo, "TIMED", 1)
+    monkeypatch.setattr(compare, "CAPTIONS", compare.CAPTIONS[:2])
+    monkeypatch.setattr(compare, "TEACHER", (4, 1))
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(draw_captions(4, torch.Generator().manual_seed(0)).text))
+    told = {"output_dir": tmp_path / "demo", "max_train_steps": 2, "captions": 4, "prompts": path}
+    return ["demo", *(word for name, value in told.items() for word in (f"--{name}", str(value)))]
+
+
+def test_the_demo_writes_images_table_and_results(small, tmp_path, capsys, monkeypatch):
+    out, real = tmp_path / "demo", demo.compare
+    monkeypatch.setattr(demo, "compare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(small[1:])
+    assert (out / "live/selection.json").is_file() and not (out / "results.json").exists()
+    for folder in ("images", "cache", "timed", "live"):
+        (out / folder / "of_the_first").write_text("")
+
+    monkeypatch.setattr(demo, "compare", real)
+    assert main(small) == 0  # a second demo starts from nothing and does not stumble over the first
+    assert len(list((out / "images").glob("*.png"))) == 4 and not list(out.rglob("of_the_first"))
     printed = capsys.readouterr().out
     assert (
         "prompt acc." in printed
@@ -42,7 +49,7 @@ def test_the_demo_writes_image_table_and_results(tmp_path, capsys):
         and "a step costs" in printed
     )
     record = json.loads((out / "results.json").read_text())
-    assert Image.open(out / "comparison.png").width > 400 and Image.open(out / "emoji.png").width > 600
+    assert Image.open(out / "comparison.png").width > 400 and Image.open(out / "emoji.png").height > 300
     assert record["captions"] == 4 and len(record["entries"]) == 5 and record["live"]["steps"] == 2
     for name, rows in record["entries"].items():
         for steps in demo.STUDENT_STEPS if name.startswith("live") else STEPS:
@@ -50,6 +57,10 @@ def test_the_demo_writes_image_table_and_results(tmp_path, capsys):
     teacher = record["entries"]["teacher"]
     assert at_stock(teacher, 32)["endpoint"] == 0
     assert best_of(teacher, 3)["endpoint"] <= at_stock(teacher, 3)["endpoint"]
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -367,6 +367,7 @@ def test_yaml_flags_and_unknown_keys(images, tmp_path, capsys):
 
 
 PRESETS = [
+    "emoji-step-scaled",
     "flux-dev-a100",
     "flux-dev-24gb",
     "flux-dev-step-scaled",
