@@ -2,12 +2,9 @@
 (killed on the way) to LoRA scales to report to a pipeline that stock diffusers loads."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
+import forked
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -69,7 +66,7 @@ def test_from_captions_to_a_pipeline(pipeline, tmp_path):
     assert read_lora_scales(out / WEIGHT_NAME).steps == (2, 3)
     assert "pipe.set_adapters" in (out / "README.md").read_text()
 
-    report = {"output_dir": tmp_path / "report", "inception": "none", "clip": "none"}
+    report = {"output_dir": tmp_path / "report", "inception": "none", "clip": "none", "imagenet": "none"}
     few = {"num_images": 3, "steps": "2,3", "teacher_steps": 4, "latency_repeats": 1}
     run("evaluate", lora=out, prompts=prompts, **few, **report)
     assert (tmp_path / "report/report.html").stat().st_size > 1000
@@ -113,14 +110,13 @@ def distil_and_resume(pipeline, images, out):
 
 def kill(arguments, out):
     """Starts the command, and kills it by SIGKILL once it has written a checkpoint."""
-    command = [sys.executable, "-m", "scfm.cli", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = forked.start(arguments, log := out.with_suffix(".log"))
     deadline = time.time() + 240
-    while not latest(out) and process.poll() is None and time.time() < deadline:
+    while not latest(out) and process.is_alive() and time.time() < deadline:
         time.sleep(0.01)
-    assert process.poll() is None, process.stderr.read()[-1000:]
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    assert process.is_alive(), log.read_text()[-1000:]
+    process.kill()
+    process.join()
 
 
 def stock_image(folder):

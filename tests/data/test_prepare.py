@@ -4,13 +4,11 @@ named."""
 import errno
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 import time
 
-import psutil
+import forked
 import pytest
 import torch
 from hypothesis import given, settings
@@ -461,32 +459,19 @@ def test_images_on_a_read_only_disk_need_a_cache_elsewhere_only_when_it_is_not_m
 
 @pytest.mark.slow
 def test_two_processes_at_once_and_a_kill_give_what_one_gives(prompts, tmp_path):
-    """The real command under torchrun, killed in the middle, run again; then against one process."""
+    """Two processes of one group, killed in the middle, run again; then against one process."""
 
     def told(out):
         return words(prompts, out, num_images=40, teacher_steps=12)
 
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "scfm.cli",
-    ]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = psutil.Popen([*launch, *told(tmp_path / "two")], env=env, **quiet)
-    while not images_of(tmp_path / "two") and process.poll() is None:
+    processes = forked.start_two(told(tmp_path / "two"), tmp_path / "log")
+    while not images_of(tmp_path / "two") and processes[0].is_alive():
         time.sleep(0.02)
-    family = [process, *process.children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
+    for process in processes:
+        process.kill()
+        process.join()
     assert 1 <= len(images_of(tmp_path / "two")) < 40, "the kill came too late"
-    subprocess.run([*launch, *told(tmp_path / "two")], env=env, check=True, **quiet)
+    forked.run_two(told(tmp_path / "two"), tmp_path / "log")
     assert main(told(tmp_path / "one")) == 0
 
     def files(out):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -31,9 +32,9 @@ CAPTIONS = [
 ]
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
+@pytest.fixture(scope="module")
+def prompts(folder):
+    path = folder / "prompts.txt"
     path.write_text("# four captions\n\n" + "\n".join(CAPTIONS) + "\n")
     return path
 
@@ -52,6 +53,8 @@ def flags(prompts, out, **more):
         "global_batch_size": 2,
         "teacher_steps": 2,
         "num_eval_prompts": 2,
+        "eval_num_steps": 2,
+        "eval_lora_scales": 1.0,
         "report_to": "none",
         **more,
     }
@@ -123,33 +126,39 @@ def test_every_loader_finds_the_same_scale(prompts, tmp_path):
         assert set(pipe.transformer.transformer_blocks[0].attn.to_q.scaling.values()) == {1.0}
 
 
-def end_by(sent, prompts, out, settings):
-    """Starts the real command, sends it a signal after the first checkpoint, returns its exit code."""
-    command = [sys.executable, "-m", "scfm.cli", "distill", *flags(prompts, out, **settings)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+LONG = dict(max_train_steps=30, checkpointing_steps=2, validation_steps=0)
+
+
+@pytest.fixture(scope="module")
+def unbroken(prompts, folder):
+    """A run that nothing disturbs."""
+    assert main(["distill", *flags(prompts, folder / "unbroken", **LONG)]) == 0
+    return folder / "unbroken"
+
+
+def end_by(sent, prompts, out):
+    """Starts the command, sends it a signal after the first checkpoint, returns its exit code."""
+    process = forked.start(["distill", *flags(prompts, out, **LONG)], out.with_suffix(".log"))
     deadline = time.time() + 240
-    while not latest(out) and process.poll() is None and time.time() < deadline:
+    while not latest(out) and process.is_alive() and time.time() < deadline:
         time.sleep(0.02)
-    assert process.poll() is None, "it ended before the signal"
+    assert process.is_alive(), "it ended before the signal"
     os.kill(process.pid, sent)
-    return process.wait()
+    process.join()
+    return process.exitcode
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_ended_by_a_signal_resumes_bit_for_bit(prompts, tmp_path, sent):
-    settings = dict(max_train_steps=30, checkpointing_steps=2, validation_steps=0)
-    assert main(["distill", *flags(prompts, tmp_path / "stock", **settings)]) == 0
-    code = end_by(sent, prompts, tmp_path / "broken", settings)
+def test_a_run_ended_by_a_signal_resumes_bit_for_bit(unbroken, prompts, tmp_path, sent):
+    broken = tmp_path / "broken"
+    code = end_by(sent, prompts, broken)
     assert code == (143 if sent == signal.SIGTERM else -sent)  # 143: it saved, and left by itself
-    assert 2 <= int(latest(tmp_path / "broken").name) < 30
-    assert not (tmp_path / "broken/selection.json").exists()
-    assert main(["distill", *flags(prompts, tmp_path / "broken", **settings)]) == 0
+    assert 2 <= int(latest(broken).name) < 30
+    assert not (broken / "selection.json").exists()
+    assert main(["distill", *flags(prompts, broken, **LONG)]) == 0
     for name in ("student", "ema_fast", "ema_slow"):
-        a, b = (
-            load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors")
-            for run in ("stock", "broken")
-        )
+        a, b = (load_file(run / name / "pytorch_lora_weights.safetensors") for run in (unbroken, broken))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 

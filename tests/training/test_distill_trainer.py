@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import forked
 import pytest
 import torch
 from PIL import Image
@@ -135,9 +136,13 @@ def test_updates_of_two_sizes_occur_and_every_row_is_used_once(whole):
 
 @pytest.fixture(scope="module")
 def of_two(whole, images, algorithm, tmp_path_factory):
-    """The same run by the real command under torchrun, in two processes."""
+    """The same run in two processes, once by torchrun."""
     out = tmp_path_factory.mktemp("two")
-    two(settings(images, out, algorithm=algorithm))
+    told = flags(settings(images, out, algorithm=algorithm))
+    if algorithm == "dual":
+        by_torchrun(told)
+    else:
+        forked.run_two(["distill", *told], out.with_suffix(".log"))
     return out
 
 
@@ -159,21 +164,16 @@ def test_two_processes_are_one(whole, of_two):
         assert ours.keys() == theirs.keys() and gap(ours, theirs) < 1e-3
 
 
-def two(told):
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "scfm.cli",
-        "distill",
-        *flags(told),
-    ]
+def by_torchrun(told):
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*program, "-m", "scfm.cli", "distill", *told],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -183,7 +183,8 @@ def test_two_processes_resume_bit_for_bit(whole, of_two, images, algorithm, tmp_
         tmp_path / "parts",
         ignore=lambda folder, names: [n for n in names if n in ("000006", "selection.json")],
     )
-    two(settings(images, tmp_path / "parts", algorithm=algorithm))  # from update 4
+    told = flags(settings(images, tmp_path / "parts", algorithm=algorithm))
+    forked.run_two(["distill", *told], tmp_path / "log")  # from update 4
     pairs = zip(*(saved_adapters(whole, run).values() for run in (of_two, tmp_path / "parts")), strict=True)
     for a, b in ((load_file(a), load_file(b)) for a, b in pairs):
         assert all(torch.equal(a[k], b[k]) for k in a)
@@ -429,7 +430,7 @@ def test_bad_input_is_one_line_and_code_2(images, tmp_path, capsys, monkeypatch,
 
 def test_every_choice_trains(images, tmp_path):
     """Options whose mathematics is tested elsewhere reach the update: each changes what is learned."""
-    base = {"max_train_steps": 4, "ema_decay_fast": 0.2, "ema_decay_slow": 0.6, "learning_rate": 1e-2}
+    base = {"max_train_steps": 2, "ema_decay_fast": 0.2, "ema_decay_slow": 0.6, "learning_rate": 1e-2}
     plain = trained(images, tmp_path / "plain", **base)
     for i, change in enumerate(
         (
@@ -454,7 +455,7 @@ def test_every_choice_trains(images, tmp_path):
 
 
 def test_every_choice_of_step_scaled_trains(images, tmp_path):
-    base = {"max_train_steps": 4, "ema_decay": 0.5, "learning_rate": 1e-2, "algorithm": "step_scaled"}
+    base = {"max_train_steps": 2, "ema_decay": 0.5, "learning_rate": 1e-2, "algorithm": "step_scaled"}
     plain = trained(images, tmp_path / "plain", **base)
     for i, change in enumerate(
         (
