@@ -27,5 +27,7 @@ def distill(command):
         global_batch_size=2,
         teacher_steps=2,
         num_eval_prompts=2,
+        eval_num_steps=2,
+        eval_lora_scales="0.5,1",
         report_to="none",
     )
