@@ -28,14 +28,14 @@ demo: $(READY)
 	@.venv/bin/scfm demo $(ARGS)
 
 test: lint
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(JOBS) --dist loadgroup $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(JOBS) --dist loadscope $(ARGS)
 
 lint: $(READY)
 	@.venv/bin/ruff check .
 	@.venv/bin/pyright
 
 check: lint
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(JOBS) --dist loadgroup -m "$(FAST)" $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(JOBS) --dist loadscope -m "$(FAST)" $(ARGS)
 
 test-versions: $(READY)
 	@.venv/bin/python .ci/test-versions $(ARGS)
