@@ -10,7 +10,13 @@ from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["scfm.data.prepare", "scfm.training.flow_trainer", "scfm.training.selection", "toy.pipelines"]
+    [
+        "scfm.data.prepare",
+        "scfm.training.flow_trainer",
+        "scfm.training.selection",
+        "toy.pipelines",
+        "ipykernel.kernelapp",  # last: tqdm's bars are those of notebooks where it is there
+    ]
 )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from kernels import kernel_manager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError
 
@@ -53,7 +54,7 @@ def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
 
     client = NotebookClient(
         notebook,
-        kernel_name="python3",
+        km=kernel_manager(),
         startup_timeout=120,
         timeout_func=seconds_left,
         resources={"metadata": {"path": str(folder)}},
