@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm.method.flow import sample, time_grid
-from scfm.method.metrics import curvature, endpoint_distance, frechet_distance, moments, sliced_wasserstein
+from scfm.method.metrics import (
+    curvature,
+    endpoint_distance,
+    frechet_distance,
+    moments,
+    sliced_wasserstein,
+    sorted_columns,
+)
 from toy.plane import checkerboard, ring_mixture
 
 quick = settings(deadline=None, max_examples=25)
@@ -67,6 +74,15 @@ def test_sw2_is_a_scaled_symmetric_distance_of_clouds(seed, scale, dims):
     assert sliced_wasserstein(a, a.flip(0)) == 0
     assert sliced_wasserstein(scale * a, scale * b) == pytest.approx(scale * ab, rel=1e-4)
     assert sliced_wasserstein(a, c) <= ab + sliced_wasserstein(b, c) + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_columns_are_sorted_as_torch_sorts_them(dtype):
+    whole = torch.cat([normal(50, 7), normal(50, 7).round()]).to(dtype).requires_grad_()  # with equal numbers
+    for x in (whole, whole[:, :1], whole[:, :1].clone(), whole.T):
+        kept = x.detach().clone()
+        assert torch.equal(sorted_columns(x), kept.sort(0).values) and torch.equal(x, kept)
+        assert sorted_columns(x).is_contiguous() and not sorted_columns(x).requires_grad
 
 
 def test_sw2_depends_on_its_seed_alone():
