@@ -17,7 +17,7 @@ from ..types import Condition, VelocityField
 def sorted_columns(x: torch.Tensor) -> torch.Tensor:
     """Each column of x (n, m) in increasing order; no gradient."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
-        return x.detach().sort(0).values
+        return x.detach().sort(0).values.contiguous()
     rows = x.detach().T.clone(memory_format=torch.contiguous_format)
     rows.numpy().sort()                        # in place, in the tensor's memory: many times as fast as torch
     return rows.T.contiguous()
