@@ -11,13 +11,12 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
 
-def kernel_manager() -> AsyncKernelManager:
-    """For `NotebookClient(km=...)`: the kernel python3, forked."""
-    manager = AsyncKernelManager(kernel_name="python3")
-    manager.provisioner = ForkedKernel(
-        kernel_id=manager.kernel_id, kernel_spec=manager.kernel_spec, parent=manager
-    )
-    return manager
+class ForkedKernels(AsyncKernelManager):
+    """For `NotebookClient(kernel_manager_class=...)`."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.provisioner = ForkedKernel(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
 
 
 class ForkedKernel(LocalProvisioner):

@@ -2,6 +2,7 @@
 then shows."""
 
 import json
+import multiprocessing
 import re
 import shutil
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from kernels import kernel_manager
+from kernels import ForkedKernels
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError
 
@@ -54,7 +55,8 @@ def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
 
     client = NotebookClient(
         notebook,
-        km=kernel_manager(),
+        kernel_name="python3",
+        kernel_manager_class=ForkedKernels,
         startup_timeout=120,
         timeout_func=seconds_left,
         resources={"metadata": {"path": str(folder)}},
@@ -63,6 +65,7 @@ def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
         client.execute()
     except CellTimeoutError as error:
         pytest.fail(f"{path.name} takes more than {PATIENCE} x its budget of {BUDGETS[path.stem]} s: {error}")
+    assert not multiprocessing.active_children(), "its kernel lives on"
     took = time.monotonic() - began
     if took > BUDGETS[path.stem]:
         warnings.warn(f"{path.name} took {took:.0f} s, its budget is {BUDGETS[path.stem]} s", stacklevel=1)
