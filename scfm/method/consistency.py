@@ -9,7 +9,7 @@ __all__ = ['TARGET_MODELS', 'LOSSES', 'DistillModels', 'Jumps', 'index_cond', 'v
 # %% ../../nbs/learn/01_consistency.ipynb #c02
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -87,11 +87,12 @@ def index_cond(cond: Condition, index: slice | torch.Tensor) -> Condition:
                     "a condition is None, tensors, or dicts and tuples of them")
 
 # %% ../../nbs/learn/01_consistency.ipynb #c18
-def velocity_by_row(models: Models, names: Sequence[str], is_teacher: torch.Tensor, x: torch.Tensor,
+def velocity_by_row(models: Any, names: Sequence[str], is_teacher: torch.Tensor, x: torch.Tensor,
                     t: torch.Tensor, cond: Condition = None) -> torch.Tensor:
     """Velocities from one model where `is_teacher` and from another elsewhere, each on its own rows only.
 
-    models: has the models as attributes
+    models: has the models as attributes; those that can (`can_mix`, chapter 20_lora) serve the teacher's rows
+        and another model's in one forward
     names: the two models' names, first the one for `is_teacher`
     is_teacher: (B,) bool
     x: (B, ...)
@@ -101,6 +102,8 @@ def velocity_by_row(models: Models, names: Sequence[str], is_teacher: torch.Tens
     """
     if names[0] == names[1]:
         return getattr(models, names[0])(x, t, cond).to(x.dtype)
+    if names[0] == "teacher" and getattr(models, "can_mix", False):
+        return models.mixed(names[1], is_teacher, x, t, cond).to(x.dtype)
     v = torch.empty_like(x)
     for name, rows in zip(names, (is_teacher, ~is_teacher), strict=True):
         if rows.any():
@@ -124,7 +127,7 @@ def consistency_target(x1: torch.Tensor, jumps: Jumps, models: Models, cond: Con
     """
     if algorithm not in TARGET_MODELS:
         raise ValueError(f"algorithm={algorithm!r}: one of {', '.join(TARGET_MODELS)}")
-    times, t_skip = jumps.times, jumps.times.shape[1] - 1
+    times, t_skip = jumps.times.to(x1.device), jumps.times.shape[1] - 1
     moved = torch.zeros_like(x1)                               # summed apart from x1, which would round it
     for i in range(t_skip):
         half = 0 if 2 * i < t_skip else 1
@@ -265,7 +268,8 @@ def scfm_loss(data: torch.Tensor, noise: torch.Tensor, jumps: Jumps, models: Mod
     """The loss of SCFM for each example: the error of V_student(x_t1, t1) against `consistency_target`.
 
     data, noise: (B, ...)
-    jumps: the times and kinds of the B examples; those of flow matching have the target noise - data
+    jumps: the times and kinds of the B examples, best left on the CPU, where which are which is known
+        without waiting for a GPU; those of flow matching have the target noise - data
     models: student, teacher and EMAs; only the student gets a gradient
     cond: the condition of the examples
     algorithm: a key of `TARGET_MODELS`
@@ -276,7 +280,8 @@ def scfm_loss(data: torch.Tensor, noise: torch.Tensor, jumps: Jumps, models: Mod
     between them: nothing may be switched between the student's forward and its backward. ValueError for an
     unknown algorithm, KeyError for an unknown loss. Source: arXiv 2510.17858, Algorithms 1 and 2.
     """
-    x1, shortcut = interpolate(data, noise, jumps.t1), ~jumps.is_flow
+    t1, shortcut = jumps.t1.to(data.device), ~jumps.is_flow
+    x1 = interpolate(data, noise, t1)
     if shortcut.all():
         target = consistency_target(x1, jumps, models, cond, algorithm)
     else:
@@ -284,5 +289,5 @@ def scfm_loss(data: torch.Tensor, noise: torch.Tensor, jumps: Jumps, models: Mod
         if shortcut.any():
             target[shortcut] = consistency_target(x1[shortcut], jumps.rows(shortcut), models,
                                                   index_cond(cond, shortcut), algorithm)
-    pred = models.student(x1, jumps.t1, cond)
+    pred = models.student(x1, t1, cond)
     return LOSSES[loss](pred.flatten(1), target.flatten(1))

@@ -329,7 +329,7 @@ class StepOutput(NamedTuple):
 def batch_loss(models: Any, batch: Batch, config: SCFMConfig) -> torch.Tensor:
     """The loss of each example, (B,): `scfm_loss`, or `step_scale_loss` for step_scaled."""
     device = batch.data.device
-    parts = batch.data, batch.noise.to(device), batch.jumps.to(device), models
+    parts = batch.data, batch.noise.to(device), batch.jumps, models
     if config.algorithm == STEP_SCALED:
         return step_scale_loss(*parts, config.step_scale, batch.cond, config.loss)
     return scfm_loss(*parts, batch.cond, config.algorithm, config.loss)

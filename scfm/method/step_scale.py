@@ -137,11 +137,11 @@ def step_scale_target(x1: torch.Tensor, jumps: Jumps, models: ScaledModels, rule
 
     models: their "ema" is evaluated, at scale 0 the teacher
     """
-    scales, moved = rule.target_scales(jumps.steps), torch.zeros_like(x1)
+    scales, times, moved = rule.target_scales(jumps.steps), jumps.times.to(x1.device), torch.zeros_like(x1)
     for i in range(2):
-        v = models.scaled_velocity("ema", scales, x1 - moved, jumps.times[:, i], cond).to(x1.dtype)
-        moved = moved + per_row(jumps.times[:, i] - jumps.times[:, i + 1], x1) * v
-    return moved / per_row(jumps.times[:, 0] - jumps.times[:, -1], x1)
+        v = models.scaled_velocity("ema", scales, x1 - moved, times[:, i], cond).to(x1.dtype)
+        moved = moved + per_row(times[:, i] - times[:, i + 1], x1) * v
+    return moved / per_row(times[:, 0] - times[:, -1], x1)
 
 
 def step_scale_loss(data: torch.Tensor, noise: torch.Tensor, jumps: Jumps, models: ScaledModels,
@@ -156,12 +156,13 @@ def step_scale_loss(data: torch.Tensor, noise: torch.Tensor, jumps: Jumps, model
 
     The target comes first, as in `scfm_loss`.
     """
-    x1, shortcut = interpolate(data, noise, jumps.t1), ~jumps.is_flow
+    t1, shortcut = jumps.t1.to(data.device), ~jumps.is_flow
+    x1 = interpolate(data, noise, t1)
     target = noise - data
     if shortcut.any():
         target[shortcut] = step_scale_target(x1[shortcut], jumps.rows(shortcut), models, rule,
                                              index_cond(cond, shortcut))
-    prediction = models.scaled_velocity("student", rule.student_scales(jumps.steps), x1, jumps.t1, cond)
+    prediction = models.scaled_velocity("student", rule.student_scales(jumps.steps), x1, t1, cond)
     return LOSSES[loss](prediction.flatten(1), target.flatten(1))
 
 # %% ../../nbs/learn/06_step_scale.ipynb #c21b

@@ -1,37 +1,15 @@
 """Student and EMA as LoRA adapters at a scale of its own for every example, for the algorithm step_scaled."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 
-from scfm.models.lora import WEIGHT_NAME, adapter_parameters, add_adapters, save_lora
+from scfm.models.lora import WEIGHT_NAME, AdapterSwitch, adapter_parameters, add_adapters, save_lora
 from scfm.types import Condition, FamilyVelocity, VelocityField
 
 MODELS = ("student", "ema")
-
-
-class ExampleScales:
-    """Stands where PEFT has the number that a LoRA's output is multiplied by: a number for each example.
-
-    One object serves all layers of an adapter, whatever the shapes of their inputs: setting it is one
-    assignment, not one for each of some 500 layers. factor: what each scale counts as, alpha / rank.
-    """
-
-    def __init__(self, factor: float = 1.0) -> None:
-        self.factor, self.values = factor, torch.ones(1)
-
-    def __rmul__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: (rows, ...), with a scale for each row, or one for all."""
-        if len(self.values) not in (1, len(hidden)):
-            raise ValueError(
-                f"{len(self.values)} LoRA scales for {len(hidden)} rows of a layer: the family runs more "
-                "rows than examples and does not say which is whose (forward_rows)"
-            )
-        return hidden * self.values.view(-1, *[1] * (hidden.ndim - 1)).to(hidden)
 
 
 class ScaledLoraModels:
@@ -65,35 +43,24 @@ class ScaledLoraModels:
         self.transformer, self.velocity, self.forward_rows = transformer, velocity, forward_rows
         self.teacher_velocity = velocity
         self.model = transformer if model is None else model
-        self.active = list(self.adapters["student"])  # one list for all layers: switching changes it in place
         self.adapter_names = [adapter for adapters in self.adapters.values() for adapter in adapters]
-        self.scales = {name: ExampleScales((alpha or rank) / rank) for name in self.adapter_names}
-        self.take_over()
-
-    def take_over(self) -> None:
-        """Gives all LoRA layers our list of active adapters and our scales; the student alone may learn."""
-        for layer in self.transformer.modules():
-            if isinstance(layer, LoraLayer):
-                layer._active_adapter = self.active
-                layer.scaling.update(self.scales)
+        self.switch = AdapterSwitch(transformer, (alpha or rank) / rank, self.adapters["student"])
+        self.tensors = {name: adapter_parameters(transformer, name) for name in self.adapter_names}
         for name in MODELS:
             for weight in self.parameters(name):
                 weight.requires_grad_(name == "student")
 
     def parameters(self, name: str) -> list[torch.Tensor]:
         """The tensors of "student" or "ema"."""
-        return [w for adapter in self.adapters[name] for w in adapter_parameters(self.transformer, adapter)]
+        return [weight for adapter in self.adapters[name] for weight in self.tensors[adapter]]
 
     def by_power(self, name: str) -> dict[int, list[torch.Tensor]]:
         """The same by the power of the scale that they are multiplied by: {1: of the first LoRA, 2: ...}."""
-        adapters = enumerate(self.adapters[name], 1)
-        return {power: adapter_parameters(self.transformer, adapter) for power, adapter in adapters}
+        return {power: self.tensors[adapter] for power, adapter in enumerate(self.adapters[name], 1)}
 
-    def set_scales(self, name: str, scales: torch.Tensor) -> None:
-        """The scales of the next forwards of "student" or "ema": (rows,), or (1,) for all."""
-        for power, adapter in enumerate(self.adapters[name], 1):
-            scale = self.scales[adapter]
-            scale.values = scale.factor * scales.float() ** power
+    def at(self, name: str, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The scale of each adapter of "student" or "ema"; none for "teacher". scales: (rows,), or (1,)."""
+        return {a: scales.float() ** power for power, a in enumerate(self.adapters.get(name, ()), 1)}
 
     def scaled_velocity(
         self, name: str, scales: torch.Tensor, x: torch.Tensor, t: torch.Tensor, cond: Condition = None
@@ -103,9 +70,9 @@ class ScaledLoraModels:
         index = self.forward_rows(cond)
         rows = scales if index is None else scales[index.to(scales.device)]
         if name == "student":
-            self.set_scales(name, rows.to(x.device))
+            self.switch.rest(self.at(name, rows.to(x.device)))  # and stand until backward is through
             return self.velocity(self.model, x, t, cond)
-        with self.using(name, rows.to(x.device)), torch.no_grad():
+        with self.switch.using(self.at(name, rows.to(x.device))), torch.no_grad():
             return self.velocity(self.transformer, x, t, cond)
 
     def field(self, name: str, scale: float = 1.0) -> VelocityField:
@@ -116,26 +83,10 @@ class ScaledLoraModels:
         call = self.teacher_velocity if name == "teacher" else self.velocity
 
         def velocity(x: torch.Tensor, t: torch.Tensor, cond: Condition = None) -> torch.Tensor:
-            with self.using(name, torch.tensor([scale], device=x.device)), torch.no_grad():
+            with self.switch.using(self.at(name, torch.tensor([scale], device=x.device))), torch.no_grad():
                 return call(self.transformer, x, t, cond)
 
         return velocity
-
-    @contextmanager
-    def using(self, name: str, scales: torch.Tensor) -> Iterator[None]:
-        """Within the block the transformer is the model `name` at these scales; after it, the student at its
-        own."""
-        adapters = self.adapters.get(name, [])  # none: the teacher
-        before = [self.scales[adapter].values for adapter in adapters]
-        self.active[:] = adapters
-        try:
-            if adapters:
-                self.set_scales(name, scales)
-            yield
-        finally:
-            for adapter, values in zip(adapters, before, strict=True):
-                self.scales[adapter].values = values
-            self.active[:] = self.adapters["student"]
 
     def save(self, pipeline_class: Any, folder: str | Path, name: str) -> Path:
         """Writes one model as LoRA files that stock diffusers loads, the second beside the first, under the

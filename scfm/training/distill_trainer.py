@@ -100,14 +100,20 @@ class DistillTrainer(Trainer):
         torch.backends.cuda.matmul.allow_tf32 = config.weight_dtype == "bf16"
         torch.manual_seed(config.seed)  # PEFT draws A from the global state
         targets, alpha = config.lora_layers or self.family.lora_targets, config.lora_alpha or None
+        # a family that does not say has one row for each example; if not, the first forward says so
+        rows = getattr(self.family, "forward_rows", lambda cond: None)
         if config.algorithm == STEP_SCALED:
-            # a family that does not say has one row for each example; if not, the first forward says so
-            rows = getattr(self.family, "forward_rows", lambda cond: None)
             return ScaledLoraModels(
                 transformer, velocity, targets, config.rank, alpha, config.scale_order, rows
             )
         return LoraModels(
-            transformer, velocity, targets, config.rank, alpha, teacher_velocity=teacher_velocity
+            transformer,
+            velocity,
+            targets,
+            config.rank,
+            alpha,
+            teacher_velocity=teacher_velocity,
+            forward_rows=rows,
         )
 
     def plan_step(self, step: int) -> StepPlan:
@@ -156,7 +162,7 @@ class DistillTrainer(Trainer):
             yield Batch(
                 self.dataset.latents(index[part]).to(device),
                 self.noise(step, part, size).to(device),
-                jumps.rows(part).to(device),
+                jumps.rows(part),
                 cond,
             )
         self.set_resolution((self.config.height, self.config.width))

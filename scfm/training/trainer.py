@@ -161,9 +161,16 @@ class Trainer(ABC):
                 weight.grad = torch.zeros_like(weight)
         if self.accelerator.num_processes == 1:
             return everyone.cpu()
-        for weight in self.models.parameters("student"):
-            weight.grad = self.accelerator.reduce(weight.grad, "sum")
+        self.sum_gradients()
         return self.accelerator.reduce(everyone, "sum").cpu()  # type: ignore[union-attr]
+
+    def sum_gradients(self) -> None:
+        """The student's gradients become their sums over the processes, by one message in place of one for
+        each of some 1,000 tensors."""
+        gradients: list[Any] = [weight.grad for weight in self.models.parameters("student")]
+        together: Any = self.accelerator.reduce(torch.cat([grad.flatten() for grad in gradients]), "sum")
+        for grad, part in zip(gradients, together.split([grad.numel() for grad in gradients]), strict=True):
+            grad.copy_(part.view_as(grad))
 
     def any_process(self, yes: bool) -> bool:
         """True when `yes` holds in any process: all must agree to leave, or some would wait for the others

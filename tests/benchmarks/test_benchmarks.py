@@ -38,7 +38,7 @@ def test_update_cost_counts_and_times(script, tmp_path):
     script("update_cost.py", "--rounds", 1, "--batch", 4, "--rank", 4, "--out", out)
     ways = json.loads(out.with_suffix(".json").read_text())["ways"]
     assert ways["plain"]["flop_ratio"] == 1 and 1.6 < ways["scfm"]["flop_ratio"] < 2
-    assert ways["scfm"]["gflops"] == pytest.approx(ways["swap"]["gflops"], rel=0.02)
+    assert all(ways["scfm"]["gflops"] == pytest.approx(ways[w]["gflops"], rel=0.05) for w in ("peft", "swap"))
     assert all(way["median_seconds"] > 0 for way in ways.values()) and out.with_suffix(".png").is_file()
 
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 import scfm.data.teacher_images
 from scfm.cli import main
 from scfm.data.images import nearest_size, parse_sizes, read_folder, read_image
-from scfm.data.prepare import DataConfig
+from scfm.data.prepare import DataConfig, check_processes
 from scfm.data.prompts import read_prompts
 from scfm.data.teacher_images import drawn_size, generate_images
 from scfm.method.flow import time_grid
@@ -575,3 +576,18 @@ def test_broken_folders_are_named(tmp_path):
         (tmp_path / "metadata.jsonl").write_text(text + "\n")
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_launch_that_asks_for_what_is_not_done_is_refused(monkeypatch, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ValueError, match=f"{engine}, which is not done here"):
+        check_processes(SimpleNamespace(num_processes=1))
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "false")
+    check_processes(SimpleNamespace(num_processes=1))
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, but accelerate sees 1"):
+        check_processes(SimpleNamespace(num_processes=1))

@@ -9,10 +9,11 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
+from scfm.method.consistency import TARGET_MODELS, consistency_target, draw_jumps, velocity_by_row
 from scfm.method.flow import sample, time_grid
 from scfm.method.step_scale import StepScale, draw_step_jumps, step_scale_loss, step_scale_target
 from scfm.models.flux import Flux
-from scfm.models.lora import WEIGHT_NAME
+from scfm.models.lora import ADAPTERS, WEIGHT_NAME, LoraModels, adapter_state, load_adapter_state
 from scfm.models.pixels import Pixels, pipeline_of
 from scfm.models.scaled_lora import MODELS, ScaledLoraModels, second_file
 from scfm.models.sd3 import SD3
@@ -179,6 +180,93 @@ def test_more_rows_than_scales_are_refused():
     setup.models.forward_rows = lambda cond: None
     with pytest.raises(ValueError, match="4 LoRA scales for 6 rows"):
         setup.at("ema")
+
+
+class Four(Setup):
+    """The same with the paper's four models."""
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32):
+        super().__init__(name, 1, dtype)
+        pipe = {"flux": build_flux, "sd3": build_sd3, "pixels": build_flow}[name]()
+        pipe.transformer.to(dtype)
+        family = type(self.family)(pipe, 32, 32, TOKENS)
+        self.models = LoraModels(
+            pipe.transformer, family.velocity, family.lora_targets, 3, forward_rows=family.forward_rows
+        )
+        generator = torch.Generator().manual_seed(2)
+        for model in ADAPTERS:
+            for p in self.models.parameters(model):
+                p.data.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+
+class Apart:
+    """The same models, each evaluated on its own examples alone."""
+
+    def __init__(self, models: LoraModels):
+        self.student, self.teacher = models.student, models.teacher
+        self.ema_fast, self.ema_slow = models.ema_fast, models.ema_slow
+
+
+@pytest.mark.parametrize("ema_scale", [1.0, 0.7])
+@pytest.mark.parametrize("algorithm", list(TARGET_MODELS))
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixels"])
+def test_a_target_of_one_forward_a_half_is_that_of_each_model_apart(family, algorithm, ema_scale):
+    four = Four(family)
+    four.models.ema_target_scale = ema_scale
+    calls = []
+    hook = four.models.transformer.register_forward_hook(lambda *_: calls.append(1))
+    jumps = draw_jumps(4, 0.5, shift=(3.0, 3.0), generator=keyed_generator(1, 0))
+    assert 0 < jumps.is_teacher.sum() < 4
+    ours = consistency_target(four.x, jumps, four.models, four.cond, algorithm)
+    assert len(calls) == 2
+    apart = consistency_target(four.x, jumps, Apart(four.models), four.cond, algorithm)
+    hook.remove()
+    torch.testing.assert_close(ours, apart, rtol=0, atol=1e-5)
+    swapped = jumps._replace(is_teacher=~jumps.is_teacher)
+    assert (ours - consistency_target(four.x, swapped, four.models, four.cond, algorithm)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_teacher_examples_get_the_teachers_velocity_to_the_last_bit(family, dtype):
+    four, mask = Four(family, dtype), torch.tensor([True, False, True, False])
+    mixed = velocity_by_row(four.models, ("teacher", "ema_fast"), mask, four.x, four.t, four.cond)
+    assert torch.equal(mixed[mask], four.models.teacher(four.x, four.t, four.cond)[mask])
+    torch.testing.assert_close(
+        mixed[~mask], four.models.ema_fast(four.x, four.t, four.cond)[~mask], rtol=0, atol=0.06
+    )
+    assert (mixed[~mask] - four.models.teacher(four.x, four.t, four.cond)[~mask]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_adapters_stay_in_float32_and_multiply_in_the_dtype_of_the_base(dtype):
+    four, seen = Four("flux", dtype), set()
+    layer = four.models.transformer.x_embedder
+    assert {w.dtype for name in ADAPTERS for w in four.models.parameters(name)} == {torch.float32}
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                seen.update(a.dtype for a in args if isinstance(a, torch.Tensor))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 5, layer.in_features, dtype=dtype)
+    with Seen():
+        y = layer(x)
+    assert seen == {dtype} and y.dtype == dtype
+    y.float().square().mean().backward()
+    assert layer.lora_A["student"].weight.grad.dtype == torch.float32
+
+
+def test_an_adapter_whose_name_begins_with_anothers_is_kept_apart():
+    models = Setup("flux", 2).models
+    states = {name: adapter_state(models.transformer, name) for name in models.adapter_names}
+    for name, state in states.items():
+        assert list(map(len, (state, states["ema"]))) == [len(models.tensors[name])] * 2
+        assert all(".lora_A.weight" in key or ".lora_B.weight" in key for key in state)
+    load_adapter_state(models.transformer, "ema", states["student"])
+    assert all(map(torch.equal, models.tensors["ema"], models.tensors["student"]))
+    assert not any(map(torch.equal, models.tensors["ema_2"], models.tensors["student_2"]))
 
 
 def test_the_ema_starts_as_the_student_and_both_as_the_teacher():

@@ -43,7 +43,13 @@ def test_the_count_is_that_of_a_real_update(family_class, build, checkpointing, 
         pipe.transformer.enable_gradient_checkpointing()
         pipe.transformer.train()
     if algorithm == "dual":
-        models = LoraModels(pipe.transformer, family.velocity, family.lora_targets, config.rank)
+        models = LoraModels(
+            pipe.transformer,
+            family.velocity,
+            family.lora_targets,
+            config.rank,
+            forward_rows=family.forward_rows,
+        )
     else:
         models = ScaledLoraModels(
             pipe.transformer, family.velocity, family.lora_targets, config.rank, None, 2, family.forward_rows
