@@ -18,7 +18,9 @@ from scfm.data.prompts import read_prompts
 from scfm.data.teacher_images import begin_listing, generate_images, listing_rows
 from scfm.files import check_writable, expand_user
 from scfm.method.distill import setting
-from scfm.models.loading import DTYPES, Parts, load_pipeline, require_bitsandbytes
+from scfm.models.loading import DTYPES, Parts, load_pipeline
+from scfm.models.quantize import HELP as QUANTIZE_HELP
+from scfm.models.quantize import KINDS, is_known, require_quantizer
 from scfm.models.source import PipelineSource
 from scfm.types import Family
 
@@ -56,12 +58,7 @@ class DataConfig:
     max_sequence_length: int = setting(512, "length of the text sequence in tokens")
     negative_prompt: str = setting("", "negative prompt, for a family with classifier-free guidance (SD3)")
     weight_dtype: str = setting("fp32", "fp32 or bf16: of the transformer and the encoders")
-    quantize: str = setting(
-        "",
-        "nf4: generate with the transformer in 4 bits, for 24 GB cards (needs pip "
-        "install 'scfm[nf4]'); "
-        "empty: as it is",
-    )
+    quantize: str = setting("", f"generate with the transformer in {QUANTIZE_HELP}; empty: as it is")
     cache: bool = setting(True, "encode images and captions")
     cache_dir: str = setting("", "where to; empty: the folder cache beside the images")
 
@@ -102,8 +99,8 @@ class DataConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: give {least} or more")
         if self.weight_dtype not in DTYPES:
             raise ValueError(f"weight_dtype is {self.weight_dtype!r}: take one of {', '.join(DTYPES)}")
-        if self.quantize not in ("", "nf4"):
-            raise ValueError(f"quantize is {self.quantize!r}: take nf4, or leave it out")
+        if not is_known(self.quantize):
+            raise ValueError(f"quantize is {self.quantize!r}: take {KINDS}, or leave it out")
         parse_sizes(self.sizes)
 
 
@@ -146,8 +143,8 @@ def read_inputs(config: DataConfig, source: PipelineSource) -> Inputs:
     """
     make_families(config, source)
     source.check_files()
-    if config.quantize and config.prompts:
-        require_bitsandbytes()
+    if config.prompts:
+        require_quantizer(config.quantize)
     if config.train_data_dir:
         return Inputs([], list_images(config.train_data_dir))
     captions = read_prompts(config.prompts)
@@ -265,7 +262,7 @@ def check_processes(state: Any) -> None:
             raise ValueError(
                 f"accelerate was asked for {engine}, which is not done here: every process holds the whole "
                 "base, and the gradients of the LoRA are added up. Launch without it; where the base does "
-                "not fit, --quantize nf4"
+                "not fit, --quantize int8 or nf4"
             )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != state.num_processes:

@@ -9,8 +9,10 @@ from scfm.data.prompts import read_prompts
 from scfm.files import expand_user
 from scfm.inference.adapters import lora_file
 from scfm.method.distill import setting
-from scfm.models.loading import DTYPES, require_bitsandbytes
+from scfm.models.loading import DTYPES
 from scfm.models.lora import WEIGHT_NAME
+from scfm.models.quantize import HELP as QUANTIZE_HELP
+from scfm.models.quantize import require_quantizer
 from scfm.training.config import DistillConfig, as_json, load_settings
 from scfm.training.output_dir import load_saved_config
 
@@ -58,9 +60,7 @@ class InferenceConfig:
         "", "negative prompt, for families with classifier-free guidance; empty: that of the run"
     )
     weight_dtype: str = setting("", "fp32 or bf16; empty: that of the run")
-    quantize: str = setting(
-        "", "nf4: the base in 4 bits, for 24 GB cards; none: as it is; empty: as in the run"
-    )
+    quantize: str = setting("", f"the base in {QUANTIZE_HELP}; none: as it is; empty: as in the run")
     seed: int = setting(0, "of the noise")
 
     is_resolved = False  # no annotation: an attribute, not a setting
@@ -117,10 +117,7 @@ class InferenceConfig:
             )
         if config.weight_dtype not in DTYPES:
             raise ValueError(f"weight_dtype is {config.weight_dtype!r}: take one of {', '.join(DTYPES)}")
-        if config.quantize not in ("", "nf4"):
-            raise ValueError(f"quantize is {config.quantize!r}: take nf4 or none")
-        if config.quantize:
-            require_bitsandbytes("--quantize none")
+        require_quantizer(config.quantize, "--quantize none")
         if not config.inference_shift > 0:
             raise ValueError(f"inference_shift is {config.inference_shift}: give a number above 0")
 

@@ -1,16 +1,15 @@
-"""A pipeline's parts in memory: all of them, the transformer alone, the encoders alone, or in 4 bits."""
+"""A pipeline's parts in memory: all of them, the transformer alone, or the encoders alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from scfm.models.quantize import load_quantized
 from scfm.models.source import PipelineSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,7 +28,7 @@ def load_pipeline(
 
     parts: "all"; "transformer", for training from a cache (no VAE, no text encoders); "encoders", all but the
     transformer.
-    quantize: "nf4" holds the transformer in 4 bits, needs bitsandbytes (ValueError when it is not there).
+    quantize: "int8" or "nf4" holds the transformer in fewer bits, see `load_quantized`.
     Weights of a variant (fp16) are taken where there are no others. Parts that the folder was saved without
     (SD3's T5, say) are passed to diffusers as None. FileNotFoundError or ValueError as of
     `PipelineSource.check_files`, before anything is loaded.
@@ -45,7 +44,7 @@ def load_pipeline(
     source.check_files(without=absent)
     with no_loading_bars():
         if quantize:
-            absent["transformer"] = load_nf4(source, dtype)
+            absent["transformer"] = load_quantized(source, quantize, dtype, device)
         pipe = source.family.pipeline_class.from_pretrained(
             str(source.folder), dtype=dtype, variant=source.variant or None, **absent
         )
@@ -58,30 +57,6 @@ def load_pipeline(
             part.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, source.family
-
-
-def load_nf4(source: PipelineSource, dtype: torch.dtype) -> torch.nn.Module:
-    """The transformer with its weights in NF4, products computed in `dtype`."""
-    require_bitsandbytes()
-    model_class: Any = source.part_class("transformer")
-    config = diffusers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
-    return model_class.from_pretrained(
-        str(source.folder),
-        subfolder="transformer",
-        variant=source.variant_of("transformer"),
-        quantization_config=config,
-        dtype=dtype,
-    )
-
-
-def require_bitsandbytes(mend: str = "leave --quantize out") -> None:
-    """ValueError with the mend when 4-bit weights cannot be had here."""
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("quantize nf4 needs bitsandbytes: pip install 'scfm[nf4]'")
-    if not torch.cuda.is_available():
-        raise ValueError(f"quantize nf4 needs a CUDA GPU, and there is none here: {mend}")
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from scfm.files import expand_user
 from scfm.method.consistency import TARGET_MODELS
 from scfm.method.distill import STEP_SCALED, SCFMConfig, is_int, setting, validate
 from scfm.models.loading import DTYPES
+from scfm.models.quantize import HELP as QUANTIZE_HELP
+from scfm.models.quantize import KINDS, is_known
 
 PRESETS = Path(str(resources.files("scfm") / "presets"))
 
@@ -92,9 +94,7 @@ class DistillConfig(SCFMConfig):
     weight_dtype: str = setting(
         "fp32", "fp32 or bf16: of the frozen base and the encoders (adapters stay in fp32)"
     )
-    quantize: str = setting(
-        "", "nf4: the frozen base in 4 bits, for 24 GB cards (needs pip install 'scfm[nf4]'); empty: as it is"
-    )
+    quantize: str = setting("", f"the frozen base in {QUANTIZE_HELP}; empty: as it is")
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, more time")
     report_to: str = setting(
         "tensorboard",
@@ -279,7 +279,7 @@ DISTILL_VALIDATORS = [
         "best, student, ema_fast or ema_slow; with step_scaled best, student or ema",
     ),
     ("weight_dtype", lambda c: c.weight_dtype in DTYPES, " or ".join(DTYPES)),
-    ("quantize", lambda c: c.quantize in ("", "nf4"), "nf4, or leave it out"),
+    ("quantize", lambda c: is_known(c.quantize), f"{KINDS}, or leave it out"),
     ("report_to", lambda c: c.report_to in ("tensorboard", "wandb", "none"), "tensorboard, wandb or none"),
 ]
 

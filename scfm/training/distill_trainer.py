@@ -22,8 +22,9 @@ from scfm.method.consistency import Jumps
 from scfm.method.distill import STEP_SCALED, Batch, jumps_from_config, make_emas, make_optimizer
 from scfm.models.check import LAYERS
 from scfm.models.family import velocities
-from scfm.models.loading import DTYPES, load_pipeline, require_bitsandbytes
+from scfm.models.loading import DTYPES, load_pipeline
 from scfm.models.lora import LoraModels, adapter_state, load_adapter_state
+from scfm.models.quantize import require_quantizer
 from scfm.models.sampling import on_device
 from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.source import PipelineSource
@@ -79,8 +80,7 @@ class DistillTrainer(Trainer):
         config, source = self.config, self.source
         family = make_families(config.data_config(), source)[config.height, config.width]
         velocities(family, config.guidance_mode)
-        if config.quantize:
-            require_bitsandbytes()
+        require_quantizer(config.quantize)
         if config.report_to != "none" and find_spec(config.report_to) is None:
             raise ValueError(
                 f"report_to {config.report_to} needs it installed: pip install {config.report_to}, or "

@@ -16,6 +16,7 @@ from scfm.models.loading import DTYPES
 from scfm.models.lora import COPIES, adapter_parameters, add_adapters
 from scfm.models.scaled_lora import ScaledLoraModels, names_of
 from scfm.models.sd3 import SD3
+from scfm.models.quantize import BYTES
 from scfm.models.source import PipelineSource
 from scfm.training.config import DistillConfig
 
@@ -237,7 +238,7 @@ def make_plan(
         tokens = family.tokens + family.max_sequence_length + family.extra_text_tokens
         activations = blocks * tokens * inner_width(transformer) * bytes_each + one.saved / blocks
     memory = {
-        "base": base * (0.5625 if config.quantize else bytes_each),
+        "base": base * BYTES.get(config.quantize, bytes_each),
         "adapters": 4 * adapters,
         "Adam": 2 * 4 * lora,
         "gradients": 4 * lora,

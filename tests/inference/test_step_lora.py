@@ -185,9 +185,11 @@ def test_a_lora_of_a_4_bit_run_is_used_on_a_4_bit_base_unless_one_says_otherwise
         plain.check()
         assert plain.quantize == "" and plain.resolved().quantize == ""
     dtypes = []
-    monkeypatch.setattr(scfm.inference.config, "require_bitsandbytes", lambda mend: None)
+    monkeypatch.setattr(scfm.inference.config, "require_quantizer", lambda kind, mend: None)
     monkeypatch.setattr(
-        loading, "load_nf4", lambda source, dtype: dtypes.append(dtype) or load_flux().transformer
+        loading,
+        "load_quantized",
+        lambda source, kind, dtype, _: dtypes.append(dtype) or load_flux().transformer,
     )
     step_lora = StepLora(InferenceConfig(lora=str(lora)), "cpu")
     assert dtypes == [torch.float32] and generate(step_lora, PROMPTS[:1], 1)[0].shape == (1, 3, 32, 32)
@@ -198,9 +200,11 @@ def test_a_lora_of_a_4_bit_run_is_used_on_a_4_bit_base_unless_one_says_otherwise
 @pytest.mark.slow
 def test_generating_is_quantized_and_encoding_alone_is_not(tmp_path, monkeypatch):
     dtypes = []
-    monkeypatch.setattr(prepare, "require_bitsandbytes", lambda: None)
+    monkeypatch.setattr(prepare, "require_quantizer", lambda kind: None)
     monkeypatch.setattr(
-        loading, "load_nf4", lambda source, dtype: dtypes.append(dtype) or load_flux().transformer
+        loading,
+        "load_quantized",
+        lambda source, kind, dtype, _: dtypes.append(dtype) or load_flux().transformer,
     )
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     words = ["data", "--pretrained_model_name_or_path", FLUX, "--output_dir", tmp_path / "made"]

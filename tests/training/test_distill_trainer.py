@@ -401,7 +401,7 @@ def test_the_presets_are_these():
         ({"more_sizes": ("24by48",)}, "HEIGHTxWIDTH"),
         ({"more_sizes": ("30x48",)}, "multiples of 4"),
         ({"quantize": "nf4"}, "nf4 needs"),
-        ({"quantize": "int3"}, "nf4, or leave it out"),
+        ({"quantize": "int3"}, "int8 or nf4, or leave it out"),
         ({"report_to": "mlflow"}, "tensorboard, wandb or none"),
         ({"select_adapter": "teacher"}, "best, student, ema_fast or ema_slow"),
         ({"dynamic_shift_prob": 2.0}, "dynamic_shift_prob"),

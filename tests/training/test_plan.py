@@ -113,13 +113,13 @@ def test_the_published_shapes(name, billion, lora, static):
     assert held == pytest.approx(static, abs=0.1)
 
 
-def test_four_bits_hold_the_base_in_a_quarter():
+def test_fewer_bits_hold_the_base_in_half_or_a_quarter():
     small = {"num_layers": 1, "num_single_layers": 1}
-    whole, four = (
+    whole, eight, four = (
         make_plan(DistillConfig(weight_dtype="bf16", quantize=q), "flux-dev", small)["GiB"]["base"]
-        for q in ("", "nf4")
+        for q in ("", "int8", "nf4")
     )
-    assert four == pytest.approx(0.5625 / 2 * whole)
+    assert eight == pytest.approx(whole / 2) and four == pytest.approx(0.5625 / 2 * whole)
 
 
 def test_the_command_prints_a_plan(capsys):
