@@ -61,6 +61,11 @@ class ExportConfig(InferenceConfig):
             raise ValueError(f"{out} is there already and not empty: take another --output_dir")
         if config.steps < 1:
             raise ValueError(f"--steps is {config.steps}: give 1 or more")
+        if config.quantize and not config.style_lora:
+            raise ValueError(
+                f"a LoRA cannot be added to weights in {config.quantize}: say --quantize none, and the exported "
+                "pipeline has the whole ones"
+            )
         if not config.tolerance > 0:
             raise ValueError(f"--tolerance is {config.tolerance}: give a number above 0, or 0 for the usual")
         if config.style_lora:
