@@ -22,6 +22,7 @@ def main(argv: Sequence[str]) -> int:
         "the same command again to go on after a kill. Several GPUs share the work: "
         "accelerate launch "
         "--multi_gpu --num_processes 8 -m scfm.cli data ...",
+        "scfm data --pretrained_model_name_or_path PIPELINE --prompts captions.txt --output_dir images",
     )
     config = parse_config(
         parser, argv, DataConfig, "YAML or JSON file of the settings below; flags override it"

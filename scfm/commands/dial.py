@@ -49,6 +49,7 @@ def dial_parser() -> ArgumentParser:
         "Finds, for each number of steps, the LoRA scale at which the LoRA's endpoints lie nearest to the "
         "teacher's own. Stores the table in the LoRA's header, lora_scales.json and the model card beside "
         "it.",
+        "scfm dial --lora runs/mine",
     )
     add_options(parser, InferenceConfig)
     parser.add_argument(

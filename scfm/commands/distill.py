@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
         "Learning rate, batch and averages default to the published ones for FLUX.1-dev; for a whole recipe "
         "take --config flux-dev-a100. Run the same command again to resume after a kill. On several GPUs: "
         "accelerate launch -m scfm.cli distill ... (see scripts/).",
+        "scfm distill --config flux-dev-step-scaled --pretrained_model_name_or_path PIPELINE \\\n"
+        "    --prompts captions.txt --output_dir runs/mine",
     )
     config = parse_config(
         parser,

@@ -39,6 +39,7 @@ def evaluate_parser() -> ArgumentParser:
         "student and what it is compared with at each step count; measures endpoint distance, Frechet and "
         "kernel distances, precision, recall, CLIP score and latency; writes a report that opens from disk. "
         "Run it again to resume, or to add step counts, external models and metrics.",
+        "scfm evaluate --lora runs/mine --prompts held_out.txt --steps 1,2,4,8",
     )
     add_options(parser, EvaluateConfig)
     parser.add_argument(

@@ -17,6 +17,8 @@ def main(argv: Sequence[str]) -> int:
         "Writes a pipeline folder with the step LoRA fused in, or, with --style_lora, one LoRA file of step "
         "and style LoRA. Both are for one number of steps, load in stock diffusers, and are written only "
         "after they generated the same images as their parts.",
+        "scfm export --lora runs/mine --steps 4 --output_dir four-steps\n"
+        "scfm export --lora runs/mine --steps 4 --style_lora style.safetensors --output_dir both",
     )
     add_options(parser, ExportConfig)
     config = ExportConfig(**vars(parser.parse_args(argv))).resolved()

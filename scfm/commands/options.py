@@ -4,12 +4,38 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar, get_args
+from difflib import get_close_matches
+from inspect import get_annotations
+from textwrap import fill, indent
+from typing import Any, NoReturn, TypeVar, get_args
 
 from scfm.data.prompts import is_text
 from scfm.training.config import load_settings
 
 Config = TypeVar("Config")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake in one line, with the option that was probably meant, not with a page
+    of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}{self.guess(message)} ({self.prog} --help lists all)\n")
+
+    def guess(self, message: str) -> str:
+        """ ", did you mean ...?" where a word of a message is near an option's."""
+        known = [option for action in self._actions for option in action.option_strings]
+        wrong = [word.split("=")[0].strip(":") for word in message.split() if word.startswith("--")]
+        near = [found for word in wrong if word not in known for found in get_close_matches(word, known, 1)]
+        return f": did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults where there is one, and the lines of an example as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        empty = action.default in ("", None, False)
+        return action.help if empty else super()._get_help_string(action)
 
 
 class Listed(tuple):
@@ -19,35 +45,53 @@ class Listed(tuple):
         return ",".join(map(str, self)) or "none"
 
 
-def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+def make_parser(prog: str, description: str, example: str = "") -> argparse.ArgumentParser:
     """A parser that shows defaults and takes flags in full only: an abbreviated one could swallow another's
-    value."""
-    return argparse.ArgumentParser(
+    value.
+
+    example: lines to type, shown at the end of the help
+    """
+    return Parser(
         prog=prog,
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage=f"{prog} [--option VALUE ...]",
+        description=fill(description, 80),
+        epilog=f"example:\n{indent(example, '  ')}" if example else None,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: Any) -> None:
-    """A flag for each field of a dataclass; its help sentence and default come from the field."""
+    """A flag for each field of a dataclass; its help sentence and default come from the field.
+
+    Where a dataclass inherits, the help shows the fields of each class under the first line of its docstring.
+    """
+    owners = {f.name: owner_of(config_class, f.name) for f in fields(config_class)}
+    groups: dict[Any, Any] = {cls: parser for cls in owners.values()}
+    if len(groups) > 1:
+        groups = {cls: parser.add_argument_group(str(cls.__doc__).splitlines()[0].rstrip(".")) for cls in groups}
     for f in fields(config_class):
+        group = groups[owners[f.name]]
         default, help = f.default, f.metadata["help"]
         default = Listed(default) if isinstance(default, tuple) else default
         if isinstance(default, bool):
-            parser.add_argument(
+            group.add_argument(
                 f"--{f.name}", action=argparse.BooleanOptionalAction, default=default, help=help
             )
         else:
             kind = caption_word if f.name == "negative_prompt" else flag_type(default, f.type)
-            parser.add_argument(
+            group.add_argument(
                 f"--{f.name}",
                 type=kind,
                 default=default,
                 help=help,
                 metavar=f.name.upper(),
             )
+
+
+def owner_of(config_class: Any, name: str) -> Any:
+    """The class that a dataclass has a field from."""
+    return next(cls for cls in reversed(config_class.__mro__) if name in get_annotations(cls))
 
 
 def flag_type(default: Any, annotation: Any) -> Callable[[str], Any]:

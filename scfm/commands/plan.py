@@ -18,6 +18,7 @@ def main(argv: Sequence[str]) -> int:
         "weights: nothing is downloaded or computed. Hours and activations are first "
         "guesses, the rest is "
         "counted.",
+        "scfm plan --config flux-dev-a100\nscfm plan --config flux-dev-24gb --gpu rtx4090",
     )
     parser.add_argument(
         "--config",

@@ -20,6 +20,7 @@ def main(argv: Sequence[str]) -> int:
         "step. Or distil a finished flow: --teacher FILE --non_shortcut_ratio 0 --teacher_ratio .4 "
         "--algorithm dual, or with --algorithm step_scaled. Run the same command again to "
         "resume after a kill.",
+        "scfm pretrain --train_data_dir CIFAR10 --size nano --output_dir runs/nano",
     )
     config = parse_config(
         parser,

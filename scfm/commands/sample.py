@@ -14,6 +14,8 @@ from scfm.inference.config import InferenceConfig
 from scfm.inference.step_lora import StepLora, format_scales, generate, save_images
 from scfm.method.lora_scale import LoraScales
 
+MOST_STEPS = 1000  # more is a slip of the finger
+
 
 def main(argv: Sequence[str]) -> int:
     """`scfm sample`: a flag for every field of InferenceConfig, the prompts, the steps, and where the image
@@ -46,6 +48,7 @@ def sample_parser() -> ArgumentParser:
         "scfm sample",
         "Generates images of prompts in a few steps, by the stock pipeline with the LoRA at the scale that "
         "its file says.",
+        'scfm sample --lora runs/mine --prompt "a red star" --steps 4 --output star.png',
     )
     add_options(parser, InferenceConfig)
     parser.add_argument(
@@ -56,7 +59,12 @@ def sample_parser() -> ArgumentParser:
         help="a caption; may be given several times",
     )
     parser.add_argument("--prompts", type=expanduser, default="", help="text file of captions instead")
-    parser.add_argument("--steps", type=int, default=4, help="Euler steps, one network evaluation each")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=4,
+        help="Euler steps, one network evaluation each; the LoRA's card says for how many it was made",
+    )
     parser.add_argument(
         "--lora_scale",
         type=numbers(float),
@@ -76,8 +84,8 @@ def check_sample(args: Namespace) -> None:
         raise ValueError("say either --prompt TEXT (several times if you like) or --prompts FILE")
     if args.batch_size < 1:
         raise ValueError(f"--batch_size is {args.batch_size}: give 1 or more")
-    if args.steps < 1:
-        raise ValueError(f"--steps is {args.steps}: give 1 or more")
+    if not 1 <= args.steps <= MOST_STEPS:
+        raise ValueError(f"--steps is {args.steps}: give 1 to {MOST_STEPS}, a network evaluation each")
     if args.lora_scale is not None and len(args.lora_scale) not in (1, args.steps):
         raise ValueError(
             f"--lora_scale gives {len(args.lora_scale)} scales for {args.steps} steps: give one, or one for "

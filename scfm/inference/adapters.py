@@ -63,6 +63,29 @@ def changed_text_encoders(path: str | Path) -> list[str]:
     return ["text_encoder" if number == "1" else f"text_encoder_{number}" for number in sorted(numbers)]
 
 
+def require_fit(path: str | Path, transformer: Any, pipeline: str) -> None:
+    """ValueError where a layer that a LoRA in diffusers' spelling changes has another shape: it is for
+    another pipeline. Only the file's header is read.
+
+    transformer: may be without weights. pipeline: what it is of, for the message
+    """
+    shapes = {f"transformer.{name}": tuple(p.shape) for name, p in transformer.named_parameters()}
+    with safe_open(str(path), framework="pt") as opened:
+        for key in opened.keys():  # noqa: SIM118 (no dict)
+            part = key.rsplit(".lora_", 1)
+            wanted = shapes.get(f"{part[0]}.weight")
+            if len(part) < 2 or wanted is None:
+                continue
+            a, shape = part[1].startswith("A."), tuple(opened.get_slice(key).get_shape())
+            found, own = (shape[1:], wanted[1:]) if a else (shape[:1], wanted[:1])
+            if found != own:
+                raise ValueError(
+                    f"{short_path(Path(path))} is for another pipeline than {pipeline}: its "
+                    f"{part[0]} has {found[0]} {'inputs' if a else 'outputs'}, there it has {own[0]}; say "
+                    "--pretrained_model_name_or_path of the one that it was made for"
+                )
+
+
 def load_adapter(pipe: Any, path: str | Path, name: str) -> None:
     """Loads a LoRA file into a pipeline as adapter `name`.
 

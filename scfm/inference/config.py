@@ -91,6 +91,7 @@ class InferenceConfig:
         for name in FROM_RUN:
             if getattr(self, name) == getattr(InferenceConfig, name):
                 setattr(self, name, run[name])
+        self.pretrained_model_name_or_path = found_above(self.pretrained_model_name_or_path, Path(self.lora))
         distilled = run["guidance_mode"] == "distilled"  # the student learned to do without guidance
         if self.guidance_scale < 0:
             self.guidance_scale = 1.0 if distilled else run["teacher_guidance_scale"]
@@ -120,6 +121,15 @@ class InferenceConfig:
         require_quantizer(config.quantize, "--quantize none")
         if not config.inference_shift > 0:
             raise ValueError(f"inference_shift is {config.inference_shift}: give a number above 0")
+
+
+def found_above(name: str, lora: Path) -> str:
+    """The pipeline's name, or its folder where a relative one is found from the LoRA's folder upwards: the
+    run may have been made from another place than where its LoRA is used."""
+    if not name or Path(name).is_absolute() or Path(name).exists():
+        return name
+    above = (folder / name for folder in lora.resolve().parents)
+    return next((str(folder) for folder in above if (folder / "model_index.json").is_file()), name)
 
 
 def load_captions(prompts: str, lora: str, count: int) -> list[str]:

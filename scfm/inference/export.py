@@ -63,8 +63,8 @@ class ExportConfig(InferenceConfig):
             raise ValueError(f"--steps is {config.steps}: give 1 or more")
         if config.quantize and not config.style_lora:
             raise ValueError(
-                f"a LoRA cannot be added to weights in {config.quantize}: say --quantize none, and the exported "
-                "pipeline has the whole ones"
+                f"a LoRA cannot be added to weights in {config.quantize}: say --quantize none, and the "
+                "exported pipeline has the whole ones"
             )
         if not config.tolerance > 0:
             raise ValueError(f"--tolerance is {config.tolerance}: give a number above 0, or 0 for the usual")

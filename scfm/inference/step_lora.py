@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from scfm.files import atomic_write
-from scfm.inference.adapters import load_adapter
+from scfm.inference.adapters import load_adapter, require_fit
 from scfm.inference.config import InferenceConfig
 from scfm.method.flow import time_grid
 from scfm.method.lora_scale import LoraScales
@@ -50,13 +50,15 @@ class StepLora:
         self.path = config.weights
         self.source = source or PipelineSource(config.pretrained_model_name_or_path)
         bind_family(self.source, config, self.source.skeleton)  # refuses before anything is loaded
+        self.lora_scales = read_lora_scales(self.path)
+        self.files = lora_files(self.path, self.lora_scales)
+        for path in self.files.values():
+            require_fit(path, self.source.empty_transformer(), config.pretrained_model_name_or_path)
         dtype = DTYPES[config.weight_dtype]
         self.pipe, _ = load_pipeline(self.source, dtype, device or default_device(), quantize=config.quantize)
         self.family = bind_family(self.source, config, self.pipe)
         self.stock_scheduler = self.pipe.scheduler
         self.pipe.scheduler = fixed_shift(config.inference_shift)
-        self.lora_scales = read_lora_scales(self.path)
-        self.files = lora_files(self.path, self.lora_scales)
         for name, path in self.files.items():
             load_adapter(self.pipe, path, name)
         self.targets: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -113,3 +113,28 @@ def test_a_config_of_a_file_has_lists_and_is_the_same(algorithm):
     """`asdict` of a run's config.json: its lists are no other values than the tuples of the defaults."""
     config = DistillConfig(pretrained_model_name_or_path="a", prompts="b", algorithm=algorithm)
     DistillConfig(**as_json(config)).check()
+
+
+@pytest.mark.parametrize(
+    "command", ["plan", "data", "distill", "pretrain", "dial", "sample", "evaluate", "export"]
+)
+def test_a_misspelt_option_is_answered_in_one_line_with_the_one_that_was_meant(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--confg", "x", "--prompt_s", "y"])
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(said) == 1
+    assert said[0].startswith(f"scfm {command}: ") and f"(scfm {command} --help lists all)" in said[0]
+    if command in ("plan", "distill", "pretrain", "data"):
+        assert "did you mean --config" in said[0]
+    with pytest.raises(SystemExit):
+        main([command, "--seed", "two"])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_help_groups_the_settings_of_each_class_and_ends_with_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    said = capsys.readouterr().out
+    method, run = said.index("The method and its optimizer"), said.index("Everything that one")
+    assert method < said.index("--teacher_ratio") < run < said.index("--gradient_checkpointing")
+    assert "example:\n  scfm distill --config" in said and "(default: )" not in said

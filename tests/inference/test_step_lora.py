@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
 import scfm.inference.config
+import scfm.inference.step_lora
 from scfm.cli import main
 from scfm.data import prepare
 from scfm.inference.config import InferenceConfig, load_captions
@@ -18,7 +20,7 @@ from scfm.models.flux import Flux
 from scfm.models.lora import WEIGHT_NAME
 from scfm.models.lora_file import write_lora_scales
 from scfm.models.sampling import start_noise
-from toy.pipelines import FLUX, TOKENS, load_flux
+from toy.pipelines import FLUX, TOKENS, build_flux, load_flux
 
 PROMPTS = ["a large red cross", "a small blue ring on the left"]
 
@@ -270,3 +272,30 @@ def test_an_image_is_the_same_whatever_its_company(lora):
     prompts = [PROMPTS[i % 2] for i in range(5)]
     together, alone = (generate(step_lora, prompts, 2, batch_size=n)[0] for n in (8, 2))
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
+
+
+def test_a_lora_of_another_pipeline_is_refused_before_weights_are_read(lora, tmp_path, monkeypatch):
+    """By the shapes in the file's header, for a whole pipeline of other widths."""
+    pipe = build_flux()
+    pipe.transformer = FluxTransformer2DModel.from_config(
+        {**pipe.transformer.config, "joint_attention_dim": 96}
+    )
+    pipe.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(scfm.inference.step_lora, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    config = InferenceConfig(lora=str(lora), pretrained_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="is for another pipeline than .*other: its .* has 64 inputs, there"):
+        StepLora(config, "cpu")
+
+
+def test_the_pipeline_of_a_run_is_found_from_its_lora_upwards(lora, tmp_path, monkeypatch):
+    """A run from another working folder: its config.json names the pipeline relative to that one."""
+    monkeypatch.chdir(tmp_path)
+    build_flux().save_pretrained(tmp_path / "project" / "pipeline")
+    run = tmp_path / "project" / "runs" / "mine"
+    shutil.copytree(lora, run)
+    edit_settings(run, pretrained_model_name_or_path="pipeline")
+    found = InferenceConfig(lora=str(run)).resolved().pretrained_model_name_or_path
+    assert Path(found) == tmp_path / "project" / "pipeline"
+    for name in ("black-forest-labs/FLUX.1-dev", str(tmp_path / "nowhere")):  # a name on the hub; an own word
+        edit_settings(run, pretrained_model_name_or_path=name)
+        assert InferenceConfig(lora=str(run)).resolved().pretrained_model_name_or_path == name
