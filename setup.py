@@ -30,7 +30,8 @@ setup(
     include_package_data=False,
     install_requires=cfg["requirements"].split(),
     extras_require={
-        name: cfg[f"{name}_requirements"].split() for name in ("data", "evaluate", "nf4", "wandb", "dev")
+        name: cfg[f"{name}_requirements"].split()
+        for name in ("data", "evaluate", "nf4", "wandb", "app", "docs", "dev")
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
