@@ -18,7 +18,8 @@ RIVALS = {
     "Shortcut raw": "C4o-",
     "SCFM, Algorithm 2 raw": "C0.--",
     "SCFM, tuned stepwise": "C0*-",
-    "SCFM, tuned dialled": "C0*-",
+    "SCFM, damped stepwise": "C2*:",
+    "SCFM, tuned dialled": "C0s:",
 }
 ON_FLUX_ALONE = "SCFM, tuned dialled"  # on the plane a scale for each step was searched
 NO_METHOD = ("coupling", "scales", "deviation", "accuracy", "last stage")

@@ -23,8 +23,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}{self.guess(message)} ({self.prog} --help lists all)\n")
 
     def guess(self, message: str) -> str:
-        """ ", did you mean ...?" where a word of a message is near an option's."""
-        known = [option for action in self._actions for option in action.option_strings]
+        """What was probably meant, where a word of a message is near a flag; else nothing."""
+        known = [flag for action in self._actions for flag in action.option_strings]
         wrong = [word.split("=")[0].strip(":") for word in message.split() if word.startswith("--")]
         near = [found for word in wrong if word not in known for found in get_close_matches(word, known, 1)]
         return f": did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
@@ -69,7 +69,9 @@ def add_options(parser: argparse.ArgumentParser, config_class: Any) -> None:
     owners = {f.name: owner_of(config_class, f.name) for f in fields(config_class)}
     groups: dict[Any, Any] = {cls: parser for cls in owners.values()}
     if len(groups) > 1:
-        groups = {cls: parser.add_argument_group(str(cls.__doc__).splitlines()[0].rstrip(".")) for cls in groups}
+        groups = {
+            cls: parser.add_argument_group(str(cls.__doc__).splitlines()[0].rstrip(".")) for cls in groups
+        }
     for f in fields(config_class):
         group = groups[owners[f.name]]
         default, help = f.default, f.metadata["help"]
