@@ -3,7 +3,7 @@
     python scripts/chapter_links.py           # write them
     python scripts/chapter_links.py --check   # say which are not up to date, and end with 1
 
-Reading is counted at 160 words a minute and ten seconds a figure; running is the budget of tests/budgets.json.
+Reading is counted at 160 words a minute and ten seconds a figure; running is what tests/budgets.json has.
 Names of notebooks between backticks become links.
 """
 
