@@ -26,7 +26,7 @@ setup(
     # toy/, which the demo and the tests import, is found in a checkout and yet is no part of a wheel.
     package_dir={"": "."},
     packages=find_packages(include=["scfm", "scfm.*"]),
-    package_data={"scfm": ["presets/*.yaml", "py.typed"]},
+    package_data={"scfm": ["presets/*.yaml", "app.css", "py.typed"]},
     include_package_data=False,
     install_requires=cfg["requirements"].split(),
     extras_require={

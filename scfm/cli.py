@@ -40,6 +40,10 @@ COMMANDS = {
         "scfm.commands.sample:main",
         "generate images of prompts with a LoRA, at the scale that it was found best at",
     ),
+    "app": (
+        "scfm.commands.app:main",
+        "a page in the browser: student and teacher side by side, with sliders",
+    ),
     "evaluate": (
         "scfm.commands.evaluate:main",
         "student, teacher and rivals by one protocol: numbers, images, a report",

@@ -101,6 +101,8 @@ CASES: list[tuple[str, Flags, Flags]] = [
     ("sample", {"lora": "LORA"}, {}),
     ("sample", {"lora": "LORA", "prompt": "a star"}, {"steps": 0}),
     ("sample", {"lora": "LORA", "prompt": "a star"}, {"output": "another_run"}),
+    ("app", {}, {"lora": "nowhere"}),
+    ("app", {"lora": "LORA"}, {"steps": 64}),
     ("evaluate", {}, {"lora": "nowhere"}),
     ("evaluate", {"lora": "LORA", "prompts": "captions.txt"}, {"num_images": 0}),
     ("evaluate", {"lora": "LORA", "prompts": "captions.txt"}, {"imagenet": "yes"}),

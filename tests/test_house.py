@@ -37,6 +37,7 @@ ORDER = [
     "training",
     "inference",
     "evaluation",
+    "app",
     "commands",
     "cli",
 ]
@@ -50,6 +51,7 @@ TOOLS = re.compile(
 EXTRAS = {
     "data": "data_requirements",
     "evaluation": "evaluate_requirements",
+    "app": "app_requirements",
 }  # who may ask for what `pip install scfm[...]` brings
 MODULES = sorted(p for p in (ROOT / "scfm").rglob("*.py") if p.name not in ("_modidx.py", "__init__.py"))
 SETTINGS = configparser.ConfigParser(delimiters=["="])

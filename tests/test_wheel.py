@@ -90,8 +90,8 @@ def test_the_demo_says_that_it_needs_the_repository(installed, tmp_path):
 
 
 def package_files(tree):
-    """The files of the library in a tree, as paths in it: sources, presets and the note that it is typed."""
-    kinds = ("scfm/**/*.py", "scfm/presets/*.yaml", "scfm/py.typed")
+    """The files of the library in a tree, as paths in it: sources, presets, style, the note on types."""
+    kinds = ("scfm/**/*.py", "scfm/presets/*.yaml", "scfm/app.css", "scfm/py.typed")
     return {path.relative_to(tree).as_posix() for kind in kinds for path in tree.glob(kind)}
 
 

@@ -11,8 +11,7 @@ from scfm.data.caption_length import fewer_remarks, warn_of_long_captions
 from scfm.data.prompts import read_prompts
 from scfm.files import check_writable
 from scfm.inference.config import InferenceConfig
-from scfm.inference.step_lora import StepLora, format_scales, generate, save_images
-from scfm.method.lora_scale import LoraScales
+from scfm.inference.step_lora import StepLora, describe_origin, format_scales, generate, save_images
 
 MOST_STEPS = 1000  # more is a slip of the finger
 
@@ -98,22 +97,3 @@ def check_output(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"--output {path} is a folder: name a file in it, such as {path / 'image.png'}")
     check_writable(path.parent, "take another --output")
-
-
-def describe_origin(lora_scales: LoraScales | None, steps: int) -> str:
-    """Where the LoRA scale of so many steps comes from, in words."""
-    if lora_scales is None:
-        return "the LoRA's file has none: scfm dial finds it"
-    if any(len(scales) == steps for scales in lora_scales.schedules):
-        return "from the LoRA's file, a scale for each step"
-    if lora_scales.exponent:
-        first, last = lora_scales.steps[0], lora_scales.steps[-1]
-        beyond = "" if first <= steps <= last else f", trained for {first} to {last} steps"
-        return f"{steps} ** -{lora_scales.exponent:g}, the rule in the LoRA's file{beyond}"
-    if steps in lora_scales.steps:
-        return "from the LoRA's file"
-    below = max((n for n in lora_scales.steps if n < steps), default=None)
-    above = min((n for n in lora_scales.steps if n > steps), default=None)
-    if below and above:
-        return f"between those for {below} and {above} steps in the LoRA's file"
-    return f"that for {below or above} steps, the nearest in the LoRA's file"

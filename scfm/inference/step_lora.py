@@ -217,6 +217,25 @@ def format_scales(scales: Sequence[float]) -> str:
     return ", ".join(f"{scale:.3g}" for scale in (scales[:1] if len(set(scales)) == 1 else scales))
 
 
+def describe_origin(lora_scales: LoraScales | None, steps: int) -> str:
+    """Where the LoRA scale of so many steps comes from, in words."""
+    if lora_scales is None:
+        return "the LoRA's file has none: scfm dial finds it"
+    if any(len(scales) == steps for scales in lora_scales.schedules):
+        return "from the LoRA's file, a scale for each step"
+    if lora_scales.exponent:
+        first, last = lora_scales.steps[0], lora_scales.steps[-1]
+        beyond = "" if first <= steps <= last else f", trained for {first} to {last} steps"
+        return f"{steps} ** -{lora_scales.exponent:g}, the rule in the LoRA's file{beyond}"
+    if steps in lora_scales.steps:
+        return "from the LoRA's file"
+    below = max((n for n in lora_scales.steps if n < steps), default=None)
+    above = min((n for n in lora_scales.steps if n > steps), default=None)
+    if below and above:
+        return f"between those for {below} and {above} steps in the LoRA's file"
+    return f"that for {below or above} steps, the nearest in the LoRA's file"
+
+
 def save_images(images: torch.Tensor, path: str | Path) -> None:
     """Writes one image, or a grid of several, (n, 3, H, W) in [-1, 1], as a PNG file."""
     columns = math.ceil(math.sqrt(len(images)))

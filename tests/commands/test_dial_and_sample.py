@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from scfm.cli import main
-from scfm.commands.sample import describe_origin, sample_parser
+from scfm.commands.sample import sample_parser
 from scfm.inference.config import InferenceConfig
-from scfm.inference.step_lora import StepLora, generate
+from scfm.inference.step_lora import StepLora, describe_origin, generate
 from scfm.method.lora_scale import LoraScales
 from scfm.models.lora import WEIGHT_NAME
 from scfm.models.lora_file import read_lora_scales, write_lora_scales
