@@ -96,6 +96,12 @@ class DistillConfig(SCFMConfig):
     )
     quantize: str = setting("", f"the frozen base in {QUANTIZE_HELP}; empty: as it is")
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, more time")
+    checkpoint_blocks: int = setting(
+        0, "with gradient_checkpointing: how many of the transformer's blocks are recomputed; 0: all"
+    )
+    compile_blocks: bool = setting(
+        False, "compile the transformer's blocks: some minutes at the start, then faster steps"
+    )
     report_to: str = setting(
         "tensorboard",
         "where loss, norm and validation images go: tensorboard (output_dir/logs), wandb, or none",
@@ -249,7 +255,12 @@ DISTILL_VALIDATORS = [
         "checkpoints_total_limit",
         "num_eval_prompts",
     ),
-    *at_least(0, "lora_alpha", "micro_batch_size", "validation_steps"),
+    *at_least(0, "lora_alpha", "micro_batch_size", "validation_steps", "checkpoint_blocks"),
+    (
+        "checkpoint_blocks",
+        lambda c: c.gradient_checkpointing or not c.checkpoint_blocks,
+        "0 without --gradient_checkpointing",
+    ),
     (
         "guidance_scale_range",
         lambda c: len(c.guidance_scale_range) == 2 and c.guidance_scale_range[0] <= c.guidance_scale_range[1],

@@ -20,6 +20,7 @@ from scfm.data.prepare import (
 )
 from scfm.method.consistency import Jumps
 from scfm.method.distill import STEP_SCALED, Batch, jumps_from_config, make_emas, make_optimizer
+from scfm.models.blocks import compile_blocks, first_blocks, recompute_blocks
 from scfm.models.check import LAYERS
 from scfm.models.family import velocities
 from scfm.models.loading import DTYPES, load_pipeline
@@ -71,6 +72,8 @@ class DistillTrainer(Trainer):
             family.encode_text = self.dataset.text_of  # of the run's own captions: no encoder is loaded
         self.family: Family = self.families[config.height, config.width]
         self.models = self.make_models()
+        if config.compile_blocks:
+            compile_blocks(self.pipe.transformer)  # after the LoRA layers have got their own forward
         self.optimizer, self.scheduler = make_optimizer(self.models, config)
         self.emas = make_emas(self.models, config)
         self.teacher_images: torch.Tensor | None = None  # of validation: the teacher does not change
@@ -87,6 +90,8 @@ class DistillTrainer(Trainer):
                 f"--report_to none"
             )
         check_layers(config.lora_layers, source, family)
+        if config.checkpoint_blocks:
+            first_blocks(source.empty_transformer(), config.checkpoint_blocks)
         return inputs
 
     def make_models(self) -> LoraModels | ScaledLoraModels:
@@ -94,8 +99,7 @@ class DistillTrainer(Trainer):
         config, transformer = self.config, self.pipe.transformer
         velocity, teacher_velocity = velocities(self.family, config.guidance_mode)
         if config.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-            transformer.train()
+            recompute_blocks(transformer, config.checkpoint_blocks)
         # the adapters' float32 products on tensor cores
         torch.backends.cuda.matmul.allow_tf32 = config.weight_dtype == "bf16"
         torch.manual_seed(config.seed)  # PEFT draws A from the global state

@@ -11,6 +11,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.method.distill import STEP_SCALED
+from scfm.models.blocks import first_blocks
 from scfm.models.flux import Flux
 from scfm.models.loading import DTYPES
 from scfm.models.lora import COPIES, adapter_parameters, add_adapters
@@ -232,11 +233,14 @@ def make_plan(
     lora, adapters = give_adapters(config, family, transformer)
     one = count_example(family, transformer, max(config.guidance_scale_range), DTYPES[config.weight_dtype])
     operations, activations = batch * (2 * one.forward + one.student), one.saved
-    # saved: the input of each block, and one block at a time
+    # saved: the inputs of the blocks that are recomputed, and what the others need
     if config.gradient_checkpointing:
-        operations += batch * one.forward
+        share = len(first_blocks(transformer, config.checkpoint_blocks)) / blocks  # is computed a second time
+        operations += round(batch * one.forward * share)
         tokens = family.tokens + family.max_sequence_length + family.extra_text_tokens
-        activations = blocks * tokens * inner_width(transformer) * bytes_each + one.saved / blocks
+        inputs = share * blocks * tokens * inner_width(transformer) * bytes_each
+        # the later blocks' own are gone when the first ones are computed again, one at a time
+        activations = inputs + max((1 - share) * one.saved, one.saved / blocks)
     memory = {
         "base": base * BYTES.get(config.quantize, bytes_each),
         "adapters": 4 * adapters,

@@ -86,7 +86,7 @@ def flags(told):
     def words(v):
         return ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
 
-    return [word for k, v in told.items() for word in (f"--{k}", words(v))]
+    return [word for k, v in told.items() for word in ([f"--{k}"] if v is True else [f"--{k}", words(v)])]
 
 
 @pytest.fixture(scope="module", params=["dual", "step_scaled"])
@@ -119,7 +119,7 @@ def test_gradient_accumulation_is_the_same_run(whole, images, algorithm, tmp_pat
 
 
 def test_recomputing_activations_is_the_same_run(whole, images, algorithm, tmp_path):
-    run = trained(images, tmp_path, algorithm=algorithm, gradient_checkpointing=True)
+    run = trained(images, tmp_path, algorithm=algorithm, gradient_checkpointing=True, checkpoint_blocks=4)
     assert run.pipe.transformer.is_gradient_checkpointing and gap(student(whole), student(run)) < 1e-3
 
 
@@ -375,6 +375,10 @@ PRESETS = [
     "sd35-large-a100",
     "flux-authors",
     "sd35-authors",
+    "qwen-image-step-scaled",
+    "flux2-klein-base-4b-step-scaled",
+    "flux2-dev-step-scaled",
+    "z-image-step-scaled",
     "tiny",
     "tiny-step-scaled",
 ]
@@ -406,6 +410,11 @@ def test_the_presets_are_these():
         ({"select_adapter": "teacher"}, "best, student, ema_fast or ema_slow"),
         ({"dynamic_shift_prob": 2.0}, "dynamic_shift_prob"),
         ({"micro_batch_size": -1}, "micro_batch_size"),
+        ({"checkpoint_blocks": 2}, "0 without --gradient_checkpointing"),
+        (
+            {"checkpoint_blocks": 99, "gradient_checkpointing": True},
+            "checkpoint_blocks is 99: FluxTransformer2DModel has 6 blocks",
+        ),
         ({"checkpoints_total_limit": 0}, "checkpoints_total_limit"),
         ({"non_shortcut_ratio": 1.5}, "non_shortcut_ratio"),
         ({"non_shortcut_ratio": 0.5, "algorithm": "step_scaled"}, "non_shortcut_ratio"),

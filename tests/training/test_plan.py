@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.cli import main
+from scfm.commands.plan import shape_of_preset
 from scfm.method.distill import Batch, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import LoraModels, add_adapters
@@ -98,6 +99,25 @@ def test_three_blocks_stand_for_those_that_are_alike(shape, blocks):
     assert lists == [list(part) for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
 
 
+@pytest.mark.parametrize(
+    "name, billion",
+    [("qwen-image", 20.43), ("flux2-klein-base-4b", 3.88), ("flux2-klein-base-9b", 9.08), ("z-image", 6.15)],
+)
+def test_the_published_shapes_of_plain_families(name, billion):
+    _, transformer = shape_of(DistillConfig(), name)
+    assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(billion, abs=0.01)
+
+
+@pytest.mark.parametrize("preset", ["flux-authors", "flux2-dev-step-scaled", "z-image-step-scaled"])
+def test_a_presets_name_says_its_shape(preset):
+    shapes = {
+        "flux-authors": "flux-dev",
+        "flux2-dev-step-scaled": "flux2-dev",
+        "z-image-step-scaled": "z-image",
+    }
+    assert shape_of_preset(preset) == shapes[preset]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, billion, lora, static", [("flux-dev", 11.90, 347.1, 29.9), ("sd35-large", 8.06, 295.4, 21.6)]
@@ -133,6 +153,25 @@ def test_the_command_prints_a_plan(capsys):
         and "fits in the 24 GB of one rtx4090" in said
         and "not measured" in said
     )
+
+
+def test_fewer_recomputed_blocks_cost_memory_and_save_operations():
+    small = {"num_layers": 2, "num_single_layers": 2}
+    none, all_of_them, *some = (
+        make_plan(
+            DistillConfig(gradient_checkpointing=count is not None, checkpoint_blocks=count or 0),
+            "flux-dev",
+            small,
+        )
+        for count in (None, 0, 4, 2, 1)
+    )
+    plans = [none, *reversed(some)]
+    assert some[0] == all_of_them
+    for less, more in zip(plans, plans[1:], strict=False):
+        assert less["operations of a step"] < more["operations of a step"]
+        assert less["GiB"]["activations, guessed"] > more["GiB"]["activations, guessed"]
+    with pytest.raises(ValueError, match="has 4 blocks"):
+        make_plan(DistillConfig(gradient_checkpointing=True, checkpoint_blocks=5), "flux-dev", small)
 
 
 @pytest.mark.parametrize(
