@@ -6,12 +6,14 @@ of 11.9 B.
 instead of 1024 x 1024, a VAE that halves the side once, 16 text tokens (so pass `max_sequence_length=16`),
 and a fixed sampling shift of 3.
 
-`build_sd3` makes a StableDiffusion3Pipeline of the same kind, with random weights: nobody has trained one
-yet.
+The others have random weights, and nobody has trained one yet: `build_sd3` makes a StableDiffusion3Pipeline
+of the same kind, `BUILD` lists one for each family. The statistics by which they normalise latents are not 0
+and 1, so that a test sees them.
 """
 
 import itertools
 import os
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -19,11 +21,20 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -31,6 +42,14 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -110,6 +129,156 @@ def build_sd3(seed=0, t5=True):
             dual_attention_layers=(0,),
             qk_norm="rms_norm",
         ),
+    )
+
+
+def build_qwen_image(seed=0):
+    """A QwenImagePipeline with random weights, in fp32 on the CPU, whose VAE halves the side once.
+
+    Its scheduler is as that of Qwen-Image: a shift by the size, and a grid stretched to end at .02.
+    """
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    text = qwen_layers(tokenizer, 4) | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=WIDTH)
+    ids = dict(image_token_id=1, video_token_id=1, vision_start_token_id=1, vision_end_token_id=1)
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=0.9,
+            base_image_seq_len=64,
+            max_image_seq_len=256,
+            shift_terminal=0.02,
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[0.5, 1.5, 2.0, 0.8],
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+        ),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    )
+
+
+def build_flux2_klein(seed=0):
+    """A Flux2KleinPipeline of a base checkpoint with random weights, in fp32 on the CPU, whose VAE halves the
+    side once, and whose patches do so again. Its text is layers 9, 18 and 27, so the encoder has as many."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=True),
+        vae=flux2_vae(),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**qwen_layers(tokenizer, 27, 16), head_dim=8)),
+        tokenizer=tokenizer,
+        transformer=flux2_transformer(guidance_embeds=False),
+    )
+
+
+def build_flux2(seed=0):
+    """A Flux2Pipeline with random weights, in fp32 on the CPU. Its tokenizer has no part for images, and a
+    template without the system's message, which is longer than our captions."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = CHAT.replace("m in messages", "m in messages if m.role != 'system'").replace(
+        "m.content", "m.content[0].text"
+    )
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    return Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=True),
+        vae=flux2_vae(),
+        text_encoder=Mistral3ForConditionalGeneration(
+            Mistral3Config(
+                text_config={"model_type": "mistral", "head_dim": 8, **qwen_layers(tokenizer, 30, 16)},
+                vision_config={"model_type": "pixtral", "image_size": 32, "patch_size": 16, **vision},
+                image_token_index=1,
+            )
+        ),
+        tokenizer=tokenizer,
+        transformer=flux2_transformer(guidance_embeds=True),
+    )
+
+
+def flux2_transformer(guidance_embeds):
+    """Of FLUX.2's kind: two blocks of each of both kinds."""
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def flux2_vae():
+    """An AutoencoderKLFlux2 of four latent channels that halves the side once."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
+def build_z_image(seed=0):
+    """A ZImagePipeline with random weights, in fp32 on the CPU, whose VAE halves the side once."""
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=small_vae(0.3611, 0.1159),
+        text_encoder=Qwen3Model(Qwen3Config(**qwen_layers(tokenizer, 3, 16), head_dim=8)),
+        tokenizer=tokenizer,
+        transformer=ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[8, 4, 4],
+            axes_lens=[256, 64, 64],
+        ),
+    )
+
+
+def qwen_layers(tokenizer, layers, width=WIDTH):
+    """The settings of a text encoder of Qwen's kind."""
+    return dict(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
     )
 
 
@@ -211,11 +380,11 @@ def clip_tokenizer():
         return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token="<|endoftext|>")
 
 
-def byte_pairs(words):
+def byte_pairs(words, end="</w>", letters=()):
     """Vocabulary and merges that make each word one token. The library's own trainer breaks ties anew in each
     process."""
-    split = [[*w[:-1], w[-1] + "</w>"] for w in words]
-    symbols, merges = sorted({s for word in split for s in word}), []
+    split = [[*w[:-1], w[-1] + end] for w in words]
+    symbols, merges = sorted({s for word in split for s in word}.union(letters)), []
     while pairs := Counter(pair for word in split for pair in itertools.pairwise(word)):
         best = min(
             pairs, key=lambda pair: (-pairs[pair], pair)
@@ -227,6 +396,34 @@ def byte_pairs(words):
                     word[i - 1 : i + 1] = ["".join(best)]
     symbols += ["".join(pair) for pair in merges]
     return {s: i for i, s in enumerate(dict.fromkeys(["<|startoftext|>", "<|endoftext|>", *symbols]))}, merges
+
+
+# What Qwen's chat template makes of one message; a space before each word of a caption but the first.
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+SYSTEM = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
+    "of the objects and background:"
+)
+
+
+def qwen_tokenizer():
+    """Qwen's tokenizer with a vocabulary of our words and those of the templates, a token each."""
+    words = [form for w in [*WORDS, *re.findall(r"\w+", SYSTEM)] for form in (w, "Ġ" + w)]
+    words += [*"system user assistant think".split(), ":Ċ", "ĊĊ", "</", ">ĊĊ", "Ċ"]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary, merges = byte_pairs(sorted(set(words)), "", letters)
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=1024,
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 def t5_tokenizer():
@@ -247,3 +444,12 @@ def t5_tokenizer():
         pad_token="<pad>",
         model_max_length=TOKENS,
     )
+
+
+# One for each family whose file is plain Python, by its pipeline's class.
+BUILD = {
+    "QwenImagePipeline": build_qwen_image,
+    "Flux2KleinPipeline": build_flux2_klein,
+    "Flux2Pipeline": build_flux2,
+    "ZImagePipeline": build_z_image,
+}

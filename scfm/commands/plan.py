@@ -65,8 +65,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def shape_of_preset(name: str) -> str:
-    """The published shape that a preset's name begins with, "" for none."""
-    return next((shape for shape in SHAPES if name.startswith(shape[:4])), "")
+    """The published shape that a preset's name begins with, or has the first letters of; "" for none."""
+    whole = [shape for shape in SHAPES if name.startswith(shape)]
+    return next((shape for shape in [*whole, *SHAPES] if name.startswith(shape[:4])), "")
 
 
 def changes(text: str) -> dict[str, int]:

@@ -12,9 +12,11 @@ from scfm.inference.search import Curve
 from scfm.inference.step_lora import StepLora, format_scales
 from scfm.method.distill import STEP_SCALED
 from scfm.method.lora_scale import LoraScales
+from scfm.models.base import PipelineFamily
 from scfm.models.lora import WEIGHT_NAME
 from scfm.models.lora_file import read_lora_scales, write_lora_scales
 from scfm.models.scaled_lora import second_file
+from scfm.models.source import PipelineSource
 
 MARKER = "<!-- written by scfm, which will write it again; take this line out to keep what you change -->"
 
@@ -156,18 +158,29 @@ def loading_code(lora_scales: LoraScales | None, folder: str) -> str:
 
 def call_arguments(config: InferenceConfig, steps: int, more: Sequence[str] = ()) -> str:
     """What a stock pipeline's call is given after the prompt, one argument a line."""
-    negative_prompt = [f"negative_prompt={config.negative_prompt!r}"] * bool(config.negative_prompt)
+    guidance = guidance_arguments(config)
     arguments = [
-        *negative_prompt,
+        *(f"{name}={value!r}" for name, value in guidance.items() if name == "negative_prompt"),
         f"num_inference_steps={steps}",
         f"sigmas=[1 - i / {steps} for i in range({steps})]",
-        f"guidance_scale={config.guidance_scale:g}",
+        *(f"{name}={value:g}" for name, value in guidance.items() if name != "negative_prompt"),
         f"height={config.height}",
         f"width={config.width}",
         f"max_sequence_length={config.max_sequence_length}",
         *more,
     ]
     return ",\n    ".join(arguments)
+
+
+def guidance_arguments(config: InferenceConfig) -> dict[str, Any]:
+    """The arguments that say guidance scale and negative prompt to the stock pipeline: as its family calls
+    them, or as most do where the pipeline is not here."""
+    try:
+        family: Any = PipelineSource(config.pretrained_model_name_or_path, configs_only=True).family
+    except (FileNotFoundError, ValueError):
+        family = PipelineFamily
+    arguments = getattr(family, "guidance_arguments", PipelineFamily.guidance_arguments)
+    return arguments(config.guidance_scale, config.negative_prompt)
 
 
 def scale_table(lora_scales: LoraScales | None, folder: Path) -> str:

@@ -11,11 +11,22 @@ import torch
 
 from scfm.models.check import missing
 from scfm.models.flux import Flux
+from scfm.models.flux2 import Flux2Dev, Flux2Klein
 from scfm.models.pixels import Pixels
+from scfm.models.qwen_image import QwenImage
 from scfm.models.sd3 import SD3
+from scfm.models.z_image import ZImage
 from scfm.types import Condition, Family, FamilyVelocity
 
-FAMILIES: dict[str, Any] = {"FluxPipeline": Flux, "StableDiffusion3Pipeline": SD3, "PixelPipeline": Pixels}
+FAMILIES: dict[str, Any] = {
+    "FluxPipeline": Flux,
+    "StableDiffusion3Pipeline": SD3,
+    "PixelPipeline": Pixels,
+    "QwenImagePipeline": QwenImage,
+    "Flux2KleinPipeline": Flux2Klein,
+    "Flux2Pipeline": Flux2Dev,
+    "ZImagePipeline": ZImage,
+}
 GROUP = "scfm.families"  # entry points: name = the pipeline's class, value = module:Class
 FamilyClass = TypeVar("FamilyClass", bound=type)
 

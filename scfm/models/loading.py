@@ -48,7 +48,8 @@ def load_pipeline(
         pipe = source.family.pipeline_class.from_pretrained(
             str(source.folder), dtype=dtype, variant=source.variant or None, **absent
         )
-    pipe.vae_scale_factor = source.skeleton.vae_scale_factor
+    if getattr(pipe, "vae", None) is None or not hasattr(pipe, "vae_scale_factor"):
+        pipe.vae_scale_factor = source.skeleton.vae_scale_factor  # without a VAE it has a guess
     if parts == "encoders":  # a family reads the transformer's configuration
         pipe.transformer = source.skeleton.transformer
     for name, part in pipe.components.items():

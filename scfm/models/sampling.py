@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from scfm.method.flow import sample, time_grid
+from scfm.models.base import PipelineFamily, scheduler_shift
 from scfm.streams import Stream, keyed_generator
 from scfm.types import Family, VelocityField
 
@@ -53,7 +54,7 @@ def on_device(cond: dict[str, torch.Tensor], device: str | torch.device) -> dict
 def stock_shift(family: Family) -> float:
     """The time shift that the family's stock pipeline uses at this size: its scheduler's, or what it works
     out of the size."""
-    return family.pipe.scheduler.shift if family.dynamic_shift is None else family.dynamic_shift
+    return scheduler_shift(family.pipe.scheduler) if family.dynamic_shift is None else family.dynamic_shift
 
 
 def stock_latents(
@@ -71,24 +72,20 @@ def stock_latents(
     guidance: the guidance scale. grid: hand the plain sigmas 1 ... 1/steps over; without it, the scheduler
     chooses.
     """
-    pipe, own_scheduler = family.pipe, family.pipe.scheduler
-    extra: dict[str, Any] = {"sigmas": [1 - i / steps for i in range(steps)]} if grid else {}
-    # families whose guidance is an input have none
-    negative_prompt = getattr(family, "negative_prompt", "")
-    if negative_prompt:
-        extra["negative_prompt"] = [negative_prompt] * len(captions)
+    pipe, own_scheduler, bound = family.pipe, family.pipe.scheduler, as_pipeline_family(family)
     pipe.scheduler = scheduler
     try:
-        return pipe(
-            list(captions),
-            height=family.height,
-            width=family.width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            latents=noise.to(pipe.device, pipe.dtype),
-            max_sequence_length=family.max_sequence_length,
-            output_type="latent",
-            **extra,
-        ).images
+        return bound.latents_from_stock(bound.call_stock(captions, noise, steps, guidance, grid, "latent"))
     finally:
         pipe.scheduler = own_scheduler
+
+
+def as_pipeline_family(family: Family) -> PipelineFamily:
+    """The family itself, or a base class's for one that has its own base: called as most pipelines are."""
+    if isinstance(family, PipelineFamily):
+        return family
+    base = PipelineFamily.__new__(PipelineFamily)  # its size has been checked by the family
+    base.pipe, base.height, base.width = family.pipe, family.height, family.width
+    base.max_sequence_length = family.max_sequence_length
+    base.negative_prompt = getattr(family, "negative_prompt", "")
+    return base

@@ -13,6 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
 
+from scfm.models.base import PipelineFamily
 from scfm.models.family import find_family, known_families
 from scfm.models.hub import hub_reachable, unreachable
 from scfm.models.weight_files import common_variant, folder_error, variants_in, weights_error
@@ -22,7 +23,7 @@ MODELS = ("transformer", "vae", "text_encoder", "image_encoder", "unet")  # how 
 LIBRARIES = ("diffusers", "transformers")  # whose files of weights have names that we know
 BELOW = (f"snapshots/*/{INDEX}", f"*/{INDEX}")  # where a pipeline lies in the hub's cache, or in a download
 CONFIG_FILES = [INDEX, "*/config.json", "*/scheduler_config.json"]
-HUB_FILES = [INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+HUB_FILES = [INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
 
 
 class PipelineSource:
@@ -73,14 +74,16 @@ class PipelineSource:
         """What a family asks of a pipeline when it is made, from configuration files: enough to refuse a
         wrong size at once."""
         config = {part: self.part_config(part) for part in ("transformer", "vae")}
-        blocks = config["vae"].get("block_out_channels") or config["vae"].get("encoder_block_out_channels")
-        if not blocks:
-            raise ValueError(
-                f"{self.folder}: the VAE's configuration has no block_out_channels, so its scale is unknown"
+        try:
+            factor = getattr(find_family(self.class_name), "vae_factor", PipelineFamily.vae_factor)(
+                config["vae"]
             )
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from None
         return SimpleNamespace(
             transformer=SimpleNamespace(config=SimpleNamespace(**config["transformer"])),
-            vae_scale_factor=2 ** (len(blocks) - 1),
+            vae_scale_factor=factor,
+            config=self.index,
         )
 
     @property
@@ -148,8 +151,12 @@ class PipelineSource:
             ) from None
 
     def scheduler(self) -> Any:
-        """A new scheduler as the folder describes it."""
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(str(self.folder), subfolder="scheduler")
+        """A new scheduler for Euler steps with the shift that the folder describes, whatever its class
+        there."""
+        config: Any = FlowMatchEulerDiscreteScheduler.load_config(str(self.folder), subfolder="scheduler")
+        if "flow_shift" in config:  # as UniPC and DPM-Solver call it
+            return FlowMatchEulerDiscreteScheduler(shift=config["flow_shift"])
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
 
     def empty_transformer(self) -> torch.nn.Module:
         """The transformer on the meta device: every layer and shape, no weight."""

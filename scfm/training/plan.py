@@ -12,20 +12,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.method.distill import STEP_SCALED
 from scfm.models.blocks import first_blocks
+from scfm.models.family import FAMILIES
 from scfm.models.flux import Flux
 from scfm.models.loading import DTYPES
 from scfm.models.lora import COPIES, adapter_parameters, add_adapters
+from scfm.models.quantize import BYTES
 from scfm.models.scaled_lora import ScaledLoraModels, names_of
 from scfm.models.sd3 import SD3
-from scfm.models.quantize import BYTES
 from scfm.models.source import PipelineSource
 from scfm.training.config import DistillConfig
 
 GIB = 2**30
-FACTOR = 8  # pixels to a latent, of the VAEs of both
+FACTOR = 8  # pixels to a latent, where a family does not say otherwise
 # The published configurations of the transformers: (family, class, settings), so that nothing need be
-# downloaded.
-SHAPES = {
+# downloaded. Families that are not made in a notebook have theirs in `published`.
+SHAPES: dict[str, tuple[Any, Any, Any]] = {
     "flux-dev": (
         Flux,
         FluxTransformer2DModel,
@@ -61,6 +62,11 @@ SHAPES = {
         ),
     ),
 }
+SHAPES |= {
+    name: (family, published.transformer_class, published.settings)
+    for family in FAMILIES.values()
+    for name, published in getattr(family, "published", {}).items()
+}
 # Dense bf16 operations a second as their makers state them, and GiB of memory.
 GPUS = {
     "a100": (312e12, 80),
@@ -93,14 +99,17 @@ def shape_of(
             raise ValueError(f"{shape} has no setting {', '.join(unknown)}: it has {', '.join(settings)}")
         with torch.device("meta"):
             transformer = model_class(**{**settings, **(change or {})})
-        pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=FACTOR)
+        published = family_class.published.get(shape)
+        factor = published.vae_scale_factor if published else FACTOR
+        pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=factor, config={})
     else:
         if change:
             raise ValueError("a change needs a shape to be made to: say --shape NAME too")
         source = PipelineSource(config.pretrained_model_name_or_path, configs_only=True)
         family_class: Any = source.family
         transformer = source.empty_transformer()
-        pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=source.skeleton.vae_scale_factor)
+        pipe = source.skeleton
+        pipe.transformer = transformer
     # diffusers' own `to` warns of layers it knows better
     torch.nn.Module.to(transformer, DTYPES[config.weight_dtype])
     return family_class(pipe, config.height, config.width, config.max_sequence_length), transformer
@@ -122,7 +131,7 @@ def count_example(family: Any, transformer: Any, guidance: float, dtype: torch.d
     Blocks that are alike cost the same, so of each row of them at most three are called: the first, which may
     get no gradient from below, the second, and a third for what each further one adds.
 
-    ValueError for a family whose text enters in another way than that of Flux and SD3.
+    ValueError for a family that does not say what its text inputs are.
     """
     inputs = meta_inputs(family, transformer, guidance, dtype)
     lists = [name for name, part in transformer.named_children() if isinstance(part, torch.nn.ModuleList)]
@@ -191,21 +200,25 @@ def meta_inputs(
     family: Any, transformer: Any, guidance: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(x, t, cond) of one example without content."""
-    shape = transformer.config
-    if not {"joint_attention_dim", "pooled_projection_dim"} <= set(shape):
+    shapes = getattr(family, "text_shapes", None)
+    if not shapes:
         raise ValueError(
-            f"the plan knows how text enters Flux and SD3 alone, not {type(transformer).__name__}"
+            f"the plan does not know how text enters {type(transformer).__name__}: "
+            f"{type(family).__name__} has no text_shapes"
         )
-    length = family.max_sequence_length + family.extra_text_tokens
-    text = {
-        "tokens": torch.zeros(1, length, shape.joint_attention_dim, device="meta", dtype=dtype),
-        "pooled": torch.zeros(1, shape.pooled_projection_dim, device="meta", dtype=dtype),
-    }
+    text = {name: text_input(name, shape, dtype) for name, shape in shapes.items()}
     if family.uses_cfg:
         text |= {"empty_" + name: part for name, part in text.items()}
     scale = torch.full((1,), float(guidance))  # on the CPU where it decides which examples are guided
     cond = {**text, "guidance": scale if family.uses_cfg else scale.to("meta")}
     return torch.zeros(1, *family.latent_shape, device="meta"), torch.zeros(1, device="meta"), cond
+
+
+def text_input(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A text input (1, *shape) without content; a mask, of which lengths are read, is of ones on the CPU."""
+    if name == "mask":
+        return torch.ones(1, *shape, dtype=torch.bool)
+    return torch.zeros(1, *shape, device="meta", dtype=dtype)
 
 
 def make_plan(
@@ -290,4 +303,5 @@ def give_adapters(config: DistillConfig, family: Any, transformer: Any) -> tuple
 
 def inner_width(transformer: Any) -> int:
     """Numbers in the hidden state of a token."""
-    return transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    config = transformer.config
+    return config.get("dim") or config.num_attention_heads * config.attention_head_dim
