@@ -1,0 +1,161 @@
+"""The checks of the exercises in the chapters:  from toy.exercises import check;  check("01.1", my_function)
+
+A check says what is wrong; the solutions are folded under the exercises, and the tests keep them right.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from scfm.method.consistency import DistillModels, consistency_target, draw_jumps, scfm_loss
+from scfm.method.flow import interpolate, sample, time_grid
+from scfm.streams import keyed_generator
+
+CHECKS: dict[str, Callable[[Any], None]] = {}
+
+
+def check(number: str, answer: Any) -> str:
+    """ "right", or an AssertionError that says what is not. number: as in the chapter, such as "01.1"."""
+    if number not in CHECKS:
+        raise ValueError(f"there is no exercise {number!r}: one of {', '.join(CHECKS)}")
+    CHECKS[number](answer)
+    return "right"
+
+
+def exercise(number: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Notes a check under its number."""
+
+    def note(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        CHECKS[number] = function
+        return function
+
+    return note
+
+
+def near(found: Any, wanted: float, what: str, within: float = 1e-3) -> None:
+    """AssertionError with both numbers where they differ."""
+    assert found is not None, f"{what}: nothing came back; did you forget to return it?"
+    assert abs(float(found) - wanted) <= within, f"{what}: {float(found):.4f}, should be {wanted:.4f}"
+
+
+def slope(t: float) -> float:
+    """a(t) of the exact velocity a(t) x for data N(0, 1)."""
+    return (2 * t - 1) / ((1 - t) ** 2 + t**2)
+
+
+def exact_mean(n: int) -> float:
+    """The slope that one step of length 1 / n from t = 1 should have, for data N(0, 1)."""
+    end = 1 - 1 / n
+    return n * (1 - ((1 - end) ** 2 + end**2) ** 0.5)
+
+
+@exercise("00.1")
+def predicts_the_data(predict: Callable) -> None:
+    data, noise = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.1, 0.3, 0.5, 0.9, 1.0])
+    found = predict(interpolate(data, noise, t), t, noise - data)
+    assert isinstance(found, torch.Tensor) and found.shape == data.shape, "give (B, 2), as x has"
+    far = (found - data).abs().max().item()
+    assert far < 1e-5, (
+        f"off by up to {far:.2g}: which way does the velocity point, and how much time is left?"
+    )
+
+
+@exercise("00.2")
+def knows_the_spread(spread: Callable) -> None:
+    start = torch.linspace(-2, 2, 9)[:, None]
+    for n in (1, 2, 4, 16):
+        ends = sample(lambda x, t, cond=None: slope(float(t[0])) * x, start, time_grid(n))
+        near(spread(n), (ends / start)[0].item(), f"the deviation after {n} steps")
+
+
+@exercise("00.3")
+def finds_the_best_middle(answer: Any) -> None:
+    middle, best = answer
+    near(middle, 0.5, "the time in the middle")
+    near(best, 0.5, "the deviation that it reaches")
+
+
+@exercise("01.1")
+def averages_three(target: Callable) -> None:
+    times = (0.9, 0.7, 0.4, 0.3)
+    v = torch.tensor([1.0, -2.0, 5.0])
+    moved = sum((a - b) * u for a, b, u in zip(times, times[1:], v.tolist(), strict=False))
+    found = target(*v, *times)
+    near(found, moved / (times[0] - times[-1]), "the velocity that lands where three steps land")
+
+
+@exercise("01.2")
+def knows_the_slope(solution: Callable) -> None:
+    for a, (t1, t2, t3) in ((2.0, (0.9, 0.6, 0.4)), (-1.0, (1.0, 0.5, 0.0)), (0.3, (0.5, 0.4, 0.1))):
+        h1, h2 = t1 - t2, t2 - t3
+        wanted = (h1 * a + h2 * a * (1 - h1 * a)) / (h1 + h2)
+        near(solution(a, t1, t2, t3), wanted, f"the slope for a = {a} and the jump {t1}, {t2}, {t3}")
+
+
+@exercise("01.3")
+def collapses(field: Callable) -> None:
+    generator = keyed_generator(0, 0)
+    data, noise = torch.randn(2, 256, 2, generator=generator)
+    data = data * 0.1 + 1
+    jumps = draw_jumps(256, 0.0, generator=generator)
+    models = DistillModels(*[lambda x, t, cond=None: field(x, t)] * 4)
+    loss = scfm_loss(data, noise, jumps, models).max().item()
+    assert loss < 1e-8, (
+        f"the loss is still {loss:.2g} somewhere: one jump of your field is not two of its own"
+    )
+    ends = sample(models.student, noise, time_grid(4))
+    assert (ends.mean() - 1).abs() > 0.3, "this field does bring the data: the loss is right about it"
+    straight = consistency_target(noise, jumps, models)
+    assert straight.isfinite().all(), "the velocity is not finite"
+
+
+@exercise("02.1")
+def knows_the_decay(decay: Callable) -> None:
+    for memory in (10, 100, 2000):
+        near(decay(memory), 1 - 1 / memory, f"the decay with a memory of {memory} steps", 1e-6)
+
+
+@exercise("02.2")
+def knows_the_rest_of_the_start(steps: Callable) -> None:
+    for d in (0.9, 0.99, 0.999):
+        found = steps(d)
+        assert d**found <= 0.01 < d ** (found - 1), (
+            f"after {found} steps at decay {d} the start has weight {d**found:.4f}: give the first count at "
+            "which it is a hundredth or less"
+        )
+
+
+@exercise("02.3")
+def knows_when_it_is_stuck(stuck: Callable) -> None:
+    for d in (0.9, 0.98, 0.99, 0.993, 0.995, 0.999):
+        average, source = torch.tensor(1.0).bfloat16(), torch.tensor(1.5).bfloat16()
+        moved = average + ((1 - d) * (source - average).float()).bfloat16()
+        assert bool(stuck(d)) == bool(moved == average), (
+            f"at decay {d} it {'stays' if moved == average else 'moves'}"
+        )
+
+
+@exercise("06.1")
+def knows_the_rule(scales: Callable) -> None:
+    for n, wanted in ((1, (1.0, 1.0)), (4, (0.3078, 0.0947)), (16, (0.0947, 0.009))):
+        found = scales(n)
+        assert len(found) == 2, "give two numbers: of the first LoRA and of the second"
+        for number, right, which in zip(found, wanted, ("first", "second"), strict=True):
+            near(number, right, f"{n} steps, the {which} LoRA")
+
+
+@exercise("06.2")
+def knows_the_first_difference(difference: Callable) -> None:
+    for n in (1, 2, 8, 1000):
+        near(difference(n), (exact_mean(n) - 1) * n, f"d1 at t = 1 for {n} steps", 2e-3)
+
+
+@exercise("06.3")
+def knows_who_takes_the_order(answer: Any) -> None:
+    wanted = {1.0: (-0.5, 0.0), 0.5: (0.0, -0.5)}
+    assert set(answer) == set(wanted), "an entry for p = 1 and one for p = .5"
+    for p, (first, second) in wanted.items():
+        near(answer[p][0], first, f"p = {p}: J D1 in units of dV/dt along the flow")
+        near(answer[p][1], second, f"p = {p}: the term of s squared, in the same units")
