@@ -12,7 +12,7 @@ ifeq ($(OMP_WAIT_POLICY)$(OMP_NUM_THREADS),)
 export GOMP_SPINCOUNT ?= 20000
 endif
 
-.PHONY: help demo test lint check test-versions constraints export hooks clean
+.PHONY: help demo test lint check test-versions constraints export docs hooks clean
 
 help:
 	@echo "make demo    distil the tiny Flux of this repository and compare it with its teacher (about 5 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-versions   the fast tests with the oldest supported and the newest versions of torch and friends"
 	@echo "make constraints     note the versions in .venv as those that were tested, after make test"
 	@echo "make export  clean the notebooks and write scfm/*.py from them"
+	@echo "make docs    the course, the guides and the reference as a site: _docs/site/index.html"
 	@echo "make hooks   git merges notebooks cell by cell (the set-up has done this already)"
 	@echo "make clean   remove caches; .venv, .venv-versions and runs stay"
 
@@ -50,11 +51,14 @@ export: $(READY)
 	@.venv/bin/nbdev_export
 	@echo "notebooks cleaned, scfm/*.py written from them"
 
+docs: $(READY)
+	@.venv/bin/python scripts/docs_site/make_site.py $(ARGS)
+
 hooks: $(READY)
 	@.ci/hooks
 
 clean:
-	rm -rf _proc build dist .pytest_cache .hypothesis .ruff_cache nbs/.last_checked
+	rm -rf _docs _proc build dist .pytest_cache .hypothesis .ruff_cache nbs/.last_checked
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
 
