@@ -20,9 +20,11 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -31,6 +33,8 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -42,6 +46,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -267,6 +273,39 @@ def build_z_image(seed=0):
     )
 
 
+def build_sana(seed=0):
+    """A SanaPipeline with random weights, in fp32 on the CPU, whose VAE halves the side once.
+
+    Its scheduler is as that of Sana, a DPM-Solver. Its tokenizer is not Gemma's, but Qwen's.
+    """
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    blocks = dict(block_types="ResBlock", block_out_channels=(8, 16), layers_per_block=(1, 1))
+    return SanaPipeline(
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
+        ),
+        vae=AutoencoderDC(
+            latent_channels=4,
+            scaling_factor=0.41407,
+            **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in blocks.items()},
+        ),
+        text_encoder=Gemma2Model(Gemma2Config(**qwen_layers(tokenizer, 2, 16), head_dim=8)),
+        tokenizer=tokenizer,
+        transformer=SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            cross_attention_dim=32,
+            caption_channels=16,
+        ),
+    )
+
+
 def qwen_layers(tokenizer, layers, width=WIDTH):
     """The settings of a text encoder of Qwen's kind."""
     return dict(
@@ -452,4 +491,5 @@ BUILD = {
     "Flux2KleinPipeline": build_flux2_klein,
     "Flux2Pipeline": build_flux2,
     "ZImagePipeline": build_z_image,
+    "SanaPipeline": build_sana,
 }

@@ -19,6 +19,7 @@ def warn_of_long_captions(family: Family, captions: Sequence[str]) -> None:
     if not parts:
         return
     tokenizer = list(parts.values())[-1]
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2-dev's is a processor, of images too
     limit = min(family.max_sequence_length, tokenizer.model_max_length)
     texts = sorted(set(captions))
     with fewer_remarks():

@@ -158,7 +158,8 @@ def loading_code(lora_scales: LoraScales | None, folder: str) -> str:
 
 def call_arguments(config: InferenceConfig, steps: int, more: Sequence[str] = ()) -> str:
     """What a stock pipeline's call is given after the prompt, one argument a line."""
-    guidance = guidance_arguments(config)
+    family = family_of(config)
+    guidance = family.guidance_arguments(config.guidance_scale, config.negative_prompt)
     arguments = [
         *(f"{name}={value!r}" for name, value in guidance.items() if name == "negative_prompt"),
         f"num_inference_steps={steps}",
@@ -167,20 +168,20 @@ def call_arguments(config: InferenceConfig, steps: int, more: Sequence[str] = ()
         f"height={config.height}",
         f"width={config.width}",
         f"max_sequence_length={config.max_sequence_length}",
+        *(f"{name}={value!r}" for name, value in family.call_settings.items()),
         *more,
     ]
     return ",\n    ".join(arguments)
 
 
-def guidance_arguments(config: InferenceConfig) -> dict[str, Any]:
-    """The arguments that say guidance scale and negative prompt to the stock pipeline: as its family calls
-    them, or as most do where the pipeline is not here."""
+def family_of(config: InferenceConfig) -> type[PipelineFamily]:
+    """Says how the stock pipeline is called: its family, or the base of most where that is not here, or says
+    nothing of it."""
     try:
-        family: Any = PipelineSource(config.pretrained_model_name_or_path, configs_only=True).family
+        family = PipelineSource(config.pretrained_model_name_or_path, configs_only=True).family
     except (FileNotFoundError, ValueError):
-        family = PipelineFamily
-    arguments = getattr(family, "guidance_arguments", PipelineFamily.guidance_arguments)
-    return arguments(config.guidance_scale, config.negative_prompt)
+        return PipelineFamily
+    return family if issubclass(family, PipelineFamily) else PipelineFamily
 
 
 def scale_table(lora_scales: LoraScales | None, folder: Path) -> str:

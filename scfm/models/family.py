@@ -14,6 +14,7 @@ from scfm.models.flux import Flux
 from scfm.models.flux2 import Flux2Dev, Flux2Klein
 from scfm.models.pixels import Pixels
 from scfm.models.qwen_image import QwenImage
+from scfm.models.sana import Sana
 from scfm.models.sd3 import SD3
 from scfm.models.z_image import ZImage
 from scfm.types import Condition, Family, FamilyVelocity
@@ -26,6 +27,7 @@ FAMILIES: dict[str, Any] = {
     "Flux2KleinPipeline": Flux2Klein,
     "Flux2Pipeline": Flux2Dev,
     "ZImagePipeline": ZImage,
+    "SanaPipeline": Sana,
 }
 GROUP = "scfm.families"  # entry points: name = the pipeline's class, value = module:Class
 FamilyClass = TypeVar("FamilyClass", bound=type)

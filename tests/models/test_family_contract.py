@@ -5,10 +5,14 @@ test_families.py.
 """
 
 import json
+from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from scfm.data.caption_length import warn_of_long_captions
+from scfm.inference.step_lora import fixed_shift
 from scfm.models.check import check_images, check_latents, check_lora, check_text, check_velocity
 from scfm.models.family import FAMILIES
 from scfm.models.loading import load_pipeline
@@ -16,7 +20,7 @@ from scfm.models.lora import WEIGHT_NAME, LoraModels, add_adapters, save_lora
 from scfm.models.lora_file import read_lora_scales
 from scfm.models.sampling import stock_latents, stock_shift
 from scfm.models.scaled_lora import ScaledLoraModels
-from scfm.models.source import PipelineSource
+from scfm.models.source import HUB_FILES, PipelineSource
 from scfm.training.config import DistillConfig
 from scfm.training.plan import count_called, meta_inputs, shape_of
 from toy.pipelines import BUILD
@@ -142,6 +146,8 @@ def test_each_example_has_its_own_scale_in_one_forward(name, family):
 @each_family
 def test_it_saves_and_reloads_and_a_part_alone_knows_its_sizes(name, pipes, family, tmp_path):
     pipes[name].save_pretrained(tmp_path)
+    saved = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(any(fnmatch(file, pattern) for pattern in HUB_FILES) for file in saved)  # is downloaded
     source = PipelineSource(tmp_path)
     assert source.family is FAMILIES[name]
     skeleton = source.skeleton
@@ -156,14 +162,8 @@ def test_it_saves_and_reloads_and_a_part_alone_knows_its_sizes(name, pipes, fami
     noise = point_of(family, 1.0)[0]
     images = again.sample_stock(CAPTIONS, noise, 2, 4.0)
     assert torch.equal(images, family.sample_stock(CAPTIONS, noise, 2, 4.0))
-    latents = stock_latents(family, CAPTIONS, noise, 2, 4.0, scheduler_of(family))
+    latents = stock_latents(family, CAPTIONS, noise, 2, 4.0, fixed_shift(stock_shift(family)))
     torch.testing.assert_close(family.decode(latents), images, rtol=0, atol=1e-4)
-
-
-def scheduler_of(family):
-    from scfm.inference.step_lora import fixed_shift
-
-    return fixed_shift(stock_shift(family))
 
 
 @each_family
@@ -206,6 +206,13 @@ def test_the_plan_knows_its_text(name, pipes, family, tmp_path):
     assert count.student > count.forward > 0
 
 
+def test_a_processors_tokenizer_counts_the_words_of_captions(pipes, caplog):
+    processor = SimpleNamespace(tokenizer=pipes["Flux2Pipeline"].tokenizer)
+    shown = SimpleNamespace(pipe=SimpleNamespace(components={"tokenizer": processor}), max_sequence_length=4)
+    warn_of_long_captions(shown, CAPTIONS)
+    assert "1 of 3 captions are longer than 4 tokens" in caplog.text
+
+
 @pytest.mark.slow
 @each_family
 def test_the_commands_know_it(name, pipes, tmp_path, command):
@@ -229,5 +236,5 @@ def test_the_commands_know_it(name, pipes, tmp_path, command):
         assert command("export", lora=lora, output_dir=exported, steps=2) == 0
         assert json.loads((exported / "export.json").read_text())["differences"]["mean"] < 1e-3
         assert type(type(pipes[name]).from_pretrained(str(exported))) is type(pipes[name])
-        for argument in FAMILIES[name].guidance_arguments(3.5):
+        for argument in {**FAMILIES[name].guidance_arguments(3.5), **FAMILIES[name].call_settings}:
             assert f"    {argument}=" in (lora / "README.md").read_text()

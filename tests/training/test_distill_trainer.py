@@ -370,7 +370,10 @@ def test_yaml_flags_and_unknown_keys(images, tmp_path, capsys):
 PRESETS = [
     "emoji-step-scaled",
     "flux-dev-a100",
+    "flux-dev-48gb",
     "flux-dev-24gb",
+    "flux-dev-16gb",
+    "flux-dev-12gb",
     "flux-dev-step-scaled",
     "sd35-large-a100",
     "flux-authors",
@@ -379,6 +382,7 @@ PRESETS = [
     "flux2-klein-base-4b-step-scaled",
     "flux2-dev-step-scaled",
     "z-image-step-scaled",
+    "sana-1600m-step-scaled",
     "tiny",
     "tiny-step-scaled",
 ]

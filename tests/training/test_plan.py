@@ -12,7 +12,7 @@ from scfm.models.flux import Flux
 from scfm.models.lora import LoraModels, add_adapters
 from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.sd3 import SD3
-from scfm.training.config import DistillConfig
+from scfm.training.config import PRESETS, DistillConfig, load_settings
 from scfm.training.plan import count_called, count_example, make_plan, meta_inputs, shape_of
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
 
@@ -101,7 +101,13 @@ def test_three_blocks_stand_for_those_that_are_alike(shape, blocks):
 
 @pytest.mark.parametrize(
     "name, billion",
-    [("qwen-image", 20.43), ("flux2-klein-base-4b", 3.88), ("flux2-klein-base-9b", 9.08), ("z-image", 6.15)],
+    [
+        ("qwen-image", 20.43),
+        ("flux2-klein-base-4b", 3.88),
+        ("flux2-klein-base-9b", 9.08),
+        ("z-image", 6.15),
+        ("sana-1600m", 1.60),
+    ],
 )
 def test_the_published_shapes_of_plain_families(name, billion):
     _, transformer = shape_of(DistillConfig(), name)
@@ -140,6 +146,17 @@ def test_fewer_bits_hold_the_base_in_half_or_a_quarter():
         for q in ("", "int8", "nf4")
     )
     assert eight == pytest.approx(whole / 2) and four == pytest.approx(0.5625 / 2 * whole)
+
+
+@pytest.mark.parametrize("size", [48, 24, 16, 12])
+def test_a_preset_for_a_card_fits_it_and_says_what_was_counted(size):
+    config = DistillConfig(**load_settings(f"flux-dev-{size}gb"))
+    plan = make_plan(config, "flux-dev")
+    guessed = plan["GiB"]["activations, guessed"]
+    assert plan["GiB in all"] < 0.85 * size  # CUDA's own context, and what fragments
+    text = (PRESETS / f"flux-dev-{size}gb.yaml").read_text(encoding="utf-8")
+    counted = plan["GiB in all"] - guessed
+    assert f"Memory: {counted:.1f} GiB counted and {guessed:.1f} of guessed" in text
 
 
 def test_the_command_prints_a_plan(capsys):
