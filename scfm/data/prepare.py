@@ -262,7 +262,7 @@ def check_processes(state: Any) -> None:
             raise ValueError(
                 f"accelerate was asked for {engine}, which is not done here: every process holds the whole "
                 "base, and the gradients of the LoRA are added up. Launch without it; where the base does "
-                "not fit, --quantize int8 or nf4"
+                "not fit, scfm distill --shard N shares it out, and --quantize int8 or nf4 makes it smaller"
             )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != state.num_processes:

@@ -95,6 +95,11 @@ class DistillConfig(SCFMConfig):
         "fp32", "fp32 or bf16: of the frozen base and the encoders (adapters stay in fp32)"
     )
     quantize: str = setting("", f"the frozen base in {QUANTIZE_HELP}; empty: as it is")
+    shard: int = setting(
+        0,
+        "processes that share one copy of the frozen base, for one that does not fit a GPU: as many as a "
+        "machine has GPUs; 0: each process holds it whole",
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, more time")
     checkpoint_blocks: int = setting(
         0, "with gradient_checkpointing: how many of the transformer's blocks are recomputed; 0: all"
@@ -136,6 +141,8 @@ class DistillConfig(SCFMConfig):
             )
         validate(self, DISTILL_VALIDATORS)
         refuse_for_algorithm(self)
+        if self.shard:
+            refuse_for_shard(self)
         if self.guidance_mode == "distilled" and "ema_slow" in TARGET_MODELS.get(self.algorithm, {}).get(
             "teacher", ()
         ):
@@ -235,6 +242,26 @@ def refuse_for_step_scaled(config: DistillConfig) -> None:
         )
 
 
+def refuse_for_shard(config: DistillConfig) -> None:
+    """ValueError for what cannot be done with a base that several processes share."""
+    reasons = {
+        "quantize": "a base in fewer bits is not shared: take one of the two",
+        "prompts": "the teacher that generates is whole in every process: make the images first, with "
+        "scfm data, and say --train_data_dir",
+        "compile_blocks": "compiled blocks are not shared: leave it out",
+        "non_shortcut_ratio": "a process whose examples are all of flow matching would call the base less "
+        "often than the others, which would wait for it: take 0",
+    }
+    named = [name for name in reasons if getattr(config, name)]
+    if named:
+        raise ValueError(f"{named[0]}={getattr(config, named[0])!r} with shard: {reasons[named[0]]}")
+    if config.guidance_mode == "distilled":
+        raise ValueError(
+            "guidance_mode distilled with shard: the teacher is called apart, for some processes and not for "
+            "others, which would wait for it: take --guidance_mode kept"
+        )
+
+
 def at_least(least: int, *names: str) -> list[tuple[str, Callable[[Any], bool], str]]:
     """Validators of whole numbers."""
     return [
@@ -290,6 +317,7 @@ DISTILL_VALIDATORS = [
         "best, student, ema_fast or ema_slow; with step_scaled best, student or ema",
     ),
     ("weight_dtype", lambda c: c.weight_dtype in DTYPES, " or ".join(DTYPES)),
+    ("shard", lambda c: c.shard == 0 or is_int(c.shard, 2), "a number of processes, 2 or more; 0 for none"),
     ("quantize", lambda c: is_known(c.quantize), f"{KINDS}, or leave it out"),
     ("report_to", lambda c: c.report_to in ("tensorboard", "wandb", "none"), "tensorboard, wandb or none"),
 ]

@@ -33,6 +33,7 @@ from scfm.streams import Stream, keyed_generator
 from scfm.training.checkpoint import find_checkpoint, load_checkpoint, refuse_fewer_steps
 from scfm.training.config import DistillConfig
 from scfm.training.selection import select_and_save, validation_image
+from scfm.training.sharding import check_sharding, check_slices, full_shapes, load_sharded, split_into
 from scfm.training.trainer import StepPlan, Trainer, make_accelerator
 from scfm.types import Family
 
@@ -51,6 +52,8 @@ class DistillTrainer(Trainer):
         log_with = None if config.report_to == "none" else config.report_to
         super().__init__(config, make_accelerator(log_with=log_with, project_dir=config.output_dir), progress)
         check_processes(self.accelerator)
+        check_sharding(config.shard, self.accelerator.num_processes)
+        self.takes_all = bool(config.shard)
         self.source, data = PipelineSource(config.pretrained_model_name_or_path), config.data_config()
         inputs = self.check_inputs(read_inputs(data, self.source))  # before a folder of ours is made
         marks = {
@@ -64,19 +67,26 @@ class DistillTrainer(Trainer):
         dataset = make_data(data, self.source, inputs, self.accelerator, progress)[1]
         assert dataset is not None  # a run's own data are always cached
         self.dataset: CachedDataset = dataset
-        self.pipe, _ = load_pipeline(
-            self.source, DTYPES[config.weight_dtype], self.accelerator.device, "transformer", config.quantize
-        )
+        self.pipe = self.load_base()
         self.families = make_families(data, self.source, self.pipe)
         for family in self.families.values():
             family.encode_text = self.dataset.text_of  # of the run's own captions: no encoder is loaded
         self.family: Family = self.families[config.height, config.width]
-        self.models = self.make_models()
+        with full_shapes(self.pipe.transformer):
+            self.models = self.make_models()
         if config.compile_blocks:
             compile_blocks(self.pipe.transformer)  # after the LoRA layers have got their own forward
         self.optimizer, self.scheduler = make_optimizer(self.models, config)
         self.emas = make_emas(self.models, config)
         self.teacher_images: torch.Tensor | None = None  # of validation: the teacher does not change
+
+    def load_base(self) -> Any:
+        """The pipeline with its transformer alone, whole or this process's slices of it."""
+        config, device = self.config, self.accelerator.device
+        if config.shard:
+            return load_sharded(self.source, DTYPES[config.weight_dtype], device, config.shard)
+        dtype = DTYPES[config.weight_dtype]
+        return load_pipeline(self.source, dtype, device, "transformer", config.quantize)[0]
 
     def check_inputs(self, inputs: Inputs) -> Inputs:
         """ValueError for what the pipeline's configuration rules out: no weight is read."""
@@ -84,6 +94,8 @@ class DistillTrainer(Trainer):
         family = make_families(config.data_config(), source)[config.height, config.width]
         velocities(family, config.guidance_mode)
         require_quantizer(config.quantize)
+        if config.shard:
+            check_slices(source)
         if config.report_to != "none" and find_spec(config.report_to) is None:
             raise ValueError(
                 f"report_to {config.report_to} needs it installed: pip install {config.report_to}, or "
@@ -145,9 +157,17 @@ class DistillTrainer(Trainer):
 
     def micro_batches(self, index: torch.Tensor) -> list[torch.Tensor]:
         """This process's examples of a step as places in it: of one size each, at most
-        config.micro_batch_size together."""
+        config.micro_batch_size together. Where a forward takes all processes, each has equally many parts."""
+        accelerator = self.accelerator
+        if not self.takes_all:
+            return self.parts_of(index, accelerator.process_index)
+        each = [self.parts_of(index, process) for process in range(accelerator.num_processes)]
+        return split_into(each[accelerator.process_index], max(map(len, each)))
+
+    def parts_of(self, index: torch.Tensor, process: int) -> list[torch.Tensor]:
+        """The fewest micro-batches of one process."""
         count = self.config.global_batch_size // self.accelerator.num_processes
-        mine = torch.arange(count) + count * self.accelerator.process_index
+        mine = torch.arange(count) + count * process
         size = self.dataset.size_of[index[mine]]
         present: list[int] = size.unique().tolist()
         alike = [mine[torch.eq(size, s)] for s in present]
@@ -185,7 +205,7 @@ class DistillTrainer(Trainer):
         pair = velocities(self.families[size], self.config.guidance_mode)
         self.models.velocity, self.models.teacher_velocity = pair
 
-    def validate(self) -> torch.Tensor:
+    def validate(self) -> torch.Tensor | None:
         return validation_image(self)
 
     def state_dict(self) -> dict[str, Any]:
@@ -235,9 +255,13 @@ def init_trainer(config: DistillConfig, progress: bool = True) -> DistillTrainer
 
 def finalize(trainer: DistillTrainer) -> dict[str, Any] | None:
     """The record of `select_and_save`: the first process compares and writes the LoRA, the others have
-    nothing left to do."""
-    trainer.accelerator.end_training()
-    record = select_and_save(trainer) if trainer.is_main else None
+    nothing left to do, unless a forward takes all."""
+    if trainer.takes_all:
+        record = select_and_save(trainer)
+        trainer.accelerator.end_training()
+    else:
+        trainer.accelerator.end_training()
+        record = select_and_save(trainer) if trainer.is_main else None
     trainer.close()
     return record
 

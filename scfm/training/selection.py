@@ -70,9 +70,9 @@ def scale_for(trainer: "DistillTrainer", steps: int) -> float:
 
 
 @torch.no_grad()
-def validation_image(trainer: "DistillTrainer", count: int = VALIDATION_IMAGES) -> torch.Tensor:
+def validation_image(trainer: "DistillTrainer", count: int = VALIDATION_IMAGES) -> torch.Tensor | None:
     """(3, H, W), also written to validation/STEP.png: a row of the teacher's, then one of the student's per
-    step count."""
+    step count; None in a process that only takes part in the forwards."""
     captions, noise = eval_captions(trainer, count)
     config = trainer.config
     if trainer.teacher_images is None:
@@ -84,6 +84,8 @@ def validation_image(trainer: "DistillTrainer", count: int = VALIDATION_IMAGES) 
             for n in config.eval_num_steps
         ),
     ]
+    if not trainer.is_main:
+        return None
     with with_vae(trainer.pipe, trainer.source):
         images = torch.cat([trainer.family.decode(row.to(trainer.pipe.device)).cpu().float() for row in rows])
     grid = make_grid(images / 2 + 0.5, nrow=count, padding=1)
@@ -120,8 +122,9 @@ def save_model(trainer: "DistillTrainer", folder: Path, name: str) -> Path:
 
 
 @torch.no_grad()
-def select_and_save(trainer: "DistillTrainer") -> dict[str, Any]:
-    """Saves all models with their scales, puts the one that lands nearest on top; returns the record.
+def select_and_save(trainer: "DistillTrainer") -> dict[str, Any] | None:
+    """Saves all models with their scales, puts the one that lands nearest on top; returns the record, None in
+    a process that only takes part in the forwards.
 
     Each is given, for each of config.eval_num_steps, the scale among config.eval_lora_scales at which its
     endpoints lie nearest to the teacher's own in config.teacher_steps, with step_scaled the one that its rule
@@ -144,6 +147,8 @@ def select_and_save(trainer: "DistillTrainer") -> dict[str, Any]:
         at_chosen = {n: distances[n, chosen[name].scale(n)] for n in config.eval_num_steps}
         distance[name] = {str(n): round(d, 5) for n, d in at_chosen.items()}
         sums[name] = sum(math.log(max(d, 1e-12)) for d in at_chosen.values())
+    if not trainer.is_main:
+        return None
     best = min(sums, key=sums.__getitem__) if config.select_adapter == "best" else config.select_adapter
     out = trainer.output_dir
     for name, folder in [*((name, out / name) for name in config.model_names), (best, out)]:

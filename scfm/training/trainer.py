@@ -50,8 +50,12 @@ class Trainer(ABC):
     A subclass makes `models`, `emas`, `optimizer` and `scheduler`, and knows the examples of each step
     (`plan_step`), what a
     checkpoint holds (`state_dict`, `load_state_dict`) and what validation shows (`validate`).
-    Attributes: config, output_dir, accelerator, is_main, global_step (steps done), bins (loss by time).
+    Attributes: config, output_dir, accelerator, is_main, global_step (steps done), bins (loss by time);
+    `takes_all`: whether the models are shared, so that every forward is one of all processes: then all
+    validate, and the first writes.
     """
+
+    takes_all = False
 
     models: Any
     emas: Any
@@ -84,7 +88,8 @@ class Trainer(ABC):
 
     @abstractmethod
     def validate(self) -> torch.Tensor | None:
-        """Writes what people look at during the run; returns an image (3, H, W) for the trackers, or None."""
+        """Writes what people look at during the run, in the main process; returns an image (3, H, W) for the
+        trackers, or None."""
 
     def take_folder(self, inputs: dict[str, str]) -> None:
         """Makes the folder this run's own, see `init_output_dir`. ValueError when another process trains in
@@ -196,7 +201,7 @@ class Trainer(ABC):
         if self.is_main and (self.global_step % config.checkpointing_steps == 0 or last):
             self.save()
         if (
-            self.is_main
+            (self.is_main or self.takes_all)
             and config.validation_steps
             and (self.global_step % config.validation_steps == 0 or last)
         ):
