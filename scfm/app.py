@@ -150,15 +150,14 @@ def build_page(comparer: Comparer, start: Start) -> gr.Blocks:
 def build_knobs(comparer: Comparer, start: Start) -> tuple[dict[str, Any], gr.Button]:
     """The inputs of `sample_cards` by name, in its order, and the button that draws a seed."""
     step_lora = comparer.step_lora
-    prompt = gr.Textbox(
-        start.captions[0] if start.captions else "", label="Prompt", lines=2, elem_id="prompt"
-    )
+    first = start.captions[0] if start.captions else ""
+    prompt = gr.Textbox(first, label="Prompt", info="Enter samples it", max_lines=4, elem_id="prompt")
     with gr.Group():
         steps = gr.Slider(1, MOST_STEPS, start.steps, step=1, label="Steps", elem_id="steps")
         mode = gr.Radio([RULE, FREE], value=RULE, label="LoRA scale", elem_id="mode")
-        first = round(step_lora.scales_for(start.steps)[0], 3)
+        rule = round(step_lora.scales_for(start.steps)[0], 3)
         scale = gr.Slider(
-            0, LARGEST_SCALE, first, step=0.001, show_label=False, interactive=False, elem_id="scale"
+            0, LARGEST_SCALE, rule, step=0.001, show_label=False, interactive=False, elem_id="scale"
         )
         shift = gr.Slider(
             0.25, LARGEST_SHIFT, step_lora.config.inference_shift, step=0.05, label="Shift", elem_id="shift"
@@ -181,7 +180,8 @@ def sample_cards(
         )
         choice.check()
     except (ValueError, TypeError) as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        yield show_cards(comparer, {}, mistake=str(error)), gr.skip()
+        return
     first = comparer.step_lora.scales_for(choice.steps)[0]
     slider = gr.update(value=round(first, 3), interactive=False) if by_rule else gr.update(interactive=True)
     made: dict[str, Sampled] = {}
@@ -205,16 +205,19 @@ def heading(comparer: Comparer) -> str:
     )
 
 
-def show_cards(comparer: Comparer, made: dict[str, Sampled], choice: Choice | None = None) -> str:
-    """The three images with what each cost; those still to be made are blank."""
+def show_cards(
+    comparer: Comparer, made: dict[str, Sampled], choice: Choice | None = None, mistake: str = ""
+) -> str:
+    """The three images with what each cost; those still to be made are blank, as all are beside a mistake."""
     if choice is None:
         titles = {role: "" for role in ROLES}
     else:
         few = steps_text(choice.steps)
         titles = {"student": few, "teacher": few, "target": steps_text(comparer.teacher_steps)}
     cards = "".join(card(role, titles[role], made, choice) for role in ROLES)
-    note = scale_note(comparer, choice) if choice else ""
-    return f'<div class="cards">{cards}</div><p class="note">{note}</p>'
+    note = scale_note(comparer, choice) if choice else html.escape(mistake[:1].upper() + mistake[1:])
+    kind = "note mistake" if mistake else "note"
+    return f'<div class="cards">{cards}</div><p class="{kind}">{note}</p>'
 
 
 def card(role: str, title: str, made: dict[str, Sampled], choice: Choice | None) -> str:
@@ -222,7 +225,8 @@ def card(role: str, title: str, made: dict[str, Sampled], choice: Choice | None)
     name = "Student" if role == "student" else "Teacher"
     sampled, prompt = made.get(role), html.escape(choice.prompt if choice else "", quote=True)
     if sampled is None:
-        body = '<div class="blank"></div><dl><dt>sampling</dt><dd></dd></dl>'
+        busy = " busy" * (choice is not None)
+        body = f'<div class="blank{busy}"></div><dl><dt>{"sampling" * bool(busy)}</dt><dd></dd></dl>'
     else:
         small = " small" if max(sampled.image.shape[1:]) <= SMALL else ""
         source = f"data:image/png;base64,{base64.b64encode(png_bytes(sampled.image)).decode()}"

@@ -77,7 +77,7 @@ def test_the_cards_name_steps_costs_and_the_captions_safely():
     choice = Choice('a "star" <script>', 2, 0.5)
     black = Sampled(-torch.ones(3, 8, 8), 2, (0.5, 0.5), 0.25, 4)
     text = show_cards(comparer, {"student": black}, choice)
-    assert text.count("<img") == 1 and text.count('class="blank"') == 2
+    assert text.count("<img") == 1 and text.count('class="blank busy"') == 2
     assert "2 steps" in text and "32 steps" in text and "0.25" in text and "<script>" not in text
     assert "LoRA scale 0.5 (as given)" in text
     white = black._replace(image=torch.ones(3, 8, 8), evaluations=32)
@@ -165,6 +165,16 @@ def test_turning_a_slider_changes_the_image(page, reached, tmp_path):
         driver.find_elements("css selector", "#captions button")[1].click()
         assert len({free[2], noise[2], when_changed(driver, noise)[2]}) == 3
         assert driver.find_element("css selector", "#prompt textarea").get_property("value") == CAPTIONS[1]
+        prompt = driver.find_element("css selector", "#prompt textarea")
+        prompt.send_keys(Keys.CONTROL + "a")
+        prompt.send_keys(Keys.BACKSPACE + Keys.ENTER)
+        end = time.monotonic() + WAIT
+        while "The prompt is empty" not in driver.find_element("id", "cards").text:
+            assert time.monotonic() < end, "no word on the empty prompt"
+            time.sleep(0.1)
+        assert not driver.find_elements("css selector", "#cards img")
+        prompt.send_keys(CAPTIONS[2] + Keys.ENTER)
+        assert sources(driver)
         assert not complaints(driver)
         outside = [url for url in requested(driver) if not url.startswith(page)]
         assert not outside and reached == {"127.0.0.1"}
