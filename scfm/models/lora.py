@@ -156,7 +156,8 @@ class LoraModels:
         the transformer itself when None
     teacher_velocity: how the teacher calls it, where that differs: a teacher with guidance and three models
         without distil the guidance into the weights
-    forward_rows: a `Family`'s: (cond) -> (rows,), which example each row of a forward is of; None: one each
+    forward_rows: a `Family`'s: (cond) -> (rows,), which example each row of a forward is of, or None: one
+        each; None for a family that does not say, whose models are then evaluated apart
 
     `student`, `teacher`, `ema_fast` and `ema_slow` are fields (x, t, cond) -> velocity, the interface of
     `scfm.method.consistency`, the EMAs at the LoRA scale `ema_target_scale`. Outside a call of another model
@@ -166,7 +167,7 @@ class LoraModels:
 
     def __init__(self, transformer: Any, velocity: FamilyVelocity, targets: Sequence[str], rank: int = 64,
                  alpha: int | None = None, model: Any = None, teacher_velocity: FamilyVelocity | None = None,
-                 forward_rows: Callable[[Condition], torch.Tensor | None] = lambda cond: None) -> None:
+                 forward_rows: Callable[[Condition], torch.Tensor | None] | None = lambda cond: None) -> None:
         add_adapters(transformer, targets, rank, alpha)
         self.transformer, self.velocity, self.forward_rows = transformer, velocity, forward_rows
         self.teacher_velocity = teacher_velocity or velocity
@@ -206,14 +207,16 @@ class LoraModels:
 
     @property
     def can_mix(self) -> bool:
-        """Whether the teacher is called as the others are, so that one forward can serve both."""
-        return self.teacher_velocity == self.velocity
+        """Whether one forward can serve the teacher and another model: it is called as they are, and which
+        rows are whose is known."""
+        return self.forward_rows is not None and self.teacher_velocity == self.velocity
 
     def mixed(self, name: str, is_teacher: torch.Tensor, x: torch.Tensor, t: torch.Tensor,
               cond: Condition = None) -> torch.Tensor:
         """The velocities (B, ...) of an EMA at `ema_target_scale`, of the teacher where `is_teacher` (B,), in
         one forward without a gradient. name: "ema_fast" or "ema_slow"
         """
+        assert self.forward_rows is not None                       # `can_mix`
         scales, index = torch.where(is_teacher, 0., self.ema_target_scale), self.forward_rows(cond)
         rows = scales if index is None else scales[index.to(scales.device)]
         with self.switch.using({name: rows.to(x.device)}), torch.no_grad():

@@ -112,13 +112,12 @@ class DistillTrainer(Trainer):
         velocity, teacher_velocity = velocities(self.family, config.guidance_mode)
         if config.gradient_checkpointing:
             recompute_blocks(transformer, config.checkpoint_blocks)
-        # the adapters' float32 products on tensor cores
-        torch.backends.cuda.matmul.allow_tf32 = config.weight_dtype == "bf16"
         torch.manual_seed(config.seed)  # PEFT draws A from the global state
         targets, alpha = config.lora_layers or self.family.lora_targets, config.lora_alpha or None
-        # a family that does not say has one row for each example; if not, the first forward says so
-        rows = getattr(self.family, "forward_rows", lambda cond: None)
+        rows = getattr(self.family, "forward_rows", None)
         if config.algorithm == STEP_SCALED:
+            # a family that does not say has one row for each example; if not, the first forward says so
+            rows = rows or (lambda cond: None)
             return ScaledLoraModels(
                 transformer, velocity, targets, config.rank, alpha, config.scale_order, rows
             )

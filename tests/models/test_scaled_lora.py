@@ -329,3 +329,20 @@ def test_a_pair_lies_in_two_files(tmp_path):
             key.removeprefix("transformer.").replace("lora_B", f"lora_B.{adapter}")
         ]
         assert torch.equal(saved[key], 2 * mine)  # alpha / rank is multiplied in
+
+
+def test_models_of_a_family_that_does_not_say_whose_rows_are_whose_are_evaluated_apart():
+    four = Four("sd3")
+    expected = consistency_target(four.x, jumps := some_jumps(), four.models, four.cond)
+    four.models.forward_rows, rows = None, []
+    hook = four.models.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    apart = consistency_target(four.x, jumps, four.models, four.cond)
+    hook.remove()
+    assert len(rows) == 3  # teacher and fast EMA each on its own examples, then the slow EMA on all
+    torch.testing.assert_close(apart, expected, rtol=0, atol=1e-5)
+
+
+def some_jumps():
+    return draw_jumps(4, 0.5, shift=(3.0, 3.0), generator=keyed_generator(1, 0))
