@@ -16,8 +16,9 @@ from scfm.evaluation.samplers import InContext, Sampler, lora_digest
 from scfm.inference.adapters import load_adapter, lora_file
 from scfm.inference.config import InferenceConfig
 from scfm.inference.step_lora import StepLora, fixed_shift
+from scfm.models.base import PipelineFamily
 from scfm.models.loading import DTYPES, no_loading_bars
-from scfm.models.sampling import start_noise, stock_latents
+from scfm.models.sampling import as_pipeline_family, start_noise, stock_latents
 from scfm.models.source import INDEX, PipelineSource
 from scfm.types import Family
 
@@ -165,17 +166,19 @@ class PipelineImages:
     def __call__(self, captions: Sequence[str], numbers: Sequence[int]) -> torch.Tensor:
         config, steps = self.config, self.steps
         arguments: dict[str, Any] = self.start(numbers)
+        family = as_pipeline_family(self.family) if self.family else PipelineFamily
         if self.model.guidance_scale is not None:
-            arguments["guidance_scale"] = self.model.guidance_scale
+            arguments |= family.guidance_of_batch(self.model.guidance_scale, len(captions))
         if self.model.inference_shift:
             arguments["sigmas"] = [1 - i / steps for i in range(steps)]
         images = self.pipe(
-            list(captions),
+            prompt=list(captions),
             height=config.height,
             width=config.width,
             num_inference_steps=steps,
             output_type="pt",
             **arguments,
+            **family.call_settings,
         ).images
         return images * 2 - 1
 
@@ -187,7 +190,7 @@ class PipelineImages:
             return {"generator": [torch.Generator().manual_seed(s) for s in seeds]}
         noise = start_noise(self.family, numbers, seed)
         return {
-            "latents": noise.to(self.pipe.device, self.pipe.dtype),
+            "latents": as_pipeline_family(self.family).stock_noise(noise),
             "max_sequence_length": self.config.max_sequence_length,
         }
 

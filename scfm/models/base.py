@@ -129,6 +129,13 @@ class PipelineFamily:
         negative = {"negative_prompt": negative_prompt} if negative_prompt else {}
         return {**negative, "guidance_scale": scale}
 
+    @classmethod
+    def guidance_of_batch(cls, scale: float, n: int, negative_prompt: str = "") -> dict[str, Any]:
+        """`guidance_arguments` of a call with n captions, which has a list of negative prompts."""
+        arguments = cls.guidance_arguments(scale, negative_prompt)
+        lists = {name: [text] * n for name, text in arguments.items() if name == "negative_prompt"}
+        return {**arguments, **lists}
+
     def stock_noise(self, noise: torch.Tensor) -> torch.Tensor:
         """Noise (n, *latent_shape) as the stock pipeline takes it."""
         return noise.to(self.pipe.device, self.latents_dtype or self.pipe.dtype)
@@ -151,9 +158,7 @@ class PipelineFamily:
 
         grid: hand it the plain grid as sigmas, to which its scheduler adds the shift; else it has its own
         """
-        arguments = self.guidance_arguments(guidance, getattr(self, "negative_prompt", ""))
-        if "negative_prompt" in arguments:
-            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(captions)
+        arguments = self.guidance_of_batch(guidance, len(captions), getattr(self, "negative_prompt", ""))
         if grid:
             arguments["sigmas"] = [1 - i / steps for i in range(steps)]
         return self.pipe(

@@ -6,19 +6,23 @@ test_families.py.
 
 import json
 from fnmatch import fnmatch
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from scfm.data.caption_length import warn_of_long_captions
+from scfm.evaluation.external_models import ExternalModel, PipelineImages
+from scfm.inference.config import InferenceConfig
 from scfm.inference.step_lora import fixed_shift
+from scfm.models.base import time_shift
 from scfm.models.check import check_images, check_latents, check_lora, check_text, check_velocity
 from scfm.models.family import FAMILIES
 from scfm.models.loading import load_pipeline
 from scfm.models.lora import WEIGHT_NAME, LoraModels, add_adapters, save_lora
 from scfm.models.lora_file import read_lora_scales
-from scfm.models.sampling import stock_latents, stock_shift
+from scfm.models.sampling import start_noise, stock_latents, stock_shift
 from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.source import HUB_FILES, PipelineSource
 from scfm.training.config import DistillConfig
@@ -164,6 +168,18 @@ def test_it_saves_and_reloads_and_a_part_alone_knows_its_sizes(name, pipes, fami
     assert torch.equal(images, family.sample_stock(CAPTIONS, noise, 2, 4.0))
     latents = stock_latents(family, CAPTIONS, noise, 2, 4.0, fixed_shift(stock_shift(family)))
     torch.testing.assert_close(family.decode(latents), images, rtol=0, atol=1e-4)
+
+
+@each_family
+def test_another_pipeline_of_its_class_is_called_as_it_is(name, pipes, family):
+    """As `scfm evaluate --external_model` does it."""
+    size = {"height": 32, "width": 32, "max_sequence_length": LENGTH}
+    model = ExternalModel("other", Path(), guidance_scale=4.0, inference_shift=3.0)
+    images = PipelineImages(pipes[name], model, InferenceConfig(**size), 2, family)
+    with time_shift(pipes[name], 3.0):
+        theirs = images(CAPTIONS[:2], [0, 1])
+    ours = family.sample_stock(CAPTIONS[:2], start_noise(family, [0, 1], 0), 2, 4.0, 3.0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 @each_family
