@@ -1,6 +1,7 @@
 """A frozen base that does not fit one GPU, shared by several processes with FSDP2: each holds its slices, and
 a block is whole only while it computes. The adapters stay as they are: whole in every process."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,8 @@ def load_sharded(source: PipelineSource, dtype: torch.dtype, device: torch.devic
             str(source.folder), dtype=dtype, variant=source.variant or None, **parts
         )
     pipe.vae_scale_factor = source.skeleton.vae_scale_factor  # without a VAE it has a guess
+    # of outputs that are views: wrong where they are changed in place, and no family's transformer does
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in (*blocks_of(transformer), transformer):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     read_slices(transformer, weight_files(source), dtype, device)
