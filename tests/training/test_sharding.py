@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -13,10 +14,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import scfm.training.sharding as sharding
 from scfm.cli import main
 from scfm.data.cache import batch_indices
+from scfm.data.prepare import check_processes
 from scfm.models.family import FAMILIES
 from scfm.models.loading import load_pipeline
 from scfm.models.lora import LoraModels, adapter_parameters
@@ -157,12 +160,28 @@ def answers(pipe, folder, shake=0.2):
     return [teacher, student.detach(), *(p.grad for p in models.parameters("student") if p.grad is not None)]
 
 
+class Gathered(TorchDispatchMode):
+    """Counts the bytes of what is gathered from all processes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.c10d._allgather_base_.default:
+            self.bytes += args[0].numel() * args[0].element_size()
+        return function(*args, **(kwargs or {}))
+
+
 def compare(folders, shard):
-    """{name: the largest difference of a sharded base from a whole one, relative}."""
+    """{name: the largest difference of a sharded base from a whole one, relative}. The weights are sent once
+    for each forward and once for backward, whatever is recomputed."""
     found = {}
     for name, folder in folders.items():
         torch.manual_seed(torch.distributed.get_rank())  # what is drawn at loading has to play no part
-        sharded = answers(sharding.load_sharded(PipelineSource(folder), FLOAT32, CPU, shard), folder)
+        pipe = sharding.load_sharded(PipelineSource(folder), FLOAT32, CPU, shard)
+        with Gathered() as gathered:
+            sharded = answers(pipe, folder)
+        times = gathered.bytes / sharding.held_bytes(pipe.transformer)[1]
+        assert 3 - 1e-9 < times < 3.1, times  # padding; the teacher's forward, the student's, its backward
         whole = answers(load_pipeline(folder, FLOAT32, parts="transformer")[0], folder)
         pairs = zip(sharded, whole, strict=True)
         found[name] = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-9)) for a, b in pairs)
@@ -375,6 +394,12 @@ def test_processes_that_are_no_groups_are_refused():
             sharding.check_sharding(shard, processes)
     for shard, processes in ((0, 1), (0, 3), (2, 2), (8, 16)):
         sharding.check_sharding(shard, processes)
+
+
+def test_another_sharding_is_refused_by_the_name_of_ours(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="accelerate was asked for FSDP.*scfm distill --shard N"):
+        check_processes(SimpleNamespace(num_processes=1))
 
 
 def test_weights_that_are_no_safetensors_are_refused(tmp_path):
