@@ -6,7 +6,7 @@ from typing import Any
 
 from scfm.commands.options import add_options, make_parser, use_settings_file
 from scfm.training.config import DistillConfig
-from scfm.training.plan import GPUS, SHAPES, make_plan
+from scfm.training.plan import GIB, GPUS, SHAPES, make_plan
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,6 +101,13 @@ def print_plan(plan: dict[str, Any], name: str, config: DistillConfig) -> None:
         f"of the "
         f"{plan['gpu']}'s bf16 rate {plan['seconds a step']:.2g} s"
     )
+    if plan["processes"] > 1:
+        received = plan["GiB received a step"]
+        rate = received * GIB / 1e9 / plan["seconds a step"]
+        print(
+            f"  shared by {plan['processes']} GPUs: memory and seconds are each one's; of the base it receives "
+            f"{received:.4g} GiB a\n  step, for which a link of {rate:.3g} GB/s takes as long as the computing"
+        )
     print(
         f"  {plan['hours of training']:.1f} h for {plan['steps']} steps, and "
         f"{plan['hours of generating']:.1f} h for the "

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.method.distill import STEP_SCALED
-from scfm.models.blocks import first_blocks
+from scfm.models.blocks import blocks_of, first_blocks
 from scfm.models.family import FAMILIES
 from scfm.models.flux import Flux
 from scfm.models.loading import DTYPES
@@ -20,7 +20,7 @@ from scfm.models.quantize import BYTES
 from scfm.models.scaled_lora import ScaledLoraModels, names_of
 from scfm.models.sd3 import SD3
 from scfm.models.source import PipelineSource
-from scfm.training.config import DistillConfig
+from scfm.training.config import DistillConfig, refuse_for_shard
 
 GIB = 2**30
 FACTOR = 8  # pixels to a latent, where a family does not say otherwise
@@ -230,7 +230,7 @@ def make_plan(
     images: int = 0,
 ) -> dict[str, Any]:
     """What a run would cost: a dict of parameters, GiB by part, operations a training step and hours on a
-    GPU.
+    GPU, or on each of config.shard GPUs that share the base.
 
     config: its pipeline may be empty when a shape is named. efficiency: share of the stated operations a
     second that is assumed to be reached. images: how many the teacher is to generate first. The hours and
@@ -239,8 +239,11 @@ def make_plan(
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu {gpu!r} is not known: take one of {', '.join(GPUS)}")
+    if config.shard:
+        refuse_for_shard(config)
     family, transformer = shape_of(config, shape, change)
-    base = sum(p.numel() for p in transformer.parameters())
+    base, block = sum(p.numel() for p in transformer.parameters()), largest_block(transformer)
+    processes = config.shard or 1
     bytes_each, batch = DTYPES[config.weight_dtype].itemsize, config.global_batch_size
     blocks = sum(len(m) for _, m in transformer.named_children() if isinstance(m, torch.nn.ModuleList))
     lora, adapters = give_adapters(config, family, transformer)
@@ -254,17 +257,21 @@ def make_plan(
         inputs = share * blocks * tokens * inner_width(transformer) * bytes_each
         # the later blocks' own are gone when the first ones are computed again, one at a time
         activations = inputs + max((1 - share) * one.saved, one.saved / blocks)
+    examples = -(-batch // processes)  # of one process
+    forward_size = min(config.micro_batch_size or examples, examples)
     memory = {
-        "base": base * BYTES.get(config.quantize, bytes_each),
+        "base": base * BYTES.get(config.quantize, bytes_each) / processes,
+        # whole for as long as it computes, and the next one, which is on its way
+        **({"blocks in use": 2 * block * bytes_each} if config.shard else {}),
         "adapters": 4 * adapters,
         "Adam": 2 * 4 * lora,
         "gradients": 4 * lora,
-        "activations, guessed": activations * (config.micro_batch_size or batch),
+        "activations, guessed": activations * forward_size,
     }
     speed, room = GPUS[gpu]
     seconds, generating = (
-        operations / (speed * efficiency),
-        images * config.teacher_steps * one.forward / (speed * efficiency),
+        operations / (speed * efficiency * processes),
+        images * config.teacher_steps * one.forward / (speed * efficiency * processes),
     )
     return {
         "transformer, parameters": base,
@@ -275,6 +282,15 @@ def make_plan(
         "operations of an example's forward": one.forward,
         "operations of a step": operations,
         "forward passes a step": 3 * batch,
+        "processes": processes,
+        # for two forwards of the target, the student's, and its backward
+        "GiB received a step": 4
+        * -(-examples // forward_size)
+        * (processes - 1)
+        / processes
+        * base
+        * bytes_each
+        / GIB,
         "seconds a step": seconds,
         "hours of training": config.max_train_steps * seconds / 3600,
         "hours of generating": generating / 3600,
@@ -283,6 +299,11 @@ def make_plan(
         "steps": config.max_train_steps,
         "images": images,
     }
+
+
+def largest_block(transformer: torch.nn.Module) -> int:
+    """Parameters of the largest of a transformer's blocks; 0 without blocks."""
+    return max((sum(p.numel() for p in block.parameters()) for block in blocks_of(transformer)), default=0)
 
 
 def give_adapters(config: DistillConfig, family: Any, transformer: Any) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from scfm.models.scaled_lora import second_file
 from scfm.models.source import PipelineSource
 from scfm.training.config import DistillConfig
 from scfm.training.distill_trainer import DistillTrainer
+from scfm.training.plan import make_plan
 from toy.pipelines import BUILD, FLUX, TOKENS, build_flux, build_sd3
 from toy.shapes import draw_captions, draw_images
 
@@ -357,6 +358,40 @@ def test_processes_with_unlike_sizes_make_equally_many_forwards(images, whole, t
             counts.append(len(parts))
         assert counts[0] == counts[1] == max(map(len, fewest))
     assert uneven
+
+
+# The plan
+
+
+def test_the_plan_counts_the_share_of_one_process():
+    base = 4 * sum(p.numel() for p in build_flux().transformer.parameters()) / 2**30
+    settings = {"height": 32, "width": 32, "max_sequence_length": TOKENS, "rank": 2}
+    whole = make_plan(DistillConfig(pretrained_model_name_or_path=str(FLUX), **settings))
+    shared = make_plan(DistillConfig(pretrained_model_name_or_path=str(FLUX), **settings, shard=4))
+    assert shared["GiB"]["base"] == pytest.approx(base / 4) and whole["GiB"]["base"] == pytest.approx(base)
+    assert 0 < shared["GiB"]["blocks in use"] < base and "blocks in use" not in whole["GiB"]
+    assert (
+        shared["GiB received a step"] == pytest.approx(4 * 3 / 4 * base) and not whole["GiB received a step"]
+    )
+    assert shared["seconds a step"] == pytest.approx(whole["seconds a step"] / 4)
+    activations = [plan["GiB"]["activations, guessed"] for plan in (whole, shared)]
+    assert activations[1] == pytest.approx(activations[0] / 4)
+    halves = make_plan(
+        DistillConfig(pretrained_model_name_or_path=str(FLUX), **settings, shard=4, micro_batch_size=1)
+    )
+    assert halves["GiB received a step"] == pytest.approx(
+        2 * shared["GiB received a step"]
+    )  # 2 examples each
+    with pytest.raises(ValueError, match="quantize='int8' with shard"):
+        make_plan(
+            DistillConfig(pretrained_model_name_or_path=str(FLUX), **settings, shard=4, quantize="int8")
+        )
+
+
+def test_the_plan_says_who_holds_what(capsys):
+    tiny = ["--height", "32", "--width", "32", "--max_sequence_length", str(TOKENS)]
+    assert main(["plan", "--pretrained_model_name_or_path", str(FLUX), *tiny, "--shard", "4"]) == 0
+    assert "shared by 4 GPUs" in capsys.readouterr().out
 
 
 # What is refused
