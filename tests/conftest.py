@@ -13,6 +13,7 @@ BUDGETS = json.loads((Path(__file__).parent / "budgets.json").read_text())  # se
 # Seconds of the test files that take longest, as processor time with one thread.
 LONG = {
     "test_distill_trainer": 80,
+    "test_sharding": 60,
     "test_evaluate": 40,
     "test_demo": 40,
     "test_flux": 35,

@@ -104,10 +104,8 @@ def print_plan(plan: dict[str, Any], name: str, config: DistillConfig) -> None:
     if plan["processes"] > 1:
         received = plan["GiB received a step"]
         rate = received * GIB / 1e9 / plan["seconds a step"]
-        print(
-            f"  shared by {plan['processes']} GPUs: memory and seconds are each one's; of the base it receives "
-            f"{received:.4g} GiB a\n  step, for which a link of {rate:.3g} GB/s takes as long as the computing"
-        )
+        print(f"  shared by {plan['processes']} GPUs: memory and seconds are each one's")
+        print(f"  it receives {received:.4g} GiB of the base a step, as long as that at {rate:.3g} GB/s")
     print(
         f"  {plan['hours of training']:.1f} h for {plan['steps']} steps, and "
         f"{plan['hours of generating']:.1f} h for the "

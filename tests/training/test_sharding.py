@@ -332,6 +332,17 @@ def test_killed_and_called_again_it_is_the_same_run_bit_for_bit(images, whole, t
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_without_the_others(images, whole, tmp_path):
+    """From a checkpoint of two processes that shared the base, in one that holds it."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/000006")
+    (tmp_path / "run/selection.json").unlink()
+    assert main([str(w) for w in words(images, tmp_path / "run", **SIZES)]) == 0
+    ours, theirs = adapters(whole, 6), adapters(tmp_path / "run", 6)
+    assert all(furthest(ours[name], theirs[name]) < 1e-4 for name in ours)
+
+
+@pytest.mark.slow
 def test_processes_with_unlike_sizes_make_equally_many_forwards(images, whole, tmp_path, monkeypatch):
     """Where they did not, the run of two sizes would have waited for ever."""
     command = words(images, tmp_path / "run", **SIZES)
