@@ -1,7 +1,8 @@
 """examples/plain_scfm.py is plain_scfm.ipynb as a script; `python tests/test_plain_script.py` writes it.
 
 The rule, cell by cell, with an empty line between cells:
-- markdown becomes comments, wrapped at 110 columns;
+- markdown becomes comments, wrapped at 110 columns, links their names; the line about time and neighbours is
+  left out;
 - code stays as it is, without lines that begin with `%` or `#|`;
 - a cell that is one expression, which a notebook would display, is printed.
 """
@@ -27,10 +28,12 @@ def script_of(notebook):
     """The text of the script."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     convert = {"markdown": comment, "code": code}
+    cells = [cell for cell in cells if cell["id"] != "nav"]
     return "\n\n".join(convert[cell["cell_type"]]("".join(cell["source"])) for cell in cells) + "\n"
 
 
 def comment(text):
+    text = re.sub(r"\[([^]]+)\]\([^)]*\.ipynb\)", r"`\1`", text)
     wrapper = textwrap.TextWrapper(WIDTH - 2, break_long_words=False, break_on_hyphens=False)
     lines = [line for paragraph in text.splitlines() for line in wrapper.wrap(paragraph) or [""]]
     return "\n".join(f"# {line}".rstrip() for line in lines)

@@ -94,8 +94,9 @@ class PixelPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self.vae_scale_factor = 1
 
     @torch.no_grad()
-    def __call__(self, prompt: str | Sequence[str], negative_prompt: str = "", height: int | None = None,
-                 width: int | None = None, num_inference_steps: int = 16, sigmas: list[float] | None = None,
+    def __call__(self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] = "",
+                 height: int | None = None, width: int | None = None, num_inference_steps: int = 16,
+                 sigmas: list[float] | None = None,
                  guidance_scale: float = 1., generator: torch.Generator | None = None,
                  latents: torch.Tensor | None = None, output_type: str = "pil",
                  max_sequence_length: int | None = None,
@@ -103,7 +104,7 @@ class PixelPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """Images of the classes that the prompts name, as .images.
 
         prompt: one or several
-        negative_prompt: a class to lead away from
+        negative_prompt: a class to lead away from, one for all or one for each prompt
         height, width: in pixels; the network's own when None
         num_inference_steps: number of steps
         sigmas: the grid before the scheduler's shift; 1 to 1 / steps when None
@@ -117,7 +118,9 @@ class PixelPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
         config, dtype = self.transformer.config, self.transformer.dtype
         shape = len(captions), 3, height or config.resolution, width or config.resolution
-        labels, negative = self.text_encoder(captions), self.text_encoder([negative_prompt] * len(captions))
+        one = isinstance(negative_prompt, str)
+        negatives = [negative_prompt] * len(captions) if one else list(negative_prompt)
+        labels, negative = self.text_encoder(captions), self.text_encoder(negatives)
         x = randn_tensor(shape, generator, self.device, dtype) if latents is None else latents.to(self.device)
         grid = sigmas or [1 - i / num_inference_steps for i in range(num_inference_steps)]
         self.scheduler.set_timesteps(sigmas=grid, device=self.device)
