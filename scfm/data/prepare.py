@@ -260,7 +260,7 @@ def check_processes(state: Any) -> None:
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("1", "true", "yes"):
             raise ValueError(
-                f"accelerate was asked for {engine}, which is not done here: every process holds the whole "
+                f"accelerate was set up for {engine}, which is not done here: every process holds the whole "
                 "base, and the gradients of the LoRA are added up. Launch without it; where the base does "
                 "not fit, scfm distill --shard N shares it out, and --quantize int8 or nf4 makes it smaller"
             )

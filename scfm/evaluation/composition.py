@@ -1,4 +1,4 @@
-"""Whether all that a caption names is in its image, asked of a network that answers questions."""
+"""Whether all that a caption names is in its image, by a network that answers questions."""
 
 import re
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ BETWEEN = re.compile(r"[,;.]|\b(?:and|with)\b", re.IGNORECASE)  # the parts of a
 
 class CompositionMetric:
     """The compositional score, in the way of T2I-CompBench's BLIP-VQA (arXiv 2307.06350): each part of a
-    caption is asked as "part?", its share is P(yes) / (P(yes) + P(no)) of the answer's first token, and an
-    image's score is the product over its caption's parts; the metric's is the mean, 0 to 1.
+    caption becomes the question "part?", its share is P(yes) / (P(yes) + P(no)) of the answer's first token,
+    and an image's score is the product over its caption's parts; the metric's is the mean, 0 to 1.
 
     What differs from theirs: the parts lie between commas, "and" and "with", where they take the noun phrases
     that spaCy finds; a question begins with [CLS], as transformers has it, where theirs begins with [ENC];

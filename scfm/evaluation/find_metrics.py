@@ -29,8 +29,8 @@ def find_metrics(
 ) -> tuple[list[ImageMetric], dict[str, str]]:
     """(metrics, {name: why it is missing}), by the settings of that name; "none" leaves one out.
 
-    preference, composition: folders of models, or names on the hub; empty: not asked for, so not missing
-    patch_size: (H, W) of the images, where patch FID is asked for
+    preference, composition: folders of models, or names on the hub; empty: not wanted, so not missing
+    patch_size: (H, W) of the images, where patch FID is wanted
     """
     metrics: list[ImageMetric] = [CustomMetric(custom_metric)] if custom_metric else []
     missing: dict[str, str] = {}

@@ -7,7 +7,7 @@ import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
 from scfm.models.base import PipelineFamily, Published, with_negative
-from scfm.models.sd3 import Joined, guided_velocity
+from scfm.models.sd3 import SD3, Joined, guided_velocity
 
 
 class ZImage(PipelineFamily):
@@ -59,19 +59,7 @@ class ZImage(PipelineFamily):
         mask = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
         return with_negative({"tokens": tokens.cpu(), "mask": mask})
 
-    @torch.no_grad()
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """(n, 3, height, width) in [-1, 1] -> (n, C, rows, columns), the mean of the VAE's posterior."""
-        vae = self.pipe.vae
-        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (n, C, rows, columns) -> images (n, 3, height, width) in [-1, 1]."""
-        vae = self.pipe.vae
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return vae.decode(latents.to(vae.dtype)).sample.clamp(-1, 1)
+    encode_images, decode = SD3.encode_images, SD3.decode  # the same normalisation of latents
 
     def velocity(
         self, transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]

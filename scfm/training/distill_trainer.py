@@ -33,7 +33,14 @@ from scfm.streams import Stream, keyed_generator
 from scfm.training.checkpoint import find_checkpoint, load_checkpoint, refuse_fewer_steps
 from scfm.training.config import DistillConfig
 from scfm.training.selection import select_and_save, validation_image
-from scfm.training.sharding import check_sharding, check_slices, full_shapes, load_sharded, split_into
+from scfm.training.sharding import (
+    check_rows,
+    check_sharding,
+    check_slices,
+    full_shapes,
+    load_sharded,
+    split_into,
+)
 from scfm.training.trainer import StepPlan, Trainer, make_accelerator
 from scfm.types import Family
 
@@ -96,6 +103,7 @@ class DistillTrainer(Trainer):
         require_quantizer(config.quantize)
         if config.shard:
             check_slices(source)
+            check_rows(family)
         if config.report_to != "none" and find_spec(config.report_to) is None:
             raise ValueError(
                 f"report_to {config.report_to} needs it installed: pip install {config.report_to}, or "

@@ -40,6 +40,16 @@ def check_slices(source: PipelineSource) -> None:
         )
 
 
+def check_rows(family: Any) -> None:
+    """ValueError for a family whose models are evaluated apart (`LoraModels.can_mix`): processes with other
+    examples would make other numbers of forwards, and wait for each other for ever."""
+    if getattr(family, "forward_rows", None) is None:
+        raise ValueError(
+            f"{type(family).__name__} does not say which example each row of a forward is of: give it "
+            "forward_rows, or leave --shard out"
+        )
+
+
 def weight_files(source: PipelineSource) -> list[Path]:
     """The files with the transformer's weights; the safetensors alone where there are some."""
     variant = source.variant_of("transformer") or ""

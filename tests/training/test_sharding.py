@@ -444,7 +444,7 @@ def test_processes_that_are_no_groups_are_refused():
 
 def test_another_sharding_is_refused_by_the_name_of_ours(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="accelerate was asked for FSDP.*scfm distill --shard N"):
+    with pytest.raises(ValueError, match="accelerate was set up for FSDP.*scfm distill --shard N"):
         check_processes(SimpleNamespace(num_processes=1))
 
 
@@ -467,3 +467,12 @@ def test_a_missing_tensor_and_another_shape_are_named(tmp_path):
     save_file(weights, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"x_embedder.bias is \[3\], and the model has \[128\]"):
         sharding.read_slices(transformer, [tmp_path / "other.safetensors"], FLOAT32, CPU)
+
+
+def test_a_family_whose_models_are_evaluated_apart_is_refused():
+    """Its processes would make unequal numbers of forwards, and hang."""
+    sharding.check_rows(SimpleNamespace(forward_rows=lambda cond: None))
+    with pytest.raises(
+        ValueError, match="SimpleNamespace does not say .* forward_rows, or leave --shard out"
+    ):
+        sharding.check_rows(SimpleNamespace())
