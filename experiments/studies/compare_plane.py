@@ -88,7 +88,7 @@ def train_rival(bed: Plane, job: Job) -> tuple[dict[Any, nn.Module], MLP, dict]:
     steps, pairs = plan(bed.sizes, job.family, job.budget)
     stages = {"stages": STAGES} if job.family == "progressive" else {}
     grids = {"grids": SHORTCUT_GRIDS} if job.family == "shortcut" else {}
-    change = {"max_train_steps": steps // len(STAGES) if stages else steps}
+    change = {**job.change, "max_train_steps": steps // len(STAGES) if stages else steps}
     config = SCFMConfig(seed=job.seed, **make_recipe(bed.sizes, change).config)
     spec = {
         "teacher": of_teacher,

@@ -10,7 +10,7 @@ from experiments import budgets
 from experiments.recipes import short_decay
 from experiments.runner import CellCache, Job, non_defaults
 from experiments.testbeds import Field
-from experiments.testbeds.plane import BUDGETED_SIZES, Plane, PlaneSizes, make_recipe
+from experiments.testbeds.plane import BUDGETED_SIZES, Plane, PlaneSizes, longer, make_recipe
 from experiments.testbeds.tiny_flux import (
     LEARNING_RATE,
     FluxSizes,
@@ -45,14 +45,14 @@ def train_steps(budget: int, batch: int, lora: bool = False) -> int:
 def make_config(job: Job, sizes: Any, steps: int, around: float, **usual: Any) -> SCFMConfig:
     """Of a job. around: the shift that is sampled at; a job's `shift_width` says how far training strays."""
     change = dict(job.change)
-    width = change.pop("shift_width", 0.1)
+    width, memory = change.pop("shift_width", 0.1), change.pop("ema_memory", 1)
     recipe = make_recipe(
         sizes,
         {
             "max_train_steps": steps,
             "algorithm": STEP_SCALED,
             "shift": (around / (1 + width), around * (1 + width)),
-            "ema_decay": short_decay(steps),
+            "ema_decay": longer(short_decay(steps), memory),
             **usual,
             **change,
         },

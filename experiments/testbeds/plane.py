@@ -82,19 +82,25 @@ class Recipe(NamedTuple):
     reading: dict[str, Any]
 
 
+def longer(decay: float, memory: float) -> float:
+    """The decay of an EMA whose memory, 1 / (1 - decay) steps, is so many times as long; at least a step."""
+    return decay if memory == 1 else max(0.0, 1 - (1 - decay) / memory)
+
+
 def make_recipe(sizes: Any, change: dict[str, Any]) -> Recipe:
-    """The recipe of all students, the paper's with EMAs as short as the run, with a change. sizes: updates,
-    batch.
+    """The recipe of all students, the paper's with EMAs as short as the run, with a change, in which
+    `ema_memory` multiplies their memory. sizes: updates, batch.
     """
-    steps = change.get("max_train_steps", sizes.updates)
+    change = dict(change)
+    steps, memory = change.get("max_train_steps", sizes.updates), change.pop("ema_memory", 1)
     config = {
         "max_train_steps": steps,
         "global_batch_size": sizes.batch,
         "shift": (1.0, 2.0),
         "learning_rate": 3e-4,
         "lr_scheduler": "cosine",
-        "ema_decay_fast": shorten(0.99, steps),
-        "ema_decay_slow": shorten(0.999, steps),
+        "ema_decay_fast": longer(shorten(0.99, steps), memory),
+        "ema_decay_slow": longer(shorten(0.999, steps), memory),
     }
     training, reading = {"few": 0, "sample_space": False}, {"read_out": "ema_slow", "sampling_shift": 1.0}
     recipe = Recipe(config, training, reading)
