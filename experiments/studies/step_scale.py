@@ -68,7 +68,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learning rate x 3": {"learning_rate": 1e-3},
 }
 ON_FLUX_ALONE: dict[str, dict[str, Any]] = {  # there the differences' own rate is 2.8e-3 without it
-    "learning rate x .36": {"learning_rate": 3.6e-4}
+    "learning rate x .36": {"learning_rate": 3.6e-4},
+    "10 images": {"drawings": 10},
+    "1 image": {"drawings": 1},
 }
 ON_FLUX = ("p = .5", "p = 1", "2 to 4 twice as often", "EMA .5", "EMA .95", "finest 32", "one shift")
 NOTES = (

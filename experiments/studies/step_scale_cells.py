@@ -1,6 +1,7 @@
 """Trainings and measurements of the study `step_scale`, on the plane and on the tiny Flux."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -151,17 +152,20 @@ def make_scaled_lora(seed: int, rank: int, order: int) -> ScaledLoraModels:
 
 
 def measure_on_flux(cache: CellCache, job: Job, sizes: FluxSizes) -> dict:
-    """{"frechet": {steps: number}, "prompt_accuracy": ..., "endpoint": ...}. A change may name a rank."""
-    bed, rank = TinyFlux(cache, sizes), job.change.get("rank", RANK)
-    steps = train_steps(job.budget, sizes.batch, lora=True)
-    plain = job._replace(change={name: value for name, value in job.change.items() if name != "rank"})
+    """{"frechet": {steps: number}, "prompt_accuracy": ..., "endpoint": ...}. A change may name a rank, and
+    how many drawings the training sees.
+    """
+    bed, change = TinyFlux(cache, sizes), dict(job.change)
+    rank, drawings = change.pop("rank", RANK), change.pop("drawings", sizes.drawings)
+    steps, seen = train_steps(job.budget, sizes.batch, lora=True), replace(sizes, drawings=drawings)
+    plain = job._replace(change=change)
     config = make_config(
         plain, sizes, steps, STOCK, global_batch_size=sizes.batch, learning_rate=LEARNING_RATE
     )
     spec = {
         "pipeline": pipeline_fingerprint(),
         "rank": rank,
-        "drawings": sizes.drawings,
+        "drawings": drawings,
         "guidance": GUIDANCE,
         "config": non_defaults(config),
     }
@@ -169,7 +173,7 @@ def measure_on_flux(cache: CellCache, job: Job, sizes: FluxSizes) -> dict:
     adapters = models.adapters["ema"]
 
     def make() -> dict[str, dict[str, torch.Tensor]]:
-        distill(models, bed.batches(job), config, progress=False)
+        distill(models, TinyFlux(cache, seen).batches(job), config, progress=False)
         states = {name: adapter_state(models.transformer, name) for name in adapters}
         return {name: {key: part.clone() for key, part in state.items()} for name, state in states.items()}
 
