@@ -54,6 +54,7 @@ class CachePlan:
     source: the pipeline whose VAE and text encoders encode. images: what the folder lists.
     sizes: [(height, width)] in pixels, the buckets. max_sequence_length: of the text, in tokens.
     dtype: what the encoders compute in. negative_prompt: where the family has one.
+    captions: of images that are still to be made: their text alone is planned, with no images.
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class CachePlan:
         max_sequence_length: int,
         dtype: torch.dtype,
         negative_prompt: str = "",
+        captions: Sequence[str] = (),
     ) -> None:
         self.folder, self.max_sequence_length = Path(cache_dir), max_sequence_length
         self.sizes: list[Size] = [(height, width) for height, width in sizes]
-        self.captions = [image.caption for image in images]
+        self.captions = [*(image.caption for image in images), *captions]
         self.hashes = [image.digest for image in images]
         self.size_of = torch.tensor(
             [self.sizes.index(nearest_size(i.height, i.width, self.sizes)) for i in images]
@@ -146,13 +148,22 @@ class CachePlan:
 
     def open(self) -> "CachedDataset":
         """The `CachedDataset`. ValueError when something is missing."""
+        self.require_whole()
+        return CachedDataset(self)
+
+    def open_text(self) -> "CachedText":
+        """The captions' embeddings alone. ValueError when something is missing."""
+        self.require_whole()
+        return CachedText(self)
+
+    def require_whole(self) -> None:
+        """ValueError when something is missing."""
         missing = self.missing()
         if missing:
             raise ValueError(
                 f"the cache in {self.folder} lacks {len(missing)} of {len(self.shards)} "
                 f"shards: encode it first"
             )
-        return CachedDataset(self)
 
 
 def shard(kind: str, rows: Any, key: Sequence[Any], size: Size | None = None) -> Shard:
@@ -233,7 +244,41 @@ def is_common(name: str) -> bool:
 ENCODERS = {"latents": encode_latents, "text": encode_text, "common": encode_common}
 
 
-class CachedDataset:
+class CachedText:
+    """Text embeddings by the caption."""
+
+    def __init__(self, plan: CachePlan) -> None:
+        self.place = {
+            (shard.size, row): (plan.folder / shard.name, i)
+            for shard in plan.shards
+            for i, row in enumerate(shard.rows)
+        }
+        self.texts = {caption: self.place[None, caption] for caption in plan.captions}
+        self.opened = lru_cache(128)(open_shard)
+        common = self.opened(plan.folder / plan.shards[-1].name)
+        self.common = {name: common.get_tensor(name) for name in common.keys()}
+
+    def text_of(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What the family's encode_text gives for captions that are in the cache: dict of (m, ...).
+        ValueError names one that is not."""
+        unknown = [caption for caption in captions if caption not in self.texts]
+        if unknown:
+            raise ValueError(f"the cache has no caption {unknown[0]!r}")
+        common = {
+            name: tensor.expand(len(captions), *tensor.shape[1:]) for name, tensor in self.common.items()
+        }
+        return {**self.read([self.texts[caption] for caption in captions]), **common}
+
+    def read(self, places: Sequence[tuple[Path, int]]) -> dict[str, torch.Tensor]:
+        """{name: (m, ...)} of m rows, each a (shard's path, row)."""
+        names = self.opened(places[0][0]).keys()
+        return {
+            name: torch.cat([self.opened(path).get_slice(name)[i : i + 1] for path, i in places])
+            for name in names
+        }
+
+
+class CachedDataset(CachedText):
     """Latents and text embeddings by the image's number, in the order of metadata.jsonl.
 
     captions: one per image. sizes: [(height, width)]; size_of: (n,) the number of each image's size among
@@ -241,19 +286,12 @@ class CachedDataset:
     """
 
     def __init__(self, plan: CachePlan) -> None:
+        super().__init__(plan)
         self.captions, self.sizes, self.size_of = plan.captions, plan.sizes, plan.size_of
-        place = {
-            (shard.size, row): (plan.folder / shard.name, i)
-            for shard in plan.shards
-            for i, row in enumerate(shard.rows)
-        }
         self.images = [
-            place[plan.sizes[s], digest] for s, digest in zip(plan.size_of.tolist(), plan.hashes, strict=True)
+            self.place[plan.sizes[s], digest]
+            for s, digest in zip(plan.size_of.tolist(), plan.hashes, strict=True)
         ]
-        self.texts = {caption: place[None, caption] for caption in plan.captions}
-        self.opened = lru_cache(128)(open_shard)
-        common = self.opened(plan.folder / plan.shards[-1].name)
-        self.common = {name: common.get_tensor(name) for name in common.keys()}
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -271,24 +309,6 @@ class CachedDataset:
     def text(self, indices: torch.Tensor | Sequence[int]) -> dict[str, torch.Tensor]:
         """What the family's encode_text gives for these images' captions: dict of (m, ...)."""
         return self.text_of([self.captions[i] for i in torch.as_tensor(indices).tolist()])
-
-    def text_of(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The same of captions that are in the cache. ValueError names one that is not."""
-        unknown = [caption for caption in captions if caption not in self.texts]
-        if unknown:
-            raise ValueError(f"the cache has no caption {unknown[0]!r}")
-        common = {
-            name: tensor.expand(len(captions), *tensor.shape[1:]) for name, tensor in self.common.items()
-        }
-        return {**self.read([self.texts[caption] for caption in captions]), **common}
-
-    def read(self, places: Sequence[tuple[Path, int]]) -> dict[str, torch.Tensor]:
-        """{name: (m, ...)} of m rows, each a (shard's path, row)."""
-        names = self.opened(places[0][0]).keys()
-        return {
-            name: torch.cat([self.opened(path).get_slice(name)[i : i + 1] for path, i in places])
-            for name in names
-        }
 
 
 def open_shard(path: Path) -> Any:

@@ -5,13 +5,12 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scfm.data.cache import CachedDataset, CachePlan
-from scfm.data.caption_length import warn_of_long_captions
+from scfm.data.cache import CachedDataset, CachedText, CachePlan
 from scfm.data.fingerprint import PARTS, fingerprint
 from scfm.data.images import ListedImage, Size, list_images, parse_sizes, read_folder
 from scfm.data.prompts import read_prompts
@@ -22,6 +21,7 @@ from scfm.models.loading import DTYPES, Parts, load_pipeline
 from scfm.models.quantize import HELP as QUANTIZE_HELP
 from scfm.models.quantize import KINDS, is_known, require_quantizer
 from scfm.models.source import PipelineSource
+from scfm.models.video import frame_options
 from scfm.types import Family
 
 GENERATION_SETTINGS = ("teacher_steps", "teacher_guidance_scale", "seed", "num_images", "batch_size")
@@ -55,6 +55,7 @@ class DataConfig:
     teacher_guidance_scale: float = setting(3.5, "the teacher's guidance scale")
     seed: int = setting(0, "seed of noise and sizes")
     batch_size: int = setting(16, "images generated together")
+    num_frames: int = setting(1, "frames of a video, for a family that makes videos; 1: images")
     max_sequence_length: int = setting(512, "length of the text sequence in tokens")
     negative_prompt: str = setting("", "negative prompt, for a family with classifier-free guidance (SD3)")
     weight_dtype: str = setting("fp32", "fp32 or bf16: of the transformer and the encoders")
@@ -92,6 +93,7 @@ class DataConfig:
             "teacher_steps": 1,
             "batch_size": 1,
             "max_sequence_length": 1,
+            "num_frames": 1,
             "num_images": 0,
             "teacher_guidance_scale": 0,
         }.items():
@@ -113,14 +115,15 @@ def make_families(config: DataConfig, source: PipelineSource, pipe: Any = None) 
     """{(height, width): family} of the config's sizes, on a loaded pipeline, or on what the configuration
     files say (None).
 
-    ValueError for a size, a number of tokens, or a negative prompt that the model cannot take.
+    ValueError for a size, a number of tokens or of frames, or a negative prompt that the model cannot take.
     """
-    more = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
+    more: dict[str, Any] = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
     family_class: Any = source.family
     if more and not family_class.uses_cfg:
         raise ValueError(
             f"negative_prompt {config.negative_prompt!r}: this family has no negative prompts: leave it out"
         )
+    more |= frame_options(family_class, config.num_frames)
     pipe = source.skeleton if pipe is None else pipe
     return {
         size: family_class(pipe, *size, config.max_sequence_length, **more)
@@ -175,8 +178,8 @@ def make_data(
     without a cache.
 
     state: an Accelerator or a PartialState. Every stage loads the parts of the pipeline that it needs, and
-    lets go of them:
-    the text encoders are never in memory beside an optimizer. A stage that finds all done loads nothing.
+    lets go of them: the text encoders are never in memory beside the transformer. A stage that finds all done
+    loads nothing.
     """
     progress = progress and state.is_main_process
     folder = Path(config.train_data_dir or config.output_dir)
@@ -194,11 +197,12 @@ def make_data(
         DTYPES[config.weight_dtype],
         config.negative_prompt,
     )
-    if plan.missing():
+    missing = plan.missing()
+    if missing:
         check_writable(plan.folder, "say --cache_dir FOLDER")
-        warn = families is None  # of long captions, which `generate_missing` has done
-        families = families or load_families(config, source, state, "encoders")
-        plan.encode(families, (state.process_index, state.num_processes), progress, warn)
+        if families is None or any(shard.kind != "latents" for shard in missing):
+            families = load_families(config, source, state, "encoders")
+        plan.encode(families, (state.process_index, state.num_processes), progress)
     # outside the if: a late process may find that nothing is missing
     state.wait_for_everyone()
     del families
@@ -211,8 +215,12 @@ def make_data(
 def generate_missing(
     config: DataConfig, source: PipelineSource, inputs: Inputs, state: Any, progress: bool
 ) -> Mapping[Size, Family] | None:
-    """The teacher's images that are not there yet. Returns the loaded families, None where nothing was
-    missing."""
+    """The teacher's images that are not there yet. Returns the families with the VAE loaded, None where
+    nothing was missing.
+
+    The captions are encoded first, all of them, into the cache; the transformer is loaded when their encoders
+    are gone.
+    """
     how = config.teacher_steps, config.teacher_guidance_scale, config.seed
     skeleton = source.skeleton
     skeleton.scheduler = source.scheduler()
@@ -220,26 +228,62 @@ def generate_missing(
     rows = listing_rows(make_families(config, source, skeleton), inputs.captions, *how, pipeline)
     missing = begin_listing(Path(config.output_dir), rows)
     state.wait_for_everyone()  # all have seen what is missing, before the first image is new
-    if missing:  # before the hours of generating
-        check_writable(config.output_dir, "take another --output_dir")
-    if missing and config.cache:
+    if not missing:
+        return None
+    # before the hours of generating
+    check_writable(config.output_dir, "take another --output_dir")
+    if config.cache:
         check_writable(cache_folder(config), "say --cache_dir FOLDER")
-    families = load_families(config, source, state, "all") if missing else None
-    if families and state.is_main_process:
-        warn_of_long_captions(next(iter(families.values())), inputs.captions)
-    if families:
-        generate_images(
-            families,
-            inputs.captions,
-            config.output_dir,
-            *how,
-            config.batch_size,
-            progress,
-            (state.process_index, state.num_processes),
-            pipeline,
-        )
+    text = cached_text(config, source, inputs.captions, state, progress)
+    families = load_families(config, source, state, "images")
+    for family in families.values():
+        family.encode_text = text.text_of
+    generate_images(
+        families,
+        inputs.captions,
+        config.output_dir,
+        *how,
+        config.batch_size,
+        progress,
+        (state.process_index, state.num_processes),
+        pipeline,
+    )
     state.wait_for_everyone()
+    if not config.cache and state.is_main_process:
+        for path in text_folder(config).glob("*.safetensors"):
+            path.unlink()
+        text_folder(config).rmdir()
     return families
+
+
+def cached_text(
+    config: DataConfig, source: PipelineSource, captions: Sequence[str], state: Any, progress: bool
+) -> CachedText:
+    """The embeddings of captions, encoded where they are missing, shared among processes. When it returns,
+    no text encoder is in memory."""
+    plan = CachePlan(
+        source,
+        [],
+        text_folder(config),
+        parse_sizes(config.sizes),
+        config.max_sequence_length,
+        DTYPES[config.weight_dtype],
+        config.negative_prompt,
+        captions,
+    )
+    if plan.missing():
+        families = load_families(config, source, state, "encoders")
+        plan.encode(families, (state.process_index, state.num_processes), progress)
+        del families
+        gc.collect()
+    state.wait_for_everyone()
+    return plan.open_text()
+
+
+def text_folder(config: DataConfig) -> Path:
+    """Where the text embeddings lie while images are made: in the cache, or where none is kept, in a folder
+    that goes again."""
+    return cache_folder(config) if config.cache else Path(config.output_dir) / "text"
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -249,7 +293,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 def load_families(config: DataConfig, source: PipelineSource, state: Any, parts: Parts) -> dict[Size, Any]:
     """The families with these parts of the pipeline in memory."""
-    quantize = config.quantize if parts == "all" else ""
+    quantize = config.quantize if parts == "images" else ""
     pipe, _ = load_pipeline(source, DTYPES[config.weight_dtype], state.device, parts, quantize)
     return make_families(config, source, pipe)
 

@@ -14,7 +14,7 @@ from scfm.models.source import PipelineSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXT_PARTS = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
-Parts = Literal["all", "transformer", "encoders"]
+Parts = Literal["all", "transformer", "encoders", "images"]
 
 
 def load_pipeline(
@@ -27,7 +27,7 @@ def load_pipeline(
     """The stock pipeline of a source and its family class, in `dtype` on `device`, without progress bars.
 
     parts: "all"; "transformer", for training from a cache (no VAE, no text encoders); "encoders", all but the
-    transformer.
+    transformer; "images", all but the text encoders, to generate from a cache.
     quantize: "int8" or "nf4" holds the transformer in fewer bits, see `load_quantized`.
     Weights of a variant (fp16) are taken where there are no others. Parts that the folder was saved without
     (SD3's T5, say) are passed to diffusers as None. FileNotFoundError or ValueError as of
@@ -37,7 +37,7 @@ def load_pipeline(
     """
     source = PipelineSource(source)
     text = [name for name in source.index if name.startswith(TEXT_PARTS)]
-    without = {"all": [], "transformer": ["vae", *text], "encoders": ["transformer"]}[parts]
+    without = {"all": [], "transformer": ["vae", *text], "encoders": ["transformer"], "images": text}[parts]
     absent: dict[str, Any] = {
         name: None for name, part in source.index.items() if part == [None, None] or name in without
     }
@@ -49,7 +49,9 @@ def load_pipeline(
             str(source.folder), dtype=dtype, variant=source.variant or None, **absent
         )
     if getattr(pipe, "vae", None) is None or not hasattr(pipe, "vae_scale_factor"):
-        pipe.vae_scale_factor = source.skeleton.vae_scale_factor  # without a VAE it has a guess
+        for name, value in vars(source.skeleton).items():  # without a VAE it has a guess
+            if name.startswith("vae_scale_factor"):
+                setattr(pipe, name, value)
     if parts == "encoders":  # a family reads the transformer's configuration
         pipe.transformer = source.skeleton.transformer
     for name, part in pipe.components.items():

@@ -2,11 +2,13 @@
 named."""
 
 import errno
+import gc
 import json
 import math
 import shutil
 import sys
 import time
+import weakref
 from types import SimpleNamespace
 
 import forked
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import scfm.data.prepare
 import scfm.data.teacher_images
 from scfm.cli import main
 from scfm.data.images import nearest_size, parse_sizes, read_folder, read_image
@@ -403,6 +406,40 @@ def test_the_command_generates_and_caches_and_then_finds_all_done(prompts, unbro
         rows[0]["width"],
         rows[0]["height"],
     )
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """Notes, whenever a transformer or a text encoder is loaded, which of them are in memory."""
+    there, seen, load = [], [], scfm.data.prepare.load_pipeline
+
+    def noted(*args):
+        pipe, family = load(*args)
+        parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        there.extend((name.rstrip("_2"), weakref.ref(part)) for name, part in parts.items())
+        seen.append({name for name, part in there if part() is not None})
+        return pipe, family
+
+    monkeypatch.setattr(scfm.data.prepare, "load_pipeline", noted)
+    return seen
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_the_text_encoders_are_gone_when_the_transformer_comes(cache, prompts, unbroken, tmp_path, alive):
+    out, more = tmp_path / "out", [] if cache else ["--no-cache"]
+    assert main(words(prompts, out, num_images=14) + more) == 0
+    assert alive == [{"text_encoder", "vae"}, {"transformer", "vae"}]
+    for name in images_of(unbroken):
+        with Image.open(out / name) as mine, Image.open(unbroken / name) as theirs:
+            assert mine.tobytes() == theirs.tobytes()
+    assert {path.name for path in out.iterdir() if path.is_dir()} == ({"cache"} if cache else set())
+    (out / "00003.png").unlink()
+    gc.collect()
+    assert main(words(prompts, out, num_images=14) + more) == 0
+    # its caption is in the cache, or is encoded again
+    assert alive[2:] == [{"text_encoder", "vae"}] * (not cache) + [{"transformer", "vae"}]
+    with Image.open(out / "00003.png") as mine, Image.open(unbroken / "00003.png") as theirs:
+        assert mine.tobytes() == theirs.tobytes()
 
 
 def test_a_folder_of_ones_own_is_cached_without_loading_twice(tmp_path, capsys, monkeypatch):
