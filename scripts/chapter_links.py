@@ -17,8 +17,19 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
+COURSE = (  # in the order of reading; the last sums it up on one page
+    "00_flow",
+    "01_consistency",
+    "02_ema",
+    "02_fixed_point",
+    "03_distill",
+    "06_step_scale",
+    "40_comparison",
+    "plain_scfm",
+)
 BOOKS = {
     "the course": "learn",
+    "how the library is built": "learn",
     "the manual": "guides",
     "the studies": "studies",
 }
@@ -27,9 +38,12 @@ MENTION = re.compile(r"(?<!\[)`(\d\d_[a-z0-9_]+)`(?!\])")
 
 
 def chapters() -> dict[str, list[Path]]:
-    """{book: its notebooks in order}; the page that sums the course up is the last of it."""
+    """{book: its notebooks in order}; what is in `learn` and not in the course tells of the library."""
     found = {book: sorted((NBS / folder).glob("*.ipynb")) for book, folder in BOOKS.items()}
-    return {book: sorted(paths, key=lambda p: not p.name[0].isdigit()) for book, paths in found.items()}
+    course, *library = BOOKS
+    found[course] = [NBS / "learn" / f"{name}.ipynb" for name in COURSE]
+    found[library[0]] = [path for path in found[library[0]] if path not in found[course]]
+    return found
 
 
 def title_of(cells: list[dict[str, Any]]) -> str:
@@ -60,9 +74,9 @@ def nav_line(book: str, path: Path, notebooks: dict[Path, list[dict[str, Any]]],
     """A line such as: The course · reads in 9 min, runs in 15 s · before: ... · next: ..."""
     seconds = json.loads((ROOT / "tests" / "budgets.json").read_text(encoding="utf-8"))[path.stem]
     cells = notebooks[path]
-    parts = [
-        f"*{book.capitalize()}* · reads in {minutes_to_read(cells)} min, runs in {seconds} s on two CPU cores"
-    ]
+    place = f", {COURSE.index(path.stem) + 1} of {len(COURSE) - 1}" if path.stem in COURSE[:-1] else ""
+    cost = f"reads in {minutes_to_read(cells)} min, runs in {seconds} s on two CPU cores"
+    parts = [f"*{book.capitalize()}{place}* · {cost}"]
     for word, other in zip(("before", "next"), around, strict=True):
         if other is not None:
             parts.append(f"{word}: {link(other, path, notebooks[other])}")

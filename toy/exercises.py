@@ -159,3 +159,81 @@ def knows_who_takes_the_order(answer: Any) -> None:
     for p, (first, second) in wanted.items():
         near(answer[p][0], first, f"p = {p}: J D1 in units of dV/dt along the flow")
         near(answer[p][1], second, f"p = {p}: the term of s squared, in the same units")
+
+
+@exercise("02.4")
+def knows_the_rest(rest: Callable) -> None:
+    for w, g, h, a2 in ((1.0, 0.98, 0.25, 0.8), (0.1, 1.0, 0.5, 0.0), (0.3, 0.9, 0.125, -0.6)):
+        c = 0.0
+        for _ in range(2000):  # the equation, repeated until nothing moves
+            c = w * g + (1 - w) * (c + a2 * (1 - h * c)) / 2
+        near(rest(w, g, h, a2), c, f"the slope at rest for w = {w}, g = {g}, h = {h}, a2 = {a2}")
+
+
+@exercise("02.5")
+def knows_the_area(too_wide: Callable) -> None:
+    start, n = torch.ones(1, 1, dtype=torch.float64), 4000
+    for gap, length in ((0.2, 1.0), (1.0, 0.25), (0.5, 0.5)):
+
+        def student(x, t, cond=None, gap=gap, length=length):
+            return (slope(float(t[0])) - gap * (float(t[0]) > 1 - length)) * x
+
+        found = sample(student, start, time_grid(n)).item()
+        near(too_wide(gap, length), found, f"a gap of {gap} over {length} of the time", 2e-3)
+
+
+def rest_slopes(ratio: float) -> dict[int, float]:
+    """{j: the student's slope at j / 16} at rest, for data N(0, 1), no shift, and a teacher ratio."""
+    a = {0: slope(0)}
+    for j in range(1, 17):
+        first, second = slope(j / 16), slope(j / 16 - 1 / 32)
+        total, own = ratio / 16, 0.0
+        fixed = total * (first + second * (1 - first / 32)) / 2
+        for n in (2, 4, 8, 16):
+            if j % (32 // n) == 0:
+                p, a2 = (1 - ratio) / 4 * 2 / n, a[j - 16 // n]
+                total, fixed, own = total + p, fixed + p * a2 / 2, own + p * (1 - a2 / n) / 2
+        a[j] = fixed / (total - own)
+    return a
+
+
+@exercise("02.6")
+def widens(ratio: Any) -> None:
+    assert ratio > 0, "with 0 nothing ties the student to the data; stay above it"
+    a, spread = rest_slopes(float(ratio)), 1.0
+    for i in range(8):
+        spread *= 1 - a[16 - 2 * i] / 8
+    assert spread > 1.25, f"at a ratio of {ratio:g} samples of 8 steps are {spread:.2f} times too wide"
+
+
+@exercise("03.1")
+def adds_up(weights: Callable) -> None:
+    for sizes in ((4, 4), (8, 3, 1)):
+        x = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0))
+        found = weights(list(sizes))
+        assert len(found) == len(sizes), "give one number for each part"
+        total = sum(w * part.mean().item() for w, part in zip(found, x.split(sizes), strict=True))
+        near(total, x.mean().item(), f"the mean of parts of {sizes}, added up", 1e-5)
+
+
+@exercise("03.2")
+def knows_the_lag(behind: Callable) -> None:
+    for decay in (0.9, 0.99, 0.999):
+        student = average = 0.0
+        for step in range(1, 401):
+            student += 1
+            average += (1 - decay) * (student - average)
+            if step in (1, 10, 400):
+                near(behind(decay, step), student - average, f"decay {decay}, after {step} steps")
+
+
+@exercise("03.3")
+def unties(config: Any) -> None:
+    config.check()
+    jumps = draw_jumps(
+        512, config.teacher_ratio, config.teacher_grid, config.self_grids, config.t_skip, config.shift_range,
+        generator=keyed_generator(0, 0), non_shortcut_ratio=config.non_shortcut_ratio,
+    )  # fmt: skip
+    assert config.algorithm != "step_scaled", "its finest targets are the teacher's; try another algorithm"
+    tied = int((jumps.is_teacher | jumps.is_flow).sum())
+    assert tied == 0, f"{tied} of 512 examples still have a target from the teacher or the data"

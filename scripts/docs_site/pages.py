@@ -16,6 +16,7 @@ DIRECTIVE = re.compile(r"^#\|[ \t]*(\w+)[ \t]*(.*)\n?", flags=re.M)  # of nbdev
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".toml": "toml"}
 MOST_LINES = 60  # of an output
+SLIDER = '<div class="slider">'  # of toy.plots.slider: the only HTML of a notebook that comes along
 
 
 class Writer:
@@ -41,7 +42,7 @@ class Writer:
         return self.write(place, head + self.prose(COMMENT.sub("", text), name, place))
 
     def notebook(self, name: str) -> str:
-        """A notebook with its outputs; cells that nbdev hides are left out."""
+        """A notebook with its outputs; nbdev's hidden cells, or their code, are left out."""
         place = str(Path(name).with_suffix(".md"))
         cells = json.loads((self.root / name).read_text(encoding="utf-8"))["cells"]
         module = next(
@@ -70,7 +71,7 @@ class Writer:
         if "hide" in directives or not DIRECTIVE.sub("", text).strip():
             return []
         exported = f' title="scfm/{module.replace(".", "/")}.py"' if "export" in directives and module else ""
-        parts = [fenced(DIRECTIVE.sub("", text), f"python{exported}")]
+        parts = [] if "hide_input" in directives else [fenced(DIRECTIVE.sub("", text), f"python{exported}")]
         printed = ""
         for part, output in enumerate(outputs):
             data = output.get("data", {})
@@ -81,6 +82,8 @@ class Writer:
                 (self.source / place).parent.mkdir(parents=True, exist_ok=True)
                 (self.source / place).with_name(image).write_bytes(content)
                 parts.append(f"![output of the code above]({image}){{ .output }}")
+            elif SLIDER in (html := "".join(data.get("text/html", ""))):
+                parts.append(html)
             else:
                 printed += "".join(output.get("text", data.get("text/plain", "")))
                 if output["output_type"] == "execute_result":

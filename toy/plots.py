@@ -1,0 +1,87 @@
+"""How the figures of the notebooks look:  from toy.plots import STUDENT, TEACHER, setup;  setup()
+
+One colour and one marker for each of teacher, student, EMA and rival, here and in the figures of
+`experiments` (`experiments/figures.py` has the same four; a test holds the two together).
+"""
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import HTML
+
+TEACHER = {"color": "#777777", "marker": "s"}
+STUDENT = {"color": "#c62828", "marker": "o"}
+EMA = {"color": "#1f5a96", "marker": "^"}
+RIVAL = {"color": "#2e7d32", "marker": "D"}
+DATA = {"color": "black", "lw": 0.8, "ls": ":"}  # what would be right
+POINTS = "#444444"  # a cloud that belongs to none of them
+
+
+def setup(dpi: int = 72) -> None:
+    """Small figures without frames, at the size that notebooks are committed with."""
+    style = {"figure.dpi": dpi, "figure.figsize": (6.4, 2.8), "font.size": 9, "axes.titlesize": 10}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    plt.rcParams.update(style | {"lines.markersize": 4, "legend.fontsize": 8})
+
+
+def cloud(
+    axis: plt.Axes, points: torch.Tensor, title: str = "", color: str = POINTS, lim: float = 2.6
+) -> None:
+    """At most 1500 of some points (B, 2), in a square without marks."""
+    axis.scatter(*points[:1500].T, s=1, color=color, lw=0)
+    axis.set(xlim=(-lim, lim), ylim=(-lim, lim), xticks=[], yticks=[], title=title, aspect="equal")
+    axis.spines[:].set(visible=True, color="#bbbbbb")
+
+
+def clouds(
+    points: Sequence[torch.Tensor],
+    titles: Sequence[str],
+    heading: str,
+    color: str = POINTS,
+    size: float = 1.9,
+) -> None:
+    """Some clouds side by side under one heading."""
+    figure, axes = plt.subplots(1, len(points), figsize=(size * len(points), size + 0.5))
+    for axis, x, title in zip(axes, points, titles, strict=True):
+        cloud(axis, x, title, color)
+    figure.suptitle(heading, y=1.02, fontsize=11)
+    plt.show()
+
+
+def step_axis(axis: plt.Axes, steps: Sequence[int], log_y: bool = True, **labels: Any) -> None:
+    """Step counts as a logarithmic axis with their own numbers as marks."""
+    axis.set(xscale="log", yscale="log" if log_y else "linear", xlabel="steps")
+    axis.set(**labels)
+    axis.set_xticks(steps, steps)
+    axis.xaxis.minorticks_off()
+
+
+def slider(draw: Callable[[Any], None], values: Sequence[Any], name: str, dpi: int = 60) -> HTML:
+    """One image for each value, and a slider that turns through them, with a kernel and without.
+
+    draw: called as draw(value), draws one figure
+    """
+    images = []
+    for value in values:
+        draw(value)
+        buffer = io.BytesIO()
+        plt.gcf().savefig(buffer, dpi=dpi, bbox_inches="tight")
+        plt.close()
+        images.append(base64.b64encode(buffer.getvalue()).decode())
+    shown = "".join(
+        f'<img src="data:image/png;base64,{image}" alt="{name} {value}" '
+        f'style="display:{"block" if i == 0 else "none"};margin:0">'
+        for i, (image, value) in enumerate(zip(images, values, strict=True))
+    )
+    turn = (
+        "const all = this.parentNode.parentNode.querySelectorAll('img');"
+        "all.forEach((image, i) => image.style.display = i == this.value ? 'block' : 'none')"
+    )
+    control = (
+        f'<input type="range" min="0" max="{len(images) - 1}" value="0" style="width:20em" oninput="{turn}">'
+    )
+    return HTML(f'<div class="slider"><label>{name}: {control}</label>{shown}</div>')
