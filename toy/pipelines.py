@@ -24,6 +24,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -37,6 +38,9 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -59,6 +63,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from scfm.models.loading import no_loading_bars
@@ -306,6 +312,53 @@ def build_sana(seed=0):
     )
 
 
+def build_wan(seed=0, expand_timesteps=False, transformer_2=False):
+    """A WanPipeline with random weights, in fp32 on the CPU, whose VAE halves the side twice and has a latent
+    frame for four, but for the first, as Wan's has.
+
+    Its scheduler is as that of Wan, UniPC. expand_timesteps: as Wan2.2-TI2V-5B; transformer_2: with a second
+    transformer, as Wan2.2-A14B.
+    """
+    torch.manual_seed(seed)
+    tokenizer = t5_tokenizer()
+    return WanPipeline(
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[0.5, 1.5, 2.0, 0.8],
+            scale_factor_spatial=4,
+        ),
+        text_encoder=UMT5EncoderModel(UMT5Config(**t5_settings(tokenizer, WIDTH))),
+        tokenizer=tokenizer,
+        transformer=wan_transformer(),
+        transformer_2=wan_transformer() if transformer_2 else None,
+        boundary_ratio=0.875 if transformer_2 else None,
+        expand_timesteps=expand_timesteps,
+    )
+
+
+def wan_transformer():
+    """Of Wan's kind: two blocks, the same normalisations."""
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=WIDTH,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+
+
 def qwen_layers(tokenizer, layers, width=WIDTH):
     """The settings of a text encoder of Qwen's kind."""
     return dict(
@@ -357,18 +410,21 @@ def clip_config(tokenizer, width, tokens=TOKENS):
 
 def t5_encoder(tokenizer, width=WIDTH):
     """A T5 encoder of two layers."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=width,
-            d_kv=width // 4,
-            d_ff=2 * width,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    return T5EncoderModel(T5Config(**t5_settings(tokenizer, width)))
+
+
+def t5_settings(tokenizer, width):
+    """The settings of an encoder of T5's kind."""
+    return dict(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
@@ -492,4 +548,5 @@ BUILD = {
     "Flux2Pipeline": build_flux2,
     "ZImagePipeline": build_z_image,
     "SanaPipeline": build_sana,
+    "WanPipeline": build_wan,
 }

@@ -1,8 +1,9 @@
 """Samplers of other people's weights: a LoRA for the same base, or a whole pipeline."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from scfm.evaluation.samplers import InContext, Sampler, lora_digest
 from scfm.inference.adapters import load_adapter, lora_file
 from scfm.inference.config import InferenceConfig
 from scfm.inference.step_lora import StepLora, fixed_shift
-from scfm.models.base import PipelineFamily
+from scfm.models.base import PipelineFamily, plain_grid
 from scfm.models.loading import DTYPES, no_loading_bars
 from scfm.models.sampling import as_pipeline_family, start_noise, stock_latents
 from scfm.models.source import INDEX, PipelineSource
@@ -164,35 +165,26 @@ class PipelineImages:
     family: Family | None
 
     def __call__(self, captions: Sequence[str], numbers: Sequence[int]) -> torch.Tensor:
-        config, steps = self.config, self.steps
-        arguments: dict[str, Any] = self.start(numbers)
-        family = as_pipeline_family(self.family) if self.family else PipelineFamily
-        if self.model.guidance_scale is not None:
-            arguments |= family.guidance_of_batch(self.model.guidance_scale, len(captions))
-        if self.model.inference_shift:
-            arguments["sigmas"] = [1 - i / steps for i in range(steps)]
-        images = self.pipe(
-            prompt=list(captions),
-            height=config.height,
-            width=config.width,
-            num_inference_steps=steps,
-            output_type="pt",
-            **arguments,
-            **family.call_settings,
-        ).images
-        return images * 2 - 1
-
-    def start(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """The arguments that say what the images of these numbers start from."""
-        seed = self.config.seed
-        if self.family is None:
-            seeds = [seed * 1_000_003 + number for number in numbers]
-            return {"generator": [torch.Generator().manual_seed(s) for s in seeds]}
-        noise = start_noise(self.family, numbers, seed)
-        return {
-            "latents": as_pipeline_family(self.family).stock_noise(noise),
-            "max_sequence_length": self.config.max_sequence_length,
-        }
+        grid = bool(self.model.inference_shift)
+        if self.family is not None:
+            noise, guidance = start_noise(self.family, numbers, self.config.seed), self.model.guidance_scale
+            other = copy.copy(as_pipeline_family(self.family))
+            other.pipe, other.negative_prompt = self.pipe, ""
+            return other.call_stock(captions, noise, self.steps, guidance, grid) * 2 - 1
+        config, scale = self.config, self.model.guidance_scale
+        seeds = [config.seed * 1_000_003 + number for number in numbers]
+        with plain_grid(self.pipe, self.steps) if grid else nullcontext({}) as sigmas:
+            output = self.pipe(
+                prompt=list(captions),
+                height=config.height,
+                width=config.width,
+                num_inference_steps=self.steps,
+                output_type="pt",
+                generator=[torch.Generator().manual_seed(s) for s in seeds],
+                **({} if scale is None else PipelineFamily.guidance_of_batch(scale, len(captions))),
+                **sigmas,
+            )
+        return output.images * 2 - 1
 
 
 def pipeline_samplers(

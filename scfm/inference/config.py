@@ -23,6 +23,7 @@ FROM_RUN = (
     "pretrained_model_name_or_path",
     "height",
     "width",
+    "num_frames",
     "max_sequence_length",
     "inference_shift",
     "negative_prompt",
@@ -44,6 +45,7 @@ class InferenceConfig:
     )
     height: int = setting(0, "image height in pixels; 0: that of the run")
     width: int = setting(0, "image width in pixels; 0: that of the run")
+    num_frames: int = setting(0, "frames of a video, 1 for images; 0: as many as in the run")
     max_sequence_length: int = setting(0, "length of the text sequence; 0: that of the run")
     guidance_scale: float = setting(
         -1.0, "guidance scale; below 0: that of the run's own images, or 1 if it is in the weights"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scfm.inference.model_card import call_arguments
+from scfm.inference.model_card import call_arguments, grid_and_output
 from scfm.models.loading import DTYPES
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ step{s}.
 
 ```python
 {code}
-images = pipe(
+{grid}{output} = pipe(
     prompt,
     {arguments},
-).images
+).{output}
 ```
 
 The LoRA scale is right for {n} step{s} and cannot be changed any more; another number of steps wants another
@@ -71,5 +71,6 @@ def export_card(config: "ExportConfig", scale: float, gap: Mapping[str, float], 
         s="s" * (config.steps > 1),
         code=code,
         arguments=call_arguments(config, config.steps),
+        **grid_and_output(config, config.steps),
         checked=CHECKED.format(**gap),
     )

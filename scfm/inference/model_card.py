@@ -12,7 +12,7 @@ from scfm.inference.search import Curve
 from scfm.inference.step_lora import StepLora, format_scales
 from scfm.method.distill import STEP_SCALED
 from scfm.method.lora_scale import LoraScales
-from scfm.models.base import PipelineFamily
+from scfm.models.base import PipelineFamily, takes_sigmas
 from scfm.models.lora import WEIGHT_NAME
 from scfm.models.lora_file import read_lora_scales, write_lora_scales
 from scfm.models.scaled_lora import second_file
@@ -30,12 +30,12 @@ With stock diffusers, for {n} step{s}:
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift:g})
-{load}
+{grid}{load}
 {set_scale}
-images = pipe(
+{output} = pipe(
     prompt,
     {arguments},
-).images
+).{output}
 ```
 
 The scheduler must follow this grid: left alone it may choose another one, by the image's size or its own
@@ -74,6 +74,9 @@ Distances are root mean squares in latents from the teacher's {target_steps}-ste
 noise, on {captions} prompts. Training drew {first} to {last} steps.
 """
 
+# for a pipeline that is not told its grid
+GRID = """pipe.scheduler.sigma_min = 1 / {n}  # evenly from 1 to here, then shifted: the grid of {n} step{s}
+"""
 LOAD_ONE = 'pipe.load_lora_weights("{folder}", adapter_name="step")'
 LOAD_PAIR = """pipe.load_lora_weights("{folder}", weight_name="{first}", adapter_name="step")
 pipe.load_lora_weights("{folder}", weight_name="{second}", adapter_name="step_2")"""
@@ -135,7 +138,26 @@ def example(config: InferenceConfig, lora_scales: LoraScales | None) -> dict[str
         each = [[round(scale**power, 6) for power in range(1, order + 1)] for scale in scales]
         code = SCALE_PER_STEP.format(scales=each, n=n, names=adapter_list(order))
         more = ["callback_on_step_end=set_scale"]
-    return {"n": n, "s": "s" * (n > 1), "set_scale": code, "arguments": call_arguments(config, n, more)}
+    return {
+        "n": n,
+        "s": "s" * (n > 1),
+        "set_scale": code,
+        "arguments": call_arguments(config, n, more),
+        **grid_and_output(config, n),
+    }
+
+
+def grid_and_output(config: InferenceConfig, steps: int) -> dict[str, str]:
+    """{"grid": the line that sets it in the scheduler, where the call does not say it; "output": what the
+    call's result has the images under}."""
+    family = family_of(config)
+    line = "" if is_told(family) else GRID.format(n=steps, s="s" * (steps > 1))
+    return {"grid": line, "output": family.output}
+
+
+def is_told(family: type[PipelineFamily]) -> bool:
+    """Whether a family's pipeline is called with its grid; so are most, and those that are not here."""
+    return not hasattr(family, "pipeline_class") or takes_sigmas(family.pipeline_class)
 
 
 def set_adapters(scale: float, order: int) -> str:
@@ -163,10 +185,11 @@ def call_arguments(config: InferenceConfig, steps: int, more: Sequence[str] = ()
     arguments = [
         *(f"{name}={value!r}" for name, value in guidance.items() if name == "negative_prompt"),
         f"num_inference_steps={steps}",
-        f"sigmas=[1 - i / {steps} for i in range({steps})]",
+        *([f"sigmas=[1 - i / {steps} for i in range({steps})]"] if is_told(family) else []),
         *(f"{name}={value:g}" for name, value in guidance.items() if name != "negative_prompt"),
         f"height={config.height}",
         f"width={config.width}",
+        *([f"num_frames={config.num_frames}"] if getattr(family, "makes_videos", False) else []),
         f"max_sequence_length={config.max_sequence_length}",
         *(f"{name}={value!r}" for name, value in family.call_settings.items()),
         *more,

@@ -23,6 +23,7 @@ from scfm.models.lora_file import read_lora_scales
 from scfm.models.sampling import euler_endpoints, start_noise
 from scfm.models.scaled_lora import second_file
 from scfm.models.source import PipelineSource
+from scfm.models.video import frame_options
 from scfm.types import Condition, VelocityField
 
 Scales: TypeAlias = tuple[float, ...]
@@ -151,15 +152,16 @@ def bind_family(source: PipelineSource, config: InferenceConfig, pipe: Any) -> A
     """The family of a source's pipeline at the size of a config.
 
     pipe: the pipeline, or the source's skeleton, to refuse before anything is loaded
-    ValueError for a size, a number of tokens or a negative prompt that the model cannot take.
+    ValueError for a size, a number of tokens or of frames, or a negative prompt that the model cannot take.
     """
     family_class: Any = source.family
-    more = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
+    more: dict[str, Any] = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
     if more and not family_class.uses_cfg:
         raise ValueError(
             f"a negative prompt means nothing to {family_class.__name__}: its guidance is an input of the "
             "network"
         )
+    more |= frame_options(family_class, config.num_frames)
     return family_class(pipe, config.height, config.width, config.max_sequence_length, **more)
 
 

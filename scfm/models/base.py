@@ -3,7 +3,8 @@ pipeline that starts from given noise."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,12 +15,14 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 class Published(NamedTuple):
     """The transformer of a published checkpoint, so that a run can be planned and nothing need be downloaded.
 
-    settings: of its configuration. vae_scale_factor: pixels to a latent, a side
+    settings: of its configuration. vae_scale_factor: pixels to a latent, a side; vae_scale_factor_temporal:
+    frames to one of its latents
     """
 
     transformer_class: Any
     settings: Mapping[str, Any]
     vae_scale_factor: int = 8
+    vae_scale_factor_temporal: int = 1
 
 
 class PipelineFamily:
@@ -32,19 +35,22 @@ class PipelineFamily:
     negative_prompt: where `uses_cfg` holds, empty as a rule
 
     What a family may say beside: `patch`, latents to a token, a side; `longest_text`, in tokens;
-    `call_settings`, further arguments of every call of its pipeline; `latents_dtype`, of the noise that the
+    `call_settings`, further arguments of every call of its pipeline; `output`, under which what the call
+    returns has the images; `latents_dtype`, of the noise that the
     pipeline takes where that is not its own dtype; `published`.
 
     ValueError for a size that does not fit the VAE and the patches, and for a length that does not fit.
     """
 
     pipe: Any
+    pipeline_class: ClassVar[Any]  # of a family: the base class has none
     negative_prompt: str  # where uses_cfg holds
     uses_cfg: bool
     extra_text_tokens: int = 0
     patch: int = 2
     longest_text: int = 512
     call_settings: Mapping[str, Any] = {}
+    output: str = "images"
     latents_dtype: torch.dtype | None = None
     published: ClassVar[dict[str, Published]] = {}
 
@@ -65,12 +71,12 @@ class PipelineFamily:
 
     def size_step(self, pipe: Any) -> int:
         """Pixels that height and width are multiples of."""
-        return self.patch * pipe.vae_scale_factor
+        return self.patch * spatial_factor(pipe)
 
     @property
     def token_grid(self) -> tuple[int, int]:
         """Image tokens down and across."""
-        side = self.patch * self.pipe.vae_scale_factor
+        side = self.patch * spatial_factor(self.pipe)
         return self.height // side, self.width // side
 
     @property
@@ -149,29 +155,40 @@ class PipelineFamily:
         captions: Sequence[str],
         noise: torch.Tensor,
         steps: int,
-        guidance: float,
+        guidance: float | None,
         grid: bool = True,
         output_type: str = "pt",
     ) -> torch.Tensor:
         """What the stock pipeline gives for captions from noise, (n, 3, height, width) in [0, 1], or latents
         for `output_type` "latent".
 
-        grid: hand it the plain grid as sigmas, to which its scheduler adds the shift; else it has its own
+        guidance: the guidance scale; None: the pipeline's own default, and no negative prompt
+        grid: hand it the plain grid, to which its scheduler adds the shift; else it has its own
         """
-        arguments = self.guidance_of_batch(guidance, len(captions), getattr(self, "negative_prompt", ""))
-        if grid:
-            arguments["sigmas"] = [1 - i / steps for i in range(steps)]
-        return self.pipe(
-            prompt=list(captions),
-            height=self.height,
-            width=self.width,
-            num_inference_steps=steps,
-            latents=self.stock_noise(noise),
-            max_sequence_length=self.max_sequence_length,
-            output_type=output_type,
-            **arguments,
-            **self.call_settings,
-        ).images
+        arguments = {}
+        if guidance is not None:
+            arguments = self.guidance_of_batch(guidance, len(captions), getattr(self, "negative_prompt", ""))
+        with plain_grid(self.pipe, steps) if grid else nullcontext({}) as sigmas:
+            output = self.pipe(
+                prompt=list(captions),
+                num_inference_steps=steps,
+                latents=self.stock_noise(noise),
+                max_sequence_length=self.max_sequence_length,
+                output_type=output_type,
+                **self.size_arguments(),
+                **sigmas,
+                **arguments,
+                **self.call_settings,
+            )
+        return self.images_of(output, output_type == "latent")
+
+    def size_arguments(self) -> dict[str, Any]:
+        """The arguments of the stock pipeline's call that say how large the image is."""
+        return {"height": self.height, "width": self.width}
+
+    def images_of(self, output: Any, is_latent: bool = False) -> torch.Tensor:
+        """The images, or the latents, in what the stock pipeline returns."""
+        return getattr(output, self.output)
 
     def sample_stock(
         self,
@@ -185,7 +202,7 @@ class PipelineFamily:
 
         captions: n of them
         noise: (n, *latent_shape)
-        steps: number of steps, on the plain grid, which is given as sigmas; the scheduler adds the shift
+        steps: number of steps, on the plain grid (`plain_grid`); the scheduler adds the shift
         guidance: guidance scale
         shift: the time shift; the scheduler's own when None
         """
@@ -199,6 +216,38 @@ def with_negative(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     captions = {name: part[:-1] for name, part in rows.items()}
     empty = {f"empty_{name}": part[-1:].expand_as(part[:-1]) for name, part in rows.items()}
     return {**captions, **empty}
+
+
+def spatial_factor(pipe: Any) -> int:
+    """Pixels to a latent, a side: as we have read it from the VAE's configuration where the pipeline was
+    loaded, else as the pipeline says it."""
+    known = getattr(pipe, "vae_scale_factor", None)
+    return pipe.vae_scale_factor_spatial if known is None else known
+
+
+def takes_sigmas(pipeline_class: type) -> bool:
+    """Whether a pipeline's call can be given its grid."""
+    return "sigmas" in signature(pipeline_class.__call__).parameters
+
+
+@contextmanager
+def plain_grid(pipe: Any, steps: int) -> Iterator[dict[str, Any]]:
+    """Within the block the pipeline's scheduler, one of Euler steps, makes them on the grid 1, 1 - 1/n, ...,
+    1/n, to which it adds its shift. Gives the arguments of the call that say so.
+
+    A pipeline that takes no sigmas (Wan) leaves the grid to its scheduler, which spaces its times evenly
+    between bounds that it has shifted already, and shifts them again: the bounds are set to 1 and 1/n.
+    """
+    if takes_sigmas(type(pipe)):
+        yield {"sigmas": [1 - i / steps for i in range(steps)]}
+        return
+    scheduler = pipe.scheduler
+    bounds = scheduler.sigma_max, scheduler.sigma_min
+    scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / steps
+    try:
+        yield {}
+    finally:
+        scheduler.sigma_max, scheduler.sigma_min = bounds
 
 
 def scheduler_shift(scheduler: Any) -> float:

@@ -21,13 +21,14 @@ import diffusers
 import torch
 
 from ..method.flow import sample, time_grid
-from .sampling import stock_shift
+from .sampling import image_shape, stock_shift
 from ..types import Condition, Family
 
 # %% ../../nbs/learn/21_new_family.ipynb #c06
 # What every family has: class attributes, methods and properties. It is made as
 # Class(pipe, height, width, max_sequence_length), and with negative_prompt=... where uses_cfg holds, and has
-# these as attributes. Captions, x and t are n examples; sizes are in pixels.
+# these as attributes. Captions, x and t are n examples; sizes are in pixels. One that makes videos says so by
+# makes_videos, is made with num_frames=..., and has videos (n, F, 3, H, W) for images where F is not 1.
 CONTRACT = {
     "pipeline_class": "the stock pipeline's class, which saves and loads the LoRA",
     "uses_cfg": "True: guidance by a second evaluation, with a negative prompt; False: by an input",
@@ -146,7 +147,7 @@ def lossless_vae(vae: Any) -> Iterator[Any]:
 
     def decode(latents, *args, **kwargs):
         decoded.append(latents)
-        return VAEOutput(sample=torch.zeros(len(latents), 3, 8, 8))
+        return VAEOutput(sample=torch.zeros(len(latents), 3, *latents.shape[2:-2], 8, 8))
 
     def encode(images, *args, **kwargs):
         latents = decoded[-1]
@@ -163,7 +164,7 @@ def check_latents(family: Family, tolerance: float = 1e-4) -> str:
 
     tolerance: largest difference of a latent after decode and encode_images
     """
-    images = torch.rand(2, 3, family.height, family.width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = torch.rand(2, *image_shape(family), generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = family.encode_images(images)
     if latents.shape[1:] != tuple(family.latent_shape):
         raise ValueError(f"encode_images gives {(*latents.shape[1:],)}, "

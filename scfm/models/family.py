@@ -16,6 +16,7 @@ from scfm.models.pixels import Pixels
 from scfm.models.qwen_image import QwenImage
 from scfm.models.sana import Sana
 from scfm.models.sd3 import SD3
+from scfm.models.wan import Wan
 from scfm.models.z_image import ZImage
 from scfm.types import Condition, Family, FamilyVelocity
 
@@ -28,6 +29,7 @@ FAMILIES: dict[str, Any] = {
     "Flux2Pipeline": Flux2Dev,
     "ZImagePipeline": ZImage,
     "SanaPipeline": Sana,
+    "WanPipeline": Wan,
 }
 GROUP = "scfm.families"  # entry points: name = the pipeline's class, value = module:Class
 FamilyClass = TypeVar("FamilyClass", bound=type)

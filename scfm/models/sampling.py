@@ -46,6 +46,12 @@ def euler_endpoints(
     return torch.cat(endpoints)
 
 
+def image_shape(family: Family) -> tuple[int, ...]:
+    """Of one image, (3, height, width), or of a video of several frames, (F, 3, height, width)."""
+    frames = getattr(family, "num_frames", 1)
+    return (*([frames] if frames > 1 else []), 3, family.height, family.width)
+
+
 def on_device(cond: dict[str, torch.Tensor], device: str | torch.device) -> dict[str, torch.Tensor]:
     """The same condition on a device."""
     return {name: tensor.to(device) for name, tensor in cond.items()}

@@ -80,10 +80,12 @@ class PipelineSource:
             )
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from None
+        name = "scale_factor_temporal"  # of videos; a pipeline without its VAE has a guess
         return SimpleNamespace(
             transformer=SimpleNamespace(config=SimpleNamespace(**config["transformer"])),
             vae_scale_factor=factor,
             config=self.index,
+            **({f"vae_{name}": config["vae"][name]} if name in config["vae"] else {}),
         )
 
     @property

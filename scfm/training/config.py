@@ -38,6 +38,7 @@ class DistillConfig(SCFMConfig):
     more_sizes: tuple = setting(
         (), "further sizes, HEIGHTxWIDTH, as 640x384,384x640: each image goes to the nearest shape"
     )
+    num_frames: int = setting(1, "frames of a video, for a family that makes videos; 1: images")
     max_sequence_length: int = setting(512, "length of the text sequence in tokens")
     negative_prompt: str = setting("", "negative prompt of families with classifier-free guidance")
     rank: int = setting(64, "rank of the LoRA")
@@ -171,6 +172,7 @@ class DistillConfig(SCFMConfig):
             train_data_dir=self.train_data_dir,
             cache_dir=self.cache_dir,
             sizes=(f"{self.height}x{self.width}", *self.more_sizes),
+            num_frames=self.num_frames,
             max_sequence_length=self.max_sequence_length,
             negative_prompt=self.negative_prompt,
             weight_dtype=self.weight_dtype,
@@ -275,6 +277,7 @@ DISTILL_VALIDATORS = [
         1,
         "height",
         "width",
+        "num_frames",
         "max_sequence_length",
         "rank",
         "teacher_steps",

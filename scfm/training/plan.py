@@ -20,6 +20,7 @@ from scfm.models.quantize import BYTES
 from scfm.models.scaled_lora import ScaledLoraModels, names_of
 from scfm.models.sd3 import SD3
 from scfm.models.source import PipelineSource
+from scfm.models.video import frame_options
 from scfm.training.config import DistillConfig, refuse_for_shard
 
 GIB = 2**30
@@ -100,8 +101,10 @@ def shape_of(
         with torch.device("meta"):
             transformer = model_class(**{**settings, **(change or {})})
         published = family_class.published.get(shape)
-        factor = published.vae_scale_factor if published else FACTOR
-        pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=factor, config={})
+        pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=FACTOR, config={})
+        if published:
+            pipe.vae_scale_factor = published.vae_scale_factor
+            pipe.vae_scale_factor_temporal = published.vae_scale_factor_temporal
     else:
         if change:
             raise ValueError("a change needs a shape to be made to: say --shape NAME too")
@@ -112,7 +115,8 @@ def shape_of(
         pipe.transformer = transformer
     # diffusers' own `to` warns of layers it knows better
     torch.nn.Module.to(transformer, DTYPES[config.weight_dtype])
-    return family_class(pipe, config.height, config.width, config.max_sequence_length), transformer
+    frames = frame_options(family_class, config.num_frames)
+    return family_class(pipe, config.height, config.width, config.max_sequence_length, **frames), transformer
 
 
 class Count(NamedTuple):

@@ -1,11 +1,12 @@
 """What every family in a plain file is held to, on a tiny genuine pipeline of random weights.
 
-A new family is a line in `BUILD` of toy/pipelines.py. The older families have the same tests, and more, in
-test_families.py.
+A new family is a line in `BUILD` of toy/pipelines.py, and one of videos a line in `CASES` too. The older
+families have the same tests, and more, in test_families.py.
 """
 
 import json
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,28 +28,39 @@ from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.source import HUB_FILES, PipelineSource
 from scfm.training.config import DistillConfig
 from scfm.training.plan import count_called, meta_inputs, shape_of
-from toy.pipelines import BUILD
+from toy.pipelines import BUILD, build_wan
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left", "a green star"]
 LENGTH = 32  # of the text: a caption and what the chat templates put around it
 GUIDANCE = torch.tensor([1.0, 4.0, 2.0])  # of each example: with classifier-free guidance some run twice
 SIZES = {"square": (32, 32), "wide": (32, 64)}
-each_family = pytest.mark.parametrize("name", BUILD)
+# {case: (its pipeline's class, how that is built, what its family is made with)}
+CASES = {name: (name, build, {}) for name, build in BUILD.items()} | {
+    "Wan, 5 frames": ("WanPipeline", build_wan, {"num_frames": 5}),
+    "Wan 2.2, 9 frames": ("WanPipeline", partial(build_wan, expand_timesteps=True), {"num_frames": 9}),
+}
+each_family = pytest.mark.parametrize("name", CASES)
 
 
 @pytest.fixture(scope="module")
 def pipes():
-    """{name: pipeline}: built once, and never changed."""
+    """{case: pipeline}: built once, and never changed."""
     made = {}
-    for name, build in BUILD.items():
+    for name, (_, build, _) in CASES.items():
         made[name] = build()
         made[name].set_progress_bar_config(disable=True)
     return made
 
 
+def bound(name, pipe, size=SIZES["square"], length=LENGTH):
+    """The family of a case."""
+    pipeline_class, _, more = CASES[name]
+    return FAMILIES[pipeline_class](pipe, *size, length, **more)
+
+
 @pytest.fixture
 def family(name, pipes):
-    return FAMILIES[name](pipes[name], *SIZES["square"], LENGTH)
+    return bound(name, pipes[name])
 
 
 def point_of(family, guidance, captions=CAPTIONS):
@@ -74,7 +86,7 @@ def shaken(transformer, names):
 @each_family
 @pytest.mark.parametrize("size", SIZES)
 def test_our_sampler_is_the_stock_pipeline(name, pipes, size):
-    family = FAMILIES[name](pipes[name], *SIZES[size], LENGTH)
+    family = bound(name, pipes[name], SIZES[size])
     assert check_latents(family)
     assert check_velocity(family, CAPTIONS[:2], 3, tolerance=1e-4)
     assert check_images(family, CAPTIONS[:2], (1, 3, 8), (1.0, 4.0))
@@ -97,7 +109,7 @@ def test_a_caption_alone_gives_what_it_gives_in_company(family):
 
 @each_family
 def test_gradient_checkpointing_changes_nothing(name, family):
-    transformer = BUILD[name]().transformer
+    transformer = CASES[name][1]().transformer
     add_adapters(transformer, family.lora_targets, 2, copies={"student": ()})
     shaken(transformer, ["student"])
     point, results = point_of(family, GUIDANCE), []
@@ -118,11 +130,11 @@ def test_gradient_checkpointing_changes_nothing(name, family):
 @each_family
 def test_a_lora_goes_through_the_stock_pipeline(name, family, tmp_path):
     assert check_lora(family)
-    transformer = BUILD[name]().transformer
+    transformer = CASES[name][1]().transformer
     models = LoraModels(transformer, family.velocity, family.lora_targets, rank=2, alpha=6)
     shaken(transformer, ["student"])
     save_lora(family.pipeline_class, transformer, tmp_path)
-    stock = BUILD[name]()
+    stock = CASES[name][1]()
     stock.load_lora_weights(str(tmp_path))
     x, t, cond = point_of(family, GUIDANCE)
     with torch.no_grad():
@@ -136,7 +148,7 @@ def test_a_lora_goes_through_the_stock_pipeline(name, family, tmp_path):
 @each_family
 def test_each_example_has_its_own_scale_in_one_forward(name, family):
     models = ScaledLoraModels(
-        BUILD[name]().transformer, family.velocity, family.lora_targets, 2, None, 2, family.forward_rows
+        CASES[name][1]().transformer, family.velocity, family.lora_targets, 2, None, 2, family.forward_rows
     )
     shaken(models.transformer, models.adapter_names)
     (x, t, cond), scales = point_of(family, GUIDANCE), torch.tensor([0.3, 1.0, 0.6])
@@ -153,16 +165,16 @@ def test_it_saves_and_reloads_and_a_part_alone_knows_its_sizes(name, pipes, fami
     saved = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
     assert all(any(fnmatch(file, pattern) for pattern in HUB_FILES) for file in saved)  # is downloaded
     source = PipelineSource(tmp_path)
-    assert source.family is FAMILIES[name]
+    assert source.family is FAMILIES[CASES[name][0]]
     skeleton = source.skeleton
     skeleton.scheduler = source.scheduler()
-    bound = source.family(skeleton, *SIZES["square"], LENGTH)
-    assert bound.latent_shape == family.latent_shape and bound.tokens == family.tokens
-    assert stock_shift(bound) == pytest.approx(stock_shift(family))
+    alone = bound(name, skeleton)
+    assert alone.latent_shape == family.latent_shape and alone.tokens == family.tokens
+    assert stock_shift(alone) == pytest.approx(stock_shift(family))
     bare, _ = load_pipeline(tmp_path, torch.float32, parts="transformer")
-    assert type(family)(bare, *SIZES["square"], LENGTH).latent_shape == family.latent_shape
+    assert bound(name, bare).latent_shape == family.latent_shape
     whole, _ = load_pipeline(tmp_path, torch.float32)
-    again = type(family)(whole, *SIZES["square"], LENGTH)
+    again = bound(name, whole)
     noise = point_of(family, 1.0)[0]
     images = again.sample_stock(CAPTIONS, noise, 2, 4.0)
     assert torch.equal(images, family.sample_stock(CAPTIONS, noise, 2, 4.0))
@@ -184,7 +196,7 @@ def test_another_pipeline_of_its_class_is_called_as_it_is(name, pipes, family):
 
 @each_family
 def test_bfloat16_is_close(name, family):
-    transformer = BUILD[name]().transformer.to(torch.bfloat16)
+    transformer = CASES[name][1]().transformer.to(torch.bfloat16)
     x, t, cond = point_of(family, GUIDANCE)
     half = {k: v.bfloat16() if v.is_floating_point() and k != "guidance" else v for k, v in cond.items()}
     with torch.no_grad():
@@ -214,11 +226,12 @@ def test_the_plan_knows_its_text(name, pipes, family, tmp_path):
     shapes = {k: tuple(v.shape[1:]) for k, v in text.items() if not k.startswith("empty_")}
     assert shapes == family.text_shapes
     pipes[name].save_pretrained(tmp_path)
-    settings = {"height": 32, "width": 32, "max_sequence_length": LENGTH}
+    settings = {"height": 32, "width": 32, "max_sequence_length": LENGTH, **CASES[name][2]}
     config = DistillConfig(pretrained_model_name_or_path=str(tmp_path), **settings)
-    bound, transformer = shape_of(config)
-    add_adapters(transformer, bound.lora_targets, 2, copies={"student": ()})
-    count = count_called(bound, transformer, *meta_inputs(bound, transformer, 4.0, torch.float32))
+    planned, transformer = shape_of(config)
+    add_adapters(transformer, planned.lora_targets, 2, copies={"student": ()})
+    count = count_called(planned, transformer, *meta_inputs(planned, transformer, 4.0, torch.float32))
+    assert planned.tokens == family.tokens
     assert count.student > count.forward > 0
 
 
@@ -233,14 +246,15 @@ def test_a_processors_tokenizer_counts_the_words_of_captions(pipes, caplog):
 @each_family
 def test_the_commands_know_it(name, pipes, tmp_path, command):
     """From captions to an exported pipeline, which is a stock one, by both algorithms."""
+    pipeline_class, _, more = CASES[name]
     pipes[name].save_pretrained(tmp_path / "pipeline")
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
-    ours = {"pretrained_model_name_or_path": tmp_path / "pipeline", "max_sequence_length": LENGTH}
+    ours = {"pretrained_model_name_or_path": tmp_path / "pipeline", "max_sequence_length": LENGTH, **more}
     made = {"prompts": tmp_path / "prompts.txt", "output_dir": tmp_path / "images", "sizes": "32x32"}
     assert command("data", **ours, **made, teacher_steps=2, teacher_guidance_scale=3) == 0
     run = {"train_data_dir": tmp_path / "images", "height": 32, "width": 32, "rank": 2, "report_to": "none"}
     run |= {"max_train_steps": 2, "global_batch_size": 2, "teacher_steps": 2, "num_eval_prompts": 2}
-    run |= {"guidance_scale_range": "1,4", "teacher_guidance_scale": 3, "validation_steps": 0}
+    run |= {"guidance_scale_range": "1,4", "teacher_guidance_scale": 3, "validation_steps": 2}
     for algorithm, exponent in {"dual": 0.0, "step_scaled": 0.85}.items():
         lora, image = tmp_path / algorithm, tmp_path / f"{algorithm}.png"
         assert command("distill", **ours, **run, algorithm=algorithm, output_dir=lora, eval_num_steps=2) == 0
@@ -252,5 +266,6 @@ def test_the_commands_know_it(name, pipes, tmp_path, command):
         assert command("export", lora=lora, output_dir=exported, steps=2) == 0
         assert json.loads((exported / "export.json").read_text())["differences"]["mean"] < 1e-3
         assert type(type(pipes[name]).from_pretrained(str(exported))) is type(pipes[name])
-        for argument in {**FAMILIES[name].guidance_arguments(3.5), **FAMILIES[name].call_settings}:
+        family_class = FAMILIES[pipeline_class]
+        for argument in {**family_class.guidance_arguments(3.5), **family_class.call_settings, **more}:
             assert f"    {argument}=" in (lora / "README.md").read_text()
