@@ -131,7 +131,6 @@ def test_it_resumes_and_an_image_is_the_same_alone_and_in_a_batch(lora, prompts,
 
 def test_images_on_a_base_of_4_bits_are_of_another_protocol(lora, prompts, tmp_path, capsys, monkeypatch):
     assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS) == 0
-    monkeypatch.setattr("scfm.inference.config.require_quantizer", lambda kind, mend: None)
     monkeypatch.setattr("scfm.inference.step_lora.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
     assert evaluate(lora, prompts, tmp_path / "out", *NO_METRICS, "--quantize", "nf4") == 2
     assert "holds images of another quantize" in capsys.readouterr().err

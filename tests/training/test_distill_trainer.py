@@ -408,7 +408,6 @@ def test_the_presets_are_these():
         ({"lora_layers": ("to_z",)}, "lora_layers: to_z is no linear layer"),
         ({"more_sizes": ("24by48",)}, "HEIGHTxWIDTH"),
         ({"more_sizes": ("30x48",)}, "multiples of 4"),
-        ({"quantize": "nf4"}, "nf4 needs"),
         ({"quantize": "int3"}, "int8 or nf4, or leave it out"),
         ({"report_to": "mlflow"}, "tensorboard, wandb or none"),
         ({"select_adapter": "teacher"}, "best, student, ema_fast or ema_slow"),
