@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 COURSE = (  # in the order of reading; the last sums it up on one page
     "00_flow",
+    "00_solvers",
     "01_consistency",
     "02_ema",
     "02_fixed_point",

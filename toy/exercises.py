@@ -63,6 +63,35 @@ def predicts_the_data(predict: Callable) -> None:
 
 
 @exercise("00.2")
+def knows_the_end(end: Callable) -> None:
+    start = torch.tensor([[-1.5], [0.2], [2.0]], dtype=torch.float64)
+    for m, s in ((0.0, 1.0), (2.0, 0.5), (-1.0, 0.1)):
+
+        def exact(x, t, cond=None, m=m, s=s):
+            t = t[:, None]
+            return (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2) * (x - (1 - t) * m) - m
+
+        reached = sample(exact, start, time_grid(400), solver="midpoint")
+        for z, x in zip(start[:, 0].tolist(), reached[:, 0].tolist(), strict=True):
+            near(end(z, m, s), x, f"where {z} ends for data N({m}, {s}^2)")
+
+
+@exercise("00.3")
+def crosses(answer: Any) -> None:
+    ((data1, noise1), (data2, noise2)), t = answer
+    assert 0 < t < 1, "the time lies between 0 and 1"
+    places = [(1 - t) * data + t * noise for data, noise in ((data1, noise1), (data2, noise2))]
+    near(places[1], places[0], f"the second pair's place at t = {t}, against the first's")
+    assert abs((noise1 - data1) - (noise2 - data2)) > 1e-3, "their velocities are the same: nothing disagrees"
+
+
+@exercise("00.4")
+def knows_the_last_step(last_step: Callable) -> None:
+    for n, s in ((1, 3.0), (4, 1.0), (4, 3.0), (8, 0.5)):
+        near(last_step(n, s), time_grid(n, s)[-2].item(), f"the last step of {n} at shift {s:g}", 1e-5)
+
+
+@exercise("00.5")
 def knows_the_spread(spread: Callable) -> None:
     start = torch.linspace(-2, 2, 9)[:, None]
     for n in (1, 2, 4, 16):
@@ -70,7 +99,7 @@ def knows_the_spread(spread: Callable) -> None:
         near(spread(n), (ends / start)[0].item(), f"the deviation after {n} steps")
 
 
-@exercise("00.3")
+@exercise("00.6")
 def finds_the_best_middle(answer: Any) -> None:
     middle, best = answer
     near(middle, 0.5, "the time in the middle")
