@@ -73,6 +73,8 @@ class SCFMConfig:
     finest_steps: int = setting(
         16, "step_scaled: targets made of half-steps of more than so many a path are the teacher's")
     ema_decay: float = setting(0.95, "step_scaled: decay of its EMA, per step; a short memory")
+    difference_lr: float = setting(
+        0.0, "step_scaled: learning rate of the differences; 0: learning_rate over the mean of the scale")
     seed: int = setting(0, "of noise, times, kinds of examples and data")
 
     @property
@@ -84,6 +86,11 @@ class SCFMConfig:
     def step_scale(self) -> StepScale:
         """The rule of step_scaled."""
         return StepScale(self.scale_exponent, self.step_counts, self.step_weights, self.finest_steps)
+
+    @property
+    def rate_of_differences(self) -> float:
+        """Learning rate of what the scale multiplies: the smaller the scale, the faster; or as it is set."""
+        return self.difference_lr or self.learning_rate / self.step_scale.mean()
 
     def check(self) -> None:
         """ValueError with the field, its value and the mend, at the first value that makes no sense."""
@@ -159,6 +166,7 @@ VALIDATORS: list[Validator] = [
      "a whole number below twice the largest of step_counts: else no target comes from the teacher, and the "
      "student forgets it"),
     ("ema_decay", lambda c: 0 <= c.ema_decay < 1, "a decay in [0, 1)"),
+    ("difference_lr", lambda c: 0 <= c.difference_lr < math.inf, "a learning rate, or 0 for the rule"),
     ("seed", lambda c: is_int(c.seed, 0), "a whole number of at least 0"),
 ]
 
@@ -268,13 +276,12 @@ def sample_batch(config: SCFMConfig, step: int, batch_size: int, shape: Sequence
 def parameter_groups(models: Any, config: SCFMConfig) -> list[dict[str, Any]]:
     """The student's tensors with their learning rates, for an optimizer.
 
-    For step_scaled the differences learn faster, by one over the mean of the scale over the counts that are
-    drawn: what they change is multiplied by it. The base, where it is trained, does not.
+    For step_scaled the differences have a rate of their own (`SCFMConfig.rate_of_differences`): what they
+    change is multiplied by the scale. The base, where it is trained, has not.
     """
     if config.algorithm != STEP_SCALED:
         return [{"params": models.parameters("student"), "lr": config.learning_rate}]
-    faster = config.learning_rate / config.step_scale.mean()
-    return [{"params": tensors, "lr": faster if power else config.learning_rate}
+    return [{"params": tensors, "lr": config.rate_of_differences if power else config.learning_rate}
             for power, tensors in models.by_power("student").items()]
 
 def make_optimizer(models: TrainableModels | ScaledModels,

@@ -206,6 +206,7 @@ OF_STEP_SCALED = (
     "step_weights",
     "finest_steps",
     "ema_decay",
+    "difference_lr",
 )
 
 

@@ -98,11 +98,10 @@ class FlowTrainer(Trainer):
         return StepPlan(jumps, mine, [batch])
 
     def train_step(self, step: int) -> StepOutput:
-        """The next step, with the learning rate of the warm-up; counts the evaluations."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.scheduler.get_last_lr()[0] * min(
-                1, (step + 1) / max(1, self.config.lr_warmup_steps)
-            )
+        """The next step, with the learning rates of the warm-up; counts the evaluations."""
+        warm = min(1, (step + 1) / max(1, self.config.lr_warmup_steps))
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate * warm
         output = super().train_step(step)
         if output.jumps is not None:
             self.evaluations += evaluations(output.jumps)

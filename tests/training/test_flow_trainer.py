@@ -401,6 +401,28 @@ def test_differences_from_a_finished_flow_leave_it_as_it_is(run, tmp_path):
     assert same(dict(load_flow(told["teacher"]).state_dict()), dict(whole.models.sampled(0).state_dict()))
 
 
+@pytest.mark.parametrize(
+    "told, differences",
+    [({}, 1e-3 / 4), ({"difference_lr": 3e-4}, 3e-4), ({"teacher": True}, None)],
+    ids=["from scratch", "as set", "distilled"],
+)
+def test_the_differences_have_a_rate_of_their_own_through_the_warm_up(run, tmp_path, told, differences):
+    """From scratch they had the base's, whatever the groups of the optimizer said."""
+    told = {**STEP_SCALED, "learning_rate": 1e-3, "lr_warmup_steps": 4, **told}
+    if told.pop("teacher", False):
+        run(tmp_path / "first", max_train_steps=1).train()
+        told |= {"teacher": str(tmp_path / "first" / "flow.safetensors"), "non_shortcut_ratio": 0.0}
+    r = run(tmp_path / "second", **told)
+    differences = differences or 1e-3 / r.config.step_scale.mean()
+    base = [] if r.config.teacher else [1e-3]
+    seen = []
+    r.optimizer.register_step_pre_hook(lambda opt, *_: seen.append([g["lr"] for g in opt.param_groups]))
+    for step in range(5):
+        r.train_step(step)
+    for rates, share in zip(seen, (0.25, 0.5, 0.75, 1.0, 1.0), strict=True):
+        assert rates == pytest.approx([share * rate for rate in [*base, differences, differences]])
+
+
 def test_a_difference_that_no_example_trains_has_a_gradient_of_zero(run):
     """Or several processes would wait for each other's gradients."""
     r = run(algorithm="step_scaled", non_shortcut_ratio=1.0)
