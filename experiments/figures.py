@@ -7,6 +7,39 @@ from typing import Any
 
 LEVELS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1)  # marks of the axis of SW2
 
+# One colour and one marker for each, as in toy/plots.py. SCFM without the trained scale is a paler student;
+# the rivals share the marker and differ in colour.
+TEACHER = {"color": "#777777", "marker": "s"}
+STUDENT = {"color": "#c62828", "marker": "o"}
+EMA = {"color": "#1f5a96", "marker": "^"}
+RIVAL = {"color": "#2e7d32", "marker": "D"}
+SCFM = {"color": "#e57373", "marker": "o"}
+RIVALS = {
+    "Reflow": "#5d4037",
+    "progressive": RIVAL["color"],
+    "consistency": "#00838f",
+    "Shortcut": "#8d6e00",
+    "MeanFlow": "#7b1fa2",
+    "fine-tuning": RIVAL["color"],
+}
+OPEN = {"mfc": "none", "ls": "--"}
+LOOKS = {"euler": {}, "midpoint": OPEN, "heun": {"mfc": "none", "ls": ":"}, "multistep": {"ls": "-."}}
+
+
+def look(label: str) -> dict[str, Any]:
+    """Colour, marker and line of a curve by its name, such as "teacher midpoint" or "SCFM, tuned dialled".
+
+    ValueError for a name of which nothing is known.
+    """
+    first, *others = label.replace(",", "").split()
+    if first == "teacher":
+        return TEACHER | next((LOOKS[word] for word in others if word in LOOKS), {})
+    if first == "SCFM":
+        return SCFM | (OPEN if others[-1:] == ["raw"] else {"ls": ":"} if "damped" in others else {})
+    if first in RIVALS:
+        return RIVAL | {"color": RIVALS[first]}
+    raise ValueError(f"no look for {label!r}: teacher, SCFM or one of {', '.join(RIVALS)} comes first")
+
 
 def headless_pyplot() -> Any:
     """pyplot for writing files, without a display."""

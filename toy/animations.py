@@ -19,10 +19,11 @@ import matplotlib.pyplot as plt
 from scfm.method.distill import SCFMConfig, distill
 from scfm.method.flow import sample, time_grid
 from scfm.method.step_scale import ScaledNetwork
+from toy import plots
 from toy.plane import MLP, Mixture, moons, train_flow
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-TEACHER, STUDENT, TARGET = "#444444", "#c62828", "#1f5a96"
+TEACHER, STUDENT, TARGET = plots.TEACHER["color"], plots.STUDENT["color"], plots.EMA["color"]
 COLORS = 48
 THREE = Mixture(torch.tensor([[-1.5, 0.9], [1.5, 0.9], [0.0, -1.3]]), 0.12)
 TIMES = (0.85, 0.4, 0.05)

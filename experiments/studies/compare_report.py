@@ -8,26 +8,28 @@ from typing import Any
 from PIL import Image
 
 from experiments.curves import Curves, curve_table, gather_curves
-from experiments.figures import LEVELS, canvas, labelled_handles, plot_curve, save, step_axes
+from experiments.figures import LEVELS, canvas, labelled_handles, look, plot_curve, save, step_axes
 from experiments.runner import Result
 from experiments.studies import compare_flux, compare_plane
 from experiments.testbeds import plane, tiny_flux
 from scfm.method.lora_scale import STEPS
 
 FLUX = tiny_flux.NAME
-STYLES = {
-    "Reflow raw": "C0o-",
-    "progressive own stage": "C1o-",
-    "consistency re-noised": "C2o-",
-    "Shortcut raw": "C4o-",
-    "MeanFlow raw": "C5o-",
-    "SCFM, Algorithm 2 raw": "C3.--",
-    "SCFM, tuned dialled": "C3o-",
-    "SCFM, tuned stepwise": "C3*-",
-}
+SHOWN = (
+    "teacher euler",
+    "teacher midpoint",
+    "teacher multistep",
+    "Reflow raw",
+    "progressive own stage",
+    "consistency re-noised",
+    "Shortcut raw",
+    "MeanFlow raw",
+    "SCFM, Algorithm 2 raw",
+    "SCFM, tuned dialled",
+    "SCFM, tuned stepwise",
+)
 ON_FLUX_ALONE, BOLD = "SCFM, tuned dialled", "SCFM, tuned stepwise"  # the plane has better, and many lines
 FLUX_LEVELS = (30, 50, 70, 100, 150, 200, 300, 500, 1000)
-FREE_STYLES = {"teacher euler": "ko-", "teacher midpoint": "ks--", "teacher multistep": "k^:"}
 BESIDE = ("coupling", "scales", "deviation", "accuracy")  # curves of something else than the quality
 NEEDS = {
     "teacher euler": "nothing",
@@ -137,18 +139,18 @@ def plot_summary(record: dict[str, Any], path: str | Path, budget: str = "medium
 def draw(
     ax: Any, record: dict[str, Any], of_budget: dict[str, Any], data: str, title: str, kind: str = ""
 ) -> None:
-    """Every curve of STYLES that there is. kind: of the curve, such as " coupling"."""
+    """Every curve of SHOWN that there is. kind: of the curve, such as " coupling"."""
     curves = record["free"][data] | of_budget["main"].get(data, {})
-    for label, style in {**FREE_STYLES, **STYLES}.items():
+    for label in SHOWN:
         # the tiny Flux's goal is the teacher's own 32 steps: no distance there
         curve = {n: e for n, e in curves.get(label + kind, {}).items() if e["mean"] > 0}
         if curve and (label != ON_FLUX_ALONE or data == FLUX):
-            size, width = (7, 2) if label == BOLD else (3, 1)
-            plot_curve(ax, curve, fmt=style, ms=size, lw=width, elinewidth=0.6, label=label)
+            size, width = (5, 2.2) if label == BOLD else (3, 1)
+            plot_curve(ax, curve, **look(label), ms=size, lw=width, elinewidth=0.6, label=label)
     floor = record["floor"].get(data) if not kind else None
     if floor:  # one number on the tiny Flux, a band of 95 % on the plane
         low, high = floor["low"] or 0.99 * floor["mean"], floor["high"] or 1.01 * floor["mean"]
-        ax.axhspan(low, high, color="C2", alpha=0.25, lw=0, label="data against data")
+        ax.axhspan(low, high, color="k", alpha=0.1, lw=0, label="data against data")
     step_axes(ax, STEPS, title, FLUX_LEVELS if data == FLUX and not kind else LEVELS)
     ax.set_ylabel("distance to the teacher's endpoints" if kind else quality_axis(data))
 

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.figures import canvas, labelled_handles, level_axis, save
+from experiments.figures import TEACHER, canvas, labelled_handles, level_axis, look, save
 from experiments.studies.few_shot_report import ALL, DIALLED, METRICS, SCFM, TUNED, steps_of
 
 # marks of a logarithmic axis
 LEVELS = (0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2)
-STYLES = {SCFM: "C3o-", DIALLED: "C1o-", TUNED: "C0s--"}
+STYLES = {SCFM: look("SCFM raw"), DIALLED: look("SCFM, dialled"), TUNED: look("fine-tuning")}
 SUMMARY = ("checkerboard", "moons", "8 gaussians", "tiny Flux, held-out pairs")
 
 
@@ -63,11 +63,13 @@ def panel(ax: Any, world: dict[str, Any], sizes: Sequence[str], n: str, metric: 
         there = [size for size in sizes if size in entry]
         means, halves = ([entry[size][name] or 0 for size in there] for name in ("mean", "half"))
         places = [sizes.index(size) for size in there]
-        ax.errorbar(places, means, halves, fmt=style, ms=3, lw=1, capsize=2, label=method)
+        ax.errorbar(places, means, halves, **style, ms=3, lw=1, capsize=2, label=method)
     if n in world["teacher"]:
-        ax.axhline(world["teacher"][n][metric], color="C7", lw=0.8, ls=":", label="teacher, untouched")
+        ax.axhline(
+            world["teacher"][n][metric], color=TEACHER["color"], lw=0.8, ls=":", label="teacher, untouched"
+        )
     if metric in world["floor"]:
-        ax.axhline(world["floor"][metric], color="C2", lw=0.8, label="fresh data")
+        ax.axhline(world["floor"][metric], color="k", lw=0.8, label="fresh data")
     ax.set_xticks(range(len(sizes)), sizes)
     ax.tick_params(labelsize=7)
     # fine-tuning is many times above the rest

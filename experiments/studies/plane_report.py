@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.curves import curve_table, gather_curves
-from experiments.figures import canvas, plot_curve, save, step_axes
+from experiments.figures import OPEN, STUDENT, canvas, look, plot_curve, save, step_axes
 from experiments.runner import Result
 from scfm.method.lora_scale import STEPS
 
@@ -109,16 +109,15 @@ def table(record: dict[str, Any]) -> str:
 
 
 STYLES = {
-    "teacher euler": {"color": "C7", "marker": "o", "label": "teacher, Euler"},
-    "teacher midpoint": {"color": "C7", "marker": "s", "ls": "--", "label": "teacher, midpoint"},
-    "teacher heun": {"color": "C7", "marker": "^", "ls": ":", "label": "teacher, Heun"},
-    "paper raw": {"color": "C0", "marker": ".", "ls": "--", "label": "student by the paper, raw"},
-    "paper dialled": {"color": "C0", "marker": ".", "label": "student by the paper, dialled"},
-    "damped dialled": {"color": "C3", "marker": ".", "label": "damped models, dialled"},
-    "damped, k/N .2 raw": {"color": "C1", "marker": ".", "ls": "--", "label": "damped models, k/N .2, raw"},
+    "teacher euler": {**look("teacher euler"), "label": "teacher, Euler"},
+    "teacher midpoint": {**look("teacher midpoint"), "label": "teacher, midpoint"},
+    "teacher heun": {**look("teacher heun"), "label": "teacher, Heun"},
+    "paper raw": {**look("SCFM raw"), "label": "student by the paper, raw"},
+    "paper dialled": {**look("SCFM, dialled"), "label": "student by the paper, dialled"},
+    "damped dialled": {**look("SCFM, damped"), "label": "damped models, dialled"},
+    "damped, k/N .2 raw": {**STUDENT, **OPEN, "label": "damped models, k/N .2, raw"},
     "damped, k/N .2 dialled": {
-        "color": "C1",
-        "marker": "o",
+        **STUDENT,
         "lw": 2,
         "label": "damped models, k/N .2, dialled",
     },
@@ -134,7 +133,7 @@ def plot(record: dict[str, Any], path: str | Path) -> None:
         if data in record["floor"]:
             floor = record["floor"][data]
             ax.axhspan(
-                floor["low"], floor["high"], color="C2", alpha=0.25, lw=0, label="data against data, 95 %"
+                floor["low"], floor["high"], color="k", alpha=0.1, lw=0, label="data against data, 95 %"
             )
         step_axes(ax, STEPS, data)
     against = record["targets"].get(RECOMMENDED, {}).get("against_teacher", [])

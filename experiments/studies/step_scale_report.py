@@ -6,21 +6,31 @@ from pathlib import Path
 from typing import Any
 
 from experiments.curves import Curves, gather_curves
-from experiments.figures import LEVELS, canvas, labelled_handles, plot_curve, save, step_axes
+from experiments.figures import (
+    LEVELS,
+    OPEN,
+    STUDENT,
+    canvas,
+    labelled_handles,
+    look,
+    plot_curve,
+    save,
+    step_axes,
+)
 from experiments.runner import RESULTS, Result
 from experiments.testbeds.tiny_flux import NAME as FLUX
 from scfm.method.lora_scale import STEPS
 
-OURS = {"one difference": "C3^--", "two differences": "C3o-"}
-RIVALS = {
-    "teacher euler": "ko-",
-    "progressive own stage": "C1o-",
-    "Shortcut raw": "C4o-",
-    "SCFM, Algorithm 2 raw": "C0.--",
-    "SCFM, tuned stepwise": "C0*-",
-    "SCFM, damped stepwise": "C2*:",
-    "SCFM, tuned dialled": "C0s:",
-}
+OURS = {"one difference": STUDENT | OPEN, "two differences": STUDENT}
+SHOWN = (
+    "teacher euler",
+    "progressive own stage",
+    "Shortcut raw",
+    "SCFM, Algorithm 2 raw",
+    "SCFM, tuned stepwise",
+    "SCFM, damped stepwise",
+    "SCFM, tuned dialled",
+)
 ON_FLUX_ALONE = "SCFM, tuned dialled"  # on the plane a scale for each step was searched
 NO_METHOD = ("coupling", "scales", "deviation", "accuracy", "last stage")
 FLUX_STEPS = (1, 2, 3, 4, 8)
@@ -118,13 +128,13 @@ def draw(ax: Any, ours: Curves, data: str, budget: str) -> None:
     kind = kind_of(data)
     rivals = rivals_of(data, budget, kind)
     steps = FLUX_STEPS if data == FLUX else STEPS
-    for label, style in RIVALS.items():
+    for label in SHOWN:
         if label in rivals and (label != ON_FLUX_ALONE or data == FLUX):
             curve = {n: e for n, e in rivals[label].items() if n in steps and e["mean"] > 0}
-            plot_curve(ax, curve, fmt=style, ms=3, lw=1, elinewidth=0.6, label=label)
+            plot_curve(ax, curve, **look(label), ms=3, lw=1, elinewidth=0.6, label=label)
     for label, style in OURS.items():
         curve = {n: e for n, e in ours.get(f"{label} {kind}", {}).items() if n in steps}
-        plot_curve(ax, curve, fmt=style, ms=5, lw=2, elinewidth=0.8, label=f"scale trained in, {label}")
+        plot_curve(ax, curve, **style, ms=4, lw=2, elinewidth=0.8, label=f"scale trained in, {label}")
     step_axes(ax, steps, f"{data}, {budget} budget", LEVELS)
     ax.set_ylabel("distance to the teacher's endpoints" if data == FLUX else "SW2 to the data")
 

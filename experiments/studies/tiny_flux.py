@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from experiments.figures import canvas, save
+from experiments.figures import OPEN, STUDENT, canvas, look, save
+from experiments.figures import TEACHER as TEACHER_LOOK
 from experiments.runner import RESULTS, write_json
 from experiments.testbeds import Field
 from scfm.inference.step_lora import lora_files
@@ -240,18 +241,18 @@ def plot(record: dict[str, Any], path: Path) -> None:
     for ax, (key, title) in zip(axes[0], TITLES.items(), strict=True):
         steps = [n for n in STEPS if not (key == "endpoint" and n == 32)]
         for style, label, pick, rows in (
-            ("C7o-", "teacher, stock shift", at_stock, teacher),
-            ("C0o--", "teacher, best shift", best_of, teacher),
-            ("C1o-", DIALLED, at_stock, ours),
-            ("C3o-", TRAINED, at_stock, trained),
+            (look("teacher euler"), "teacher, stock shift", at_stock, teacher),
+            (TEACHER_LOOK | OPEN, "teacher, best shift", best_of, teacher),
+            (look("SCFM, dialled"), DIALLED, at_stock, ours),
+            (STUDENT, TRAINED, at_stock, trained),
         ):
-            ax.plot(steps, [pick(rows, n)[key] for n in steps], style, label=label)
+            ax.plot(steps, [pick(rows, n)[key] for n in steps], label=label, **style)
         ax.set(xscale="log", xticks=STEPS, xticklabels=STEPS, xlabel="network evaluations")
         ax.minorticks_off()
         ax.set_title(title, fontsize=9)
         if key != "prompt_accuracy":
             ax.set_yscale("log")
-    axes[0][1].axhline(record["frechet_floor"], color="C2", lw=0.8, ls=":", label="drawings against drawings")
+    axes[0][1].axhline(record["frechet_floor"], color="k", lw=0.8, ls=":", label="drawings against drawings")
     axes[0][1].legend(fontsize=7)
     figure.tight_layout()
     save(figure, path, 90)
