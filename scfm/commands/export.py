@@ -16,9 +16,11 @@ def main(argv: Sequence[str]) -> int:
         "scfm export",
         "Writes a pipeline folder with the step LoRA fused in, or, with --style_lora, one LoRA file of step "
         "and style LoRA. Both are for one number of steps, load in stock diffusers, and are written only "
-        "after they generated the same images as their parts.",
+        "after they generated the same images as their parts. With --format comfyui: the step LoRA as "
+        "ComfyUI loads it, with the strengths of every number of steps.",
         "scfm export --lora runs/mine --steps 4 --output_dir four-steps\n"
-        "scfm export --lora runs/mine --steps 4 --style_lora style.safetensors --output_dir both",
+        "scfm export --lora runs/mine --steps 4 --style_lora style.safetensors --output_dir both\n"
+        "scfm export --lora runs/mine --format comfyui --output_dir comfyui",
     )
     add_options(parser, ExportConfig)
     config = ExportConfig(**vars(parser.parse_args(argv))).resolved()
@@ -31,6 +33,9 @@ def main(argv: Sequence[str]) -> int:
     except RuntimeError as error:  # it was done, and is not right
         print(f"scfm export: {error}", file=sys.stderr)
         return 1
+    if "strengths" in record:
+        print(f"{config.output_dir}: for ComfyUI; strengths by the number of steps stand in its README.md")
+        return 0
     gap = record["differences"]
     print(
         f"{config.output_dir}: for {record['steps']} steps, LoRA scale {record['lora_scale']:g}; pixels "

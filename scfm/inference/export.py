@@ -11,19 +11,30 @@ from typing import Any
 
 import torch
 
-from scfm.inference.adapters import changed_text_encoders, load_adapter, lora_file, require_whole_fit
+from scfm.inference.adapters import (
+    changed_text_encoders,
+    load_adapter,
+    lora_file,
+    require_fit,
+    require_whole_fit,
+)
+from scfm.inference.comfyui import require_names, save_for_comfyui
 from scfm.inference.config import InferenceConfig
-from scfm.inference.export_card import export_card
+from scfm.inference.export_card import comfyui_card, export_card
 from scfm.inference.merge import concatenate_adapters
-from scfm.inference.step_lora import StepLora, bind_family
+from scfm.inference.step_lora import StepLora, bind_family, lora_files
 from scfm.method.distill import setting
+from scfm.method.lora_scale import LoraScales
 from scfm.models.loading import DTYPES, no_loading_bars
 from scfm.models.lora import WEIGHT_NAME
+from scfm.models.lora_file import read_lora_scales
 from scfm.models.sampling import start_noise, stock_latents
+from scfm.models.source import PipelineSource
 from scfm.types import Family
 
 # what both sides generate; any words will do, where the family knows any
 CAPTIONS = ("a photo of a cat", "a red star at the top")
+DIFFUSERS, COMFYUI = FORMATS = ("diffusers", "comfyui")
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.03}
 
 
@@ -42,6 +53,11 @@ class ExportConfig(InferenceConfig):
         "step LoRA fused in",
     )
     style_lora_scale: float = setting(1.0, "scale of the style LoRA")
+    format: str = setting(
+        "diffusers",
+        "diffusers, or comfyui: the step LoRA alone under the names that ComfyUI gives the layers, for every "
+        "number of steps; nothing is generated",
+    )
     tolerance: float = setting(
         0.0, "largest mean difference of pixels (0 to 1) from the unfused pipeline; 0: 1e-3, in bf16 0.03"
     )
@@ -65,6 +81,12 @@ class ExportConfig(InferenceConfig):
             raise ValueError(
                 f"a LoRA cannot be added to weights in {config.quantize}: say --quantize none, and the "
                 "exported pipeline has the whole ones"
+            )
+        if config.format not in FORMATS:
+            raise ValueError(f"--format is {config.format!r}: {' or '.join(FORMATS)}")
+        if config.format == COMFYUI and config.style_lora:
+            raise ValueError(
+                "ComfyUI loads a style LoRA as a file of its own, beside this one: leave --style_lora out"
             )
         if not config.tolerance > 0:
             raise ValueError(f"--tolerance is {config.tolerance}: give a number above 0, or 0 for the usual")
@@ -90,6 +112,8 @@ def export(config: ExportConfig, device: str | torch.device | None = None) -> di
     """
     config = config.resolved()
     config.check()
+    if config.format == COMFYUI:
+        return export_for_comfyui(config)
     step_lora = StepLora(config, device)
     require_whole_fit(step_lora.pipe)
     scale = config.lora_scale
@@ -112,6 +136,41 @@ def export(config: ExportConfig, device: str | torch.device | None = None) -> di
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "export.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return record
+
+
+def export_for_comfyui(config: ExportConfig) -> dict[str, Any]:
+    """Writes config.output_dir with the step LoRA under ComfyUI's names, and the strengths of each number of
+    steps. Of the pipeline nothing but its configuration is read.
+
+    returns: the record that lies there as export.json
+
+    ValueError for a family or a layer whose name there is not known.
+    """
+    source = PipelineSource(config.pretrained_model_name_or_path)
+    names, transformer = require_names(source.family), source.empty_transformer()
+    lora_scales = read_lora_scales(config.weights)
+    files = lora_files(config.weights, lora_scales)
+    for path in files.values():
+        require_fit(path, transformer, config.pretrained_model_name_or_path)
+    with new_folder(Path(config.output_dir)) as folder:
+        written = save_for_comfyui(files, transformer, names, folder)
+        strengths = strengths_of(lora_scales, [path.name for path in written])
+        record = {"format": COMFYUI, "shift": config.inference_shift, "strengths": strengths}
+        (folder / "README.md").write_text(comfyui_card(config, strengths), encoding="utf-8")
+        (folder / "export.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return record
+
+
+def strengths_of(lora_scales: LoraScales | None, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """{number of steps: {file: strength}}: of a pair the second has the square of the scale.
+
+    lora_scales: None: nothing was searched, and the strength is 1 for 4 steps
+    """
+    scales = {n: lora_scales.scale(n) for n in lora_scales.steps} if lora_scales else {4: 1.0}
+    return {
+        str(n): {name: round(scale**power, 4) for power, name in enumerate(names, 1)}
+        for n, scale in scales.items()
+    }
 
 
 def export_record(config: ExportConfig, scale: float, gap: dict[str, float]) -> dict[str, Any]:

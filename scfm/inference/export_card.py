@@ -42,6 +42,39 @@ CHECKED = """Checked when it was written: pixels (0 to 1) differ from those of t
 {mean:.1e} in the mean and {largest:.1e} at most, where two captions' images differ by {two_captions:.1e}."""
 
 
+COMFYUI = """# A step LoRA for {pipeline}, for ComfyUI
+
+Exported by scfm from `{lora}`. Put {files} into ComfyUI's `models/loras`, and chain a LoraLoaderModelOnly
+node for each of them. The strength is the step size: set it with the number of steps.
+
+| steps | {heads} |
+|---|{rules}
+{rows}
+
+Sampler `euler`, scheduler `simple`, which takes even steps; time shift {shift:g} by the model's sampling
+node; guidance {guidance:g}, as the LoRA was made for. A LoRA of a style is one more loader beside these.
+
+The names are those of the checkpoints that ComfyUI loads, held to the converters by which diffusers reads the
+same checkpoints; this file itself was not run in ComfyUI.
+"""
+
+
+def comfyui_card(config: "ExportConfig", strengths: Mapping[str, Mapping[str, float]]) -> str:
+    """The README.md of an export for ComfyUI, as text. strengths: {number of steps: {file: strength}}"""
+    names = list(next(iter(strengths.values())))
+    rows = [[n, *(f"{of_steps[name]:g}" for name in names)] for n, of_steps in strengths.items()]
+    return COMFYUI.format(
+        pipeline=Path(config.pretrained_model_name_or_path).name,
+        lora=Path(config.lora).resolve().name,
+        files=" and ".join(f"`{name}`" for name in names),
+        heads=" | ".join(f"strength of `{name}`" for name in names),
+        rules="---|" * len(names),
+        rows="\n".join(f"| {' | '.join(row)} |" for row in rows),
+        shift=config.inference_shift,
+        guidance=config.guidance_scale,
+    )
+
+
 def export_card(config: "ExportConfig", scale: float, gap: Mapping[str, float], pipeline_class: type) -> str:
     """The README.md of an export, as text.
 

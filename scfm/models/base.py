@@ -11,6 +11,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+from scfm.models.comfyui_names import ComfyNames
+
 
 class Published(NamedTuple):
     """The transformer of a published checkpoint, so that a run can be planned and nothing need be downloaded.
@@ -37,7 +39,7 @@ class PipelineFamily:
     What a family may say beside: `patch`, latents to a token, a side; `longest_text`, in tokens;
     `call_settings`, further arguments of every call of its pipeline; `output`, under which what the call
     returns has the images; `latents_dtype`, of the noise that the
-    pipeline takes where that is not its own dtype; `published`.
+    pipeline takes where that is not its own dtype; `published`; `comfyui_names`, where ComfyUI runs it.
 
     ValueError for a size that does not fit the VAE and the patches, and for a length that does not fit.
     """
@@ -53,6 +55,7 @@ class PipelineFamily:
     output: str = "images"
     latents_dtype: torch.dtype | None = None
     published: ClassVar[dict[str, Published]] = {}
+    comfyui_names: ClassVar[ComfyNames | None] = None
 
     def __init__(
         self, pipe: Any, height: int, width: int, max_sequence_length: int = 512, negative_prompt: str = ""

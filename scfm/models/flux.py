@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
+from . import comfyui_names
 from .base import PipelineFamily
 
 # %% ../../nbs/learn/21_flux.ipynb #c06
@@ -26,6 +27,7 @@ class Flux(PipelineFamily):
     guidance.
     """
     pipeline_class = FluxPipeline
+    comfyui_names = comfyui_names.FLUX
     uses_cfg = False                # the guidance scale is an input of the network
     extra_text_tokens = 0           # of CLIP, which gives the pooled vector alone
 

@@ -10,6 +10,7 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from scfm.models.base import PipelineFamily, Published, with_negative
+from scfm.models.comfyui_names import FLUX2
 from scfm.models.sd3 import Joined, guided_velocity
 
 SHIFT_STEPS = 4  # the pipelines' time shift depends on the number of steps, too: that for so many is taken
@@ -31,6 +32,7 @@ class Flux2Dev(PipelineFamily):
     """FLUX.2-dev: all in which it differs from other families, for one image size."""
 
     pipeline_class: Any = Flux2Pipeline
+    comfyui_names = FLUX2
     uses_cfg = False  # the guidance scale is an input of the network
     published = {"flux2-dev": published(8, 48, 48, 15360, True)}
 

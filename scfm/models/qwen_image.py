@@ -7,6 +7,7 @@ import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
 from scfm.models.base import PipelineFamily, Published, with_negative
+from scfm.models.comfyui_names import QWEN_IMAGE
 from scfm.models.sd3 import Joined, guided_velocity
 
 
@@ -14,6 +15,7 @@ class QwenImage(PipelineFamily):
     """Qwen-Image: all in which it differs from other families, for one image size."""
 
     pipeline_class = QwenImagePipeline
+    comfyui_names = QWEN_IMAGE
     uses_cfg = True
     longest_text = 1024  # tokens after the template's
     # All linear layers: attention, feed-forward, modulations, embedders and output.

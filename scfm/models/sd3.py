@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from . import comfyui_names
 from .base import PipelineFamily
 
 # %% ../../nbs/learn/21_sd3.ipynb #c05b
@@ -51,6 +52,7 @@ class SD3(PipelineFamily):
     of positions, and for a length that does not fit.
     """
     pipeline_class = StableDiffusion3Pipeline
+    comfyui_names = comfyui_names.SD3
     uses_cfg = True                 # by a second evaluation, not by an input of the network
     time_dtype = torch.float32      # what the time embedding computes in, whatever the weights are
     extra_text_tokens = 77          # of the two CLIPs, side by side, before those of T5

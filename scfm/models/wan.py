@@ -8,6 +8,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
 from scfm.models.base import Published, with_negative
+from scfm.models.comfyui_names import WAN
 from scfm.models.sd3 import Joined, guided_velocity
 from scfm.models.video import VideoFamily
 
@@ -19,6 +20,7 @@ class Wan(VideoFamily):
     """
 
     pipeline_class = WanPipeline
+    comfyui_names = WAN
     uses_cfg = True
     time_dtype = torch.float32  # what the time embedding computes in, whatever the weights are
     latents_dtype = torch.float32

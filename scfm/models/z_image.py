@@ -7,6 +7,7 @@ import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
 from scfm.models.base import PipelineFamily, Published, with_negative
+from scfm.models.comfyui_names import Z_IMAGE
 from scfm.models.sd3 import SD3, Joined, guided_velocity
 
 
@@ -14,6 +15,7 @@ class ZImage(PipelineFamily):
     """Z-Image (the base, not Turbo): all in which it differs from other families, for one image size."""
 
     pipeline_class = ZImagePipeline
+    comfyui_names = Z_IMAGE
     uses_cfg = True
     time_dtype = torch.float32  # what the time embedding computes in, whatever the weights are
     latents_dtype = torch.float32
