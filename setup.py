@@ -31,7 +31,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         name: cfg[f"{name}_requirements"].split()
-        for name in ("data", "evaluate", "adam8bit", "wandb", "app", "docs", "dev")
+        for name in ("data", "video", "evaluate", "adam8bit", "wandb", "app", "docs", "dev")
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,

@@ -17,8 +17,8 @@ import torch
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from torchvision.transforms.functional import to_pil_image
 
+from scfm.data.animation import FPS, frames_of
 from scfm.evaluation.compare import MOST_STEPS, SEEDS, Choice, Comparer, Sampled, pixel_distance
 from scfm.evaluation.latency import device_name
 from scfm.inference.step_lora import describe_origin, format_scales
@@ -228,8 +228,9 @@ def card(role: str, title: str, made: dict[str, Sampled], choice: Choice | None)
         busy = " busy" * (choice is not None)
         body = f'<div class="blank{busy}"></div><dl><dt>{"sampling" * bool(busy)}</dt><dd></dd></dl>'
     else:
-        small = " small" if max(sampled.image.shape[1:]) <= SMALL else ""
-        source = f"data:image/png;base64,{base64.b64encode(png_bytes(sampled.image)).decode()}"
+        small = " small" if max(sampled.image.shape[-2:]) <= SMALL else ""
+        kind, data = file_of(sampled.image)
+        source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
         rows = {"seconds": f"{sampled.seconds:.2f}", "evaluations": str(sampled.evaluations)}
         if role != "target":
             target = made.get("target")
@@ -258,7 +259,12 @@ def steps_text(steps: int) -> str:
     return f"{steps} step{'s' * (steps > 1)}"
 
 
-def png_bytes(image: torch.Tensor) -> bytes:
-    """An image (3, H, W) in [-1, 1] as a PNG file."""
-    to_pil_image((image / 2 + 0.5).clamp(0, 1)).save(file := io.BytesIO(), "png")
-    return file.getvalue()
+def file_of(image: torch.Tensor) -> tuple[str, bytes]:
+    """("png", an image (3, H, W) in [-1, 1] as such a file), or ("webp", a video (F, 3, H, W) as one)."""
+    first, *more = frames_of(image.clamp(-1, 1))
+    if more:
+        moving: dict[str, Any] = {"save_all": True, "append_images": more, "loop": 0}
+        first.save(file := io.BytesIO(), "webp", duration=1000 // FPS, quality=90, **moving)
+        return "webp", file.getvalue()
+    first.save(file := io.BytesIO(), "png")
+    return "png", file.getvalue()

@@ -49,9 +49,9 @@ TOOLS = re.compile(
     r"nbdev|execnb|ghapi|nbconvert|nbclient|ipykernel|notebook|jupyter.*"
 )  # of development only
 EXTRAS = {
-    "data": "data_requirements",
-    "evaluation": "evaluate_requirements",
-    "app": "app_requirements",
+    "data": ("data_requirements", "video_requirements"),
+    "evaluation": ("evaluate_requirements",),
+    "app": ("app_requirements",),
 }  # who may ask for what `pip install scfm[...]` brings
 MODULES = sorted(p for p in (ROOT / "scfm").rglob("*.py") if p.name not in ("_modidx.py", "__init__.py"))
 SETTINGS = configparser.ConfigParser(delimiters=["="])
@@ -115,9 +115,7 @@ def test_a_module_needs_only_what_is_installed_with_it(path):
         else {r.name for r in requirements(SETTINGS["requirements"])}
     )
     allowed |= {own for name, own in (("pillow", "PIL"), ("pyyaml", "yaml")) if name in allowed}
-    allowed |= (
-        {r.name for r in requirements(SETTINGS[EXTRAS[chapter(path)]])} if chapter(path) in EXTRAS else set()
-    )
+    allowed |= {r.name for extra in EXTRAS.get(chapter(path), ()) for r in requirements(SETTINGS[extra])}
     allowed |= {name.replace("-", "_") for name in allowed}
     outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"scfm"}
     assert outside <= allowed

@@ -7,6 +7,7 @@ from os.path import expanduser
 from pathlib import Path
 
 from scfm.commands.options import add_options, caption_word, make_parser, numbers
+from scfm.data.animation import gif_beside
 from scfm.data.caption_length import fewer_remarks, warn_of_long_captions
 from scfm.data.prompts import read_prompts
 from scfm.files import check_writable
@@ -34,8 +35,10 @@ def main(argv: Sequence[str]) -> int:
     with fewer_remarks():
         images, scales = generate(step_lora, prompts, steps, scales, args.batch_size)
     save_images(images, args.output)
+    of_videos = images.ndim == 5
     print(
-        f"{args.output}: {len(prompts)} image{'s' * (len(prompts) > 1)}, {steps} step{'s' * (steps > 1)}, "
+        f"{args.output}{f' and {gif_beside(args.output).name}' if of_videos else ''}: {len(prompts)} "
+        f"{'video' if of_videos else 'image'}{'s' * (len(prompts) > 1)}, {steps} step{'s' * (steps > 1)}, "
         f"LoRA scale {format_scales(scales)} ({origin})"
     )
     return 0
@@ -72,7 +75,10 @@ def sample_parser() -> ArgumentParser:
     )
     parser.add_argument("--batch_size", type=int, default=8, help="images generated together")
     parser.add_argument(
-        "--output", type=expanduser, default="image.png", help="PNG file; several images become a grid"
+        "--output",
+        type=expanduser,
+        default="image.png",
+        help="PNG file; several images become a grid, videos a strip of frames each and a GIF beside it",
     )
     return parser
 

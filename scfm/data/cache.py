@@ -16,17 +16,10 @@ from tqdm import tqdm
 
 from scfm.data.caption_length import fewer_remarks, warn_of_long_captions
 from scfm.data.fingerprint import fingerprint
-from scfm.data.images import (
-    ListedImage,
-    Size,
-    in_chunks,
-    in_threads,
-    inspect_image,
-    nearest_size,
-    not_finite,
-    read_image,
-)
+from scfm.data.images import ListedImage, Size, in_chunks, in_threads, nearest_size, not_finite
+from scfm.data.videos import digest_of, read_frames
 from scfm.files import atomic_write
+from scfm.models.sampling import together
 from scfm.models.source import PipelineSource
 from scfm.streams import Stream, keyed_generator
 from scfm.types import Family
@@ -55,6 +48,7 @@ class CachePlan:
     sizes: [(height, width)] in pixels, the buckets. max_sequence_length: of the text, in tokens.
     dtype: what the encoders compute in. negative_prompt: where the family has one.
     captions: of images that are still to be made: their text alone is planned, with no images.
+    num_frames: of videos, whose latents are planned; 1: images.
     """
 
     def __init__(
@@ -67,6 +61,7 @@ class CachePlan:
         dtype: torch.dtype,
         negative_prompt: str = "",
         captions: Sequence[str] = (),
+        num_frames: int = 1,
     ) -> None:
         self.folder, self.max_sequence_length = Path(cache_dir), max_sequence_length
         self.sizes: list[Size] = [(height, width) for height, width in sizes]
@@ -77,14 +72,14 @@ class CachePlan:
         )
         self.examined: dict[str, tuple[tuple[int, int], bool]] = {}
         self.shards: list[Shard] = []
-        vae = fingerprint(source, "vae")
+        vae = [fingerprint(source, "vae"), *([num_frames] if num_frames > 1 else [])]
         for number, size in enumerate(self.sizes):
             mine = {
                 i.digest: i.path for i, s in zip(images, self.size_of.tolist(), strict=True) if s == number
             }
             for part in in_chunks(list(mine), ROWS):
                 self.shards.append(
-                    shard("latents", {d: mine[d] for d in part}, [vae, size, str(dtype), part], size)
+                    shard("latents", {d: mine[d] for d in part}, [*vae, size, str(dtype), part], size)
                 )
         text = [
             fingerprint(source, "text_encoder", "tokenizer"),
@@ -212,11 +207,11 @@ def shard_error(path: Path) -> str:
 def encode_latents(family: Family, shard: Shard) -> dict[str, torch.Tensor]:
     """{"latents": (rows, *latent_shape)} of a shard's images. ValueError when one has changed since it was
     listed."""
-    parts = []
-    for some in in_chunks(list(shard.rows.items()), TOGETHER):
-        images = torch.stack([read_image(path, *(shard.size or (0, 0))) for _, path in some])
+    parts, frames = [], getattr(family, "num_frames", 1)
+    for some in in_chunks(list(shard.rows.items()), together(family, TOGETHER)):
+        images = torch.stack([read_frames(path, *(shard.size or (0, 0)), frames) for _, path in some])
         for digest, path in some:
-            if inspect_image(path)[0] != digest:
+            if digest_of(path) != digest:
                 raise ValueError(f"{path} has changed since its listing was read: run the command again")
         parts.append(family.encode_images(images).cpu())
         for row, (_, path) in zip(parts[-1], some, strict=True):

@@ -79,13 +79,17 @@ def list_images(folder: str | Path) -> list[ListedImage]:
     """The images that a folder lists, each opened once. Errors as of `read_folder`; ValueError that names all
     broken ones."""
     pairs = read_folder(folder)
-    inspected = in_threads(try_to_inspect, [path for path, _ in pairs])
+    facts = refuse_broken(in_threads(try_to_inspect, [path for path, _ in pairs]))
+    return [ListedImage(path, caption, *f) for (path, caption), f in zip(pairs, facts, strict=True)]
+
+
+def refuse_broken(inspected: Sequence[tuple[str, int, int] | str]) -> list[tuple[str, int, int]]:
+    """What was found, or a ValueError that names all in whose place there is an error in words."""
     broken = [facts for facts in inspected if isinstance(facts, str)]
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise ValueError(f"{'; '.join(broken[:5])}{more}: mend them, or take them out of metadata.jsonl")
-    facts = [f for f in inspected if not isinstance(f, str)]
-    return [ListedImage(path, caption, *f) for (path, caption), f in zip(pairs, facts, strict=True)]
+    return [facts for facts in inspected if not isinstance(facts, str)]
 
 
 def inspect_image(path: Path) -> tuple[str, int, int]:
@@ -117,6 +121,11 @@ def read_image(path: str | Path, height: int, width: int) -> torch.Tensor:
         image = open_image(path)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
+    return cut_to_size(image, height, width)
+
+
+def cut_to_size(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """(3, height, width) in [-1, 1]: an image scaled to cover the size, then cut in the middle."""
     scale = max(height / image.height, width / image.width)
     if scale != 1:
         size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
@@ -125,10 +134,21 @@ def read_image(path: str | Path, height: int, width: int) -> torch.Tensor:
     return pil_to_tensor(image.crop((left, top, left + width, top + height))).float() / 127.5 - 1
 
 
-def read_folder(folder: str | Path) -> list[tuple[Path, str]]:
+def is_image(path: Path) -> bool:
+    """Whether a path may be an image: a file with such a suffix."""
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+
+
+def caption_file(path: Path) -> Path:
+    """Where the caption of an image lies, or of a video that is a folder of frames: beside it."""
+    return path.with_name(f"{path.name}.txt") if path.is_dir() else path.with_suffix(".txt")
+
+
+def read_folder(folder: str | Path, counts: Callable[[Path], bool] = is_image) -> list[tuple[Path, str]]:
     """[(image path, caption)] of an `imagefolder`: metadata.jsonl or metadata.csv with file_name and text
     in each row, or a .txt file with the caption beside each image.
 
+    counts: which paths have a caption beside them, where there is no list
     FileNotFoundError or ValueError that name the file, the line and what is missing.
     """
     folder = Path(folder)
@@ -138,7 +158,7 @@ def read_folder(folder: str | Path) -> list[tuple[Path, str]]:
     elif (listing := folder / "metadata.csv").is_file():
         rows = table_rows(listing)
     else:
-        return read_side_captions(folder)
+        return read_side_captions(folder, counts)
     pairs = []
     for number, row in rows:
         where = f"{listing}, line {number}"
@@ -147,17 +167,17 @@ def read_folder(folder: str | Path) -> list[tuple[Path, str]]:
                 f"{where}: needs file_name and text (it has {', '.join(map(str, row)) or 'nothing'})"
             )
         caption = caption_in(row, where)
-        pairs.append((find_image(folder, row["file_name"], where), caption))
+        pairs.append((find_image(folder, row["file_name"], where, counts), caption))
     if not pairs:
         raise ValueError(f"{listing} lists no image")
     return pairs
 
 
-def read_side_captions(folder: Path) -> list[tuple[Path, str]]:
+def read_side_captions(folder: Path, counts: Callable[[Path], bool] = is_image) -> list[tuple[Path, str]]:
     """[(image path, caption)] of a folder with NAME.txt beside each image, in the order of names."""
     example = '{"file_name": "cat.png", "text": "a cat"}'
-    images = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-    captioned = [path for path in images if path.with_suffix(".txt").is_file()]
+    images = sorted(filter(counts, folder.glob("*"))) if folder.is_dir() else []
+    captioned = [path for path in images if caption_file(path).is_file()]
     if not captioned:
         below = next(iter(sorted(folder.glob("*/**/metadata.jsonl"))), None) if folder.is_dir() else None
         hint = f"; there is one in {below.parent}: name that folder" if below else ""
@@ -165,23 +185,26 @@ def read_side_captions(folder: Path) -> list[tuple[Path, str]]:
             f"no metadata.jsonl in {folder}: write one line an image, {example}, or a cat.txt beside "
             f"cat.png{hint}"
         )
-    without = [path.name for path in images if path not in set(captioned)]
+    without = [path for path in images if path not in set(captioned)]
     if without:
         raise ValueError(
-            f"{folder}: no caption beside {', '.join(without[:5])}: write {Path(without[0]).stem}.txt"
+            f"{folder}: no caption beside {', '.join(path.name for path in without[:5])}: "
+            f"write {caption_file(without[0]).name}"
         )
-    pairs = [(path, " ".join(line for _, line in text_lines(path.with_suffix(".txt")))) for path in captioned]
-    empty = [path.with_suffix(".txt").name for path, caption in pairs if not caption]
+    pairs = [(path, " ".join(line for _, line in text_lines(caption_file(path)))) for path in captioned]
+    empty = [caption_file(path).name for path, caption in pairs if not caption]
     if empty:
         raise ValueError(f"{folder}: no words in {', '.join(empty[:5])}")
     return pairs
 
 
-def find_image(folder: Path, name: str, where: str) -> Path:
-    """The file of this name, also where the disk spells its accents otherwise than the listing (NFC, NFD)."""
+def find_image(folder: Path, name: str, where: str, counts: Callable[[Path], bool] = is_image) -> Path:
+    """The file of this name, also where the disk spells its accents otherwise than the listing (NFC, NFD); or
+    the folder, where that counts."""
     for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
-        if (folder / form).is_file():
-            return folder / form
+        place = folder / form
+        if place.is_file() or (place.is_dir() and place != folder and counts(place)):
+            return place
     raise FileNotFoundError(f"{where}: no image {name}")
 
 

@@ -15,6 +15,7 @@ from scfm.data.fingerprint import PARTS, fingerprint
 from scfm.data.images import ListedImage, Size, list_images, parse_sizes, read_folder
 from scfm.data.prompts import read_prompts
 from scfm.data.teacher_images import begin_listing, generate_images, listing_rows
+from scfm.data.videos import list_videos
 from scfm.files import check_writable, expand_user
 from scfm.method.distill import setting
 from scfm.models.loading import DTYPES, Parts, load_pipeline
@@ -54,7 +55,7 @@ class DataConfig:
     teacher_steps: int = setting(32, "the teacher's steps")
     teacher_guidance_scale: float = setting(3.5, "the teacher's guidance scale")
     seed: int = setting(0, "seed of noise and sizes")
-    batch_size: int = setting(16, "images generated together")
+    batch_size: int = setting(16, "images generated together; videos: fewer, by the frames of their latents")
     num_frames: int = setting(1, "frames of a video, for a family that makes videos; 1: images")
     max_sequence_length: int = setting(512, "length of the text sequence in tokens")
     negative_prompt: str = setting("", "negative prompt, for a family with classifier-free guidance (SD3)")
@@ -149,9 +150,14 @@ def read_inputs(config: DataConfig, source: PipelineSource) -> Inputs:
     if config.prompts:
         require_quantizer(config.quantize)
     if config.train_data_dir:
-        return Inputs([], list_images(config.train_data_dir))
+        return Inputs([], listed(config, config.train_data_dir))
     captions = read_prompts(config.prompts)
     return Inputs([captions[i % len(captions)] for i in range(config.num_images or len(captions))], [])
+
+
+def listed(config: DataConfig, folder: str | Path) -> list[ListedImage]:
+    """The images that a folder lists, or its videos, each opened once."""
+    return list_images(folder) if config.num_frames == 1 else list_videos(folder, config.num_frames)
 
 
 def fingerprint_of(inputs: Inputs) -> str:
@@ -187,7 +193,7 @@ def make_data(
     if not config.cache:
         pairs = read_folder(folder)
         return Made(folder, len(pairs), len({caption for _, caption in pairs}), "", 0), None
-    images = inputs.images or list_images(folder)
+    images = inputs.images or listed(config, folder)
     plan = CachePlan(
         source,
         images,
@@ -196,6 +202,7 @@ def make_data(
         config.max_sequence_length,
         DTYPES[config.weight_dtype],
         config.negative_prompt,
+        num_frames=config.num_frames,
     )
     missing = plan.missing()
     if missing:

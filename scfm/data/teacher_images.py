@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from PIL import Image, PngImagePlugin
-from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
+from scfm.data.animation import frames_of, save_png
 from scfm.data.caption_length import fewer_remarks
 from scfm.data.images import BROKEN, Size, in_chunks, in_threads, not_finite
 from scfm.data.prompts import json_lines
 from scfm.files import atomic_write
-from scfm.models.sampling import euler_endpoints, start_noise, stock_shift
+from scfm.models.sampling import euler_endpoints, start_noise, stock_shift, together
 from scfm.streams import Stream, keyed_generator
 from scfm.types import Family
 
@@ -35,11 +35,12 @@ def generate_images(
     process: tuple[int, int] = (0, 1),
     pipeline: str = "",
 ) -> Path:
-    """The teacher's image of each caption as `folder`/00000.png and so on, with `metadata.jsonl` beside them.
+    """The teacher's image of each caption as `folder`/00000.png and so on, with `metadata.jsonl` beside them;
+    or its videos, as animated PNG files.
 
     families: a family, or {(height, width): family} of which each image draws one.
     steps, guidance: obeyed as given; the shift is that of the stock pipeline.
-    batch_size: images generated together.
+    batch_size: images generated together, or videos, of which fewer are.
     process: (number, count) of the processes that share the work, which may run at once.
     pipeline: its fingerprint, which each row remembers.
     Resumes: whole images stay. Returns the folder. ValueError when it was begun with other captions, steps,
@@ -54,6 +55,7 @@ def generate_images(
     alike = [
         [i for i, row in enumerate(rows) if (row["height"], row["width"]) == size] for size in sorted(by_size)
     ]
+    batch_size = together(next(iter(by_size.values())), batch_size)
     chunks = [chunk for numbers in alike for chunk in in_chunks(numbers, batch_size)]
     mine = [chunk for chunk in chunks[process[0] :: process[1]] if missing & set(chunk)]
     total = sum(len(missing & set(chunk)) for chunk in mine)
@@ -100,6 +102,9 @@ def listing_rows(
         )
         if pipeline:
             rows[-1]["pipeline"] = pipeline
+        frames = getattr(family, "num_frames", 1)
+        if frames > 1:
+            rows[-1]["num_frames"] = frames
         negative_prompt = getattr(family, "negative_prompt", "")
         if negative_prompt:
             rows[-1]["negative_prompt"] = negative_prompt
@@ -157,11 +162,11 @@ def state_of(path: Path, row: Row) -> str:
     return "whole" if mark == mark_of(row) else "foreign"
 
 
-def write_image(path: Path, image: Image.Image, row: Row) -> None:
-    """A PNG file that says of which row it is."""
+def write_image(path: Path, image: torch.Tensor, row: Row) -> None:
+    """A PNG file, of an image (3, H, W) or a video (F, 3, H, W) in [-1, 1], that says of which row it is."""
     info = PngImagePlugin.PngInfo()
     info.add_text(MARK, mark_of(row))
-    atomic_write(path, lambda new: image.save(new, format="png", pnginfo=info))
+    atomic_write(path, lambda new: save_png(frames_of(image), new, pnginfo=info))
 
 
 def difference(listing: Path, rows: Sequence[Row]) -> str:
@@ -182,10 +187,8 @@ def difference(listing: Path, rows: Sequence[Row]) -> str:
 
 
 @torch.no_grad()
-def generate(
-    families: Mapping[Size, Family], rows: Sequence[Row], numbers: Sequence[int]
-) -> list[Image.Image]:
-    """The images of rows of metadata.jsonl that have one size."""
+def generate(families: Mapping[Size, Family], rows: Sequence[Row], numbers: Sequence[int]) -> torch.Tensor:
+    """The images (n, 3, H, W) in [-1, 1], or videos, of rows of metadata.jsonl that have one size."""
     first = rows[0]
     family = families[first["height"], first["width"]]
 
@@ -207,4 +210,4 @@ def generate(
         if not (latents.isfinite().all() and image.isfinite().all()):
             part = "VAE" if latents.isfinite().all() else "transformer"
             raise not_finite(part, row["file_name"], family.pipe.dtype)
-    return [to_pil_image((image + 1) / 2) for image in images]
+    return images

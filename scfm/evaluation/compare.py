@@ -53,7 +53,7 @@ class Choice(NamedTuple):
 class Sampled(NamedTuple):
     """An image and what it cost.
 
-    image: (3, height, width) in [-1, 1], on the CPU
+    image: (3, height, width) in [-1, 1], on the CPU, or a video (F, 3, height, width)
     steps: Euler steps
     scales: the LoRA scale of each
     seconds: from prompt to pixels
@@ -139,5 +139,6 @@ def changed(step_lora: StepLora, choice: Choice, guidance: float) -> Iterator[No
 
 
 def pixel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Root mean square difference of two images (3, H, W) in [-1, 1], where 1 is black against white."""
+    """Root mean square difference of two images (3, H, W) in [-1, 1], or videos, where 1 is black against
+    white."""
     return float(((a - b) / 2).square().mean().sqrt())

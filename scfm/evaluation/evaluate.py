@@ -23,7 +23,7 @@ from scfm.evaluation.image_store import (
     write_json,
 )
 from scfm.evaluation.latency import stored_latency
-from scfm.evaluation.measure import Row, measure
+from scfm.evaluation.measure import Row, measure, measure_motion
 from scfm.evaluation.samplers import Sampler, lora_digest, reference_samplers
 from scfm.files import check_writable
 from scfm.inference.adapters import partial_fits
@@ -145,6 +145,8 @@ def evaluate(
     with fewer_remarks():
         rows = evaluation.generate(external_models)
     reference = images_in(config.reference_dir) if config.reference_dir else []
+    if config.num_frames > 1:
+        measure_motion(rows, out, len(captions))
     floors = measure(rows, out, captions, metrics, reference, (config.height, config.width), progress)
     protocol |= {
         "lora": lora_digest(config.weights),
@@ -191,6 +193,7 @@ def protocol_of(config: EvaluateConfig, captions: Sequence[str]) -> dict[str, An
         "captions": hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()[:16],
         "num_captions": len(set(captions)),
         **{name: getattr(config, name) for name in shared},
+        **({"num_frames": config.num_frames} if config.num_frames > 1 else {}),
     }
 
 
@@ -267,6 +270,13 @@ def warnings_of(config: EvaluateConfig, references: int, distances: bool) -> lis
         )
     if distances and config.reference_dir and references < ENOUGH:
         warnings.append(f"the reference has {references} images, fewer than {ENOUGH}: the same holds for it")
+    if config.num_frames > 1:
+        warnings.append(
+            "the metrics of images see one frame of each video, the one in its middle, and nothing of how it "
+            "moves; the endpoint distance is of all frames' latents, and the mean change of a pixel from one "
+            "frame to the next, of a range of 1, says whether a video stands still: neither more nor less is "
+            "better, the teacher's is meant"
+        )
     if not config.prompts:
         warnings.append(
             "the captions are those of the run's own training: captions that it never saw say more"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,7 @@ class PipelineImages:
             other.pipe, other.negative_prompt = self.pipe, ""
             return other.call_stock(captions, noise, self.steps, guidance, grid) * 2 - 1
         config, scale = self.config, self.model.guidance_scale
+        is_video = "num_frames" in signature(type(self.pipe).__call__).parameters
         seeds = [config.seed * 1_000_003 + number for number in numbers]
         with plain_grid(self.pipe, self.steps) if grid else nullcontext({}) as sigmas:
             output = self.pipe(
@@ -181,10 +183,13 @@ class PipelineImages:
                 num_inference_steps=self.steps,
                 output_type="pt",
                 generator=[torch.Generator().manual_seed(s) for s in seeds],
+                **({"num_frames": config.num_frames} if is_video else {}),
                 **({} if scale is None else PipelineFamily.guidance_of_batch(scale, len(captions))),
                 **sigmas,
             )
-        return output.images * 2 - 1
+        if not is_video:
+            return output.images * 2 - 1
+        return (output.frames[:, 0] if config.num_frames == 1 else output.frames) * 2 - 1
 
 
 def pipeline_samplers(

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor
 
+from scfm.data.animation import frames_of, middle_frame, save_png
 from scfm.data.images import in_chunks, read_image
 from scfm.evaluation.samplers import Sampler
 from scfm.files import atomic_write
-from scfm.models.sampling import start_noise
+from scfm.models.sampling import start_noise, together
 from scfm.types import Family
 
 SETTINGS = "settings.json"
@@ -80,7 +81,7 @@ def generate_set(
     An image carries the mean squared distance of its latents to the teacher's.
     """
     init_store(folder, sampler.settings)
-    for numbers in in_chunks(missing_images(folder, len(captions)), batch_size):
+    for numbers in in_chunks(missing_images(folder, len(captions)), together(family, batch_size)):
         latents, images = generate_images(sampler, family, captions, numbers, seed)
         for k, number in enumerate(numbers):
             text, path = {}, image_path(folder, number)
@@ -117,12 +118,12 @@ def save_latents(latents: torch.Tensor, path: Path) -> None:
 
 
 def save_image(image: torch.Tensor, path: Path, text: Mapping[str, str]) -> None:
-    """Writes an image (3, H, W) in [-1, 1] as a PNG file, whole or not at all, with named texts in it."""
+    """Writes an image (3, H, W) in [-1, 1], or a video (F, 3, H, W), as a PNG file, whole or not at all, with
+    named texts in it."""
     info = PngImagePlugin.PngInfo()
     for name, value in text.items():
         info.add_text(name, value)
-    pixels = to_pil_image((image.float().cpu() + 1) / 2)
-    atomic_write(path, lambda new: pixels.save(new, format="png", pnginfo=info))
+    atomic_write(path, lambda new: save_png(frames_of(image), new, pnginfo=info))
 
 
 def image_batches(
@@ -141,11 +142,11 @@ def image_batches(
 
 
 def read_bytes(path: Path, size: tuple[int, int] | None) -> torch.Tensor:
-    """(3, H, W) uint8 of an image file."""
+    """(3, H, W) uint8 of an image file, or of the frame in the middle of a video."""
     if size:
         return ((read_image(path, *size) + 1) * 127.5).round().byte()
     with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB"))
+        return pil_to_tensor(middle_frame(image).convert("RGB"))
 
 
 def stored_distance(folder: Path, count: int) -> float | None:

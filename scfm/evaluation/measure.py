@@ -1,5 +1,6 @@
 """What the metrics say of all samplers' images, beside each other."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -7,6 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from tqdm import tqdm
 
+from scfm.data.animation import motion_of
+from scfm.data.images import in_threads
 from scfm.evaluation.feature_distances import FeatureSet, compare_sets, floor_of, frechet
 from scfm.evaluation.image_metrics import ImageMetric
 from scfm.evaluation.image_store import image_batches, image_path
@@ -49,6 +52,14 @@ def measure(
                     compare.add_to(row, features)
                 bar.update(1)
     return floors
+
+
+def measure_motion(rows: Sequence[Row], out: Path, count: int) -> None:
+    """Adds to each row how much its videos move, a mean over `count` of them: a student whose videos stand
+    still lies near the teacher's in every single frame."""
+    for row in rows:
+        paths = [image_path(out / row["name"], number) for number in range(count)]
+        row["motion"] = statistics.fmean(in_threads(motion_of, paths))
 
 
 class Comparison:

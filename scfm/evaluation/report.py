@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from scfm.data.animation import middle_frame
 from scfm.evaluation.image_store import image_path
 from scfm.evaluation.measure import Row
 from scfm.evaluation.table import (
@@ -165,7 +166,8 @@ def image_grid(
 
 
 def resized(path: Path, width: int, height: int) -> Image.Image:
-    """An image of a file at another size; a small one shows its pixels."""
+    """An image of a file, or the frame in the middle of a video, at another size; a small one shows its
+    pixels."""
     with Image.open(path) as image:
         how = Image.Resampling.NEAREST if image.width < width else Image.Resampling.LANCZOS
-        return image.convert("RGB").resize((width, height), how)
+        return middle_frame(image).convert("RGB").resize((width, height), how)

@@ -10,11 +10,12 @@ SET_COLUMNS = ["", "steps", "KID x 1000", "error", "precision", "recall", "densi
 
 
 class Column(NamedTuple):
-    """A column of numbers. value: of a row, or None where it has none."""
+    """A column of numbers. value: of a row, or None where it has none; smaller_is_better: None where neither
+    is."""
 
     heading: str
     value: Callable[[Row], float | None]
-    smaller_is_better: bool
+    smaller_is_better: bool | None
 
 
 class Group(NamedTuple):
@@ -38,6 +39,7 @@ def columns_of(record: Mapping[str, Any]) -> list[Column]:
             Column(difference, partial(distance, name=name, to="difference"), True),
         ]
     columns += [Column(name, partial(score, name=name), False) for name in scores]
+    columns += [Column("change from frame to frame", partial(entry, name="motion"), None)]
     columns += [Column("seconds an image", partial(entry, name="seconds"), True)]
     return [column for column in columns if any(column.value(row) is not None for row in rows)]
 
@@ -74,7 +76,7 @@ def cells_of(label: str, steps: str, found: Mapping[str, Any]) -> list[str]:
 
 def entry(row: Row, name: str) -> float | None:
     """A number of a row itself."""
-    return row[name]
+    return row.get(name)
 
 
 def distance(row: Row, name: str, to: str) -> float | None:
@@ -95,7 +97,7 @@ def best_of(record: Mapping[str, Any], rows: Sequence[Row]) -> set[tuple[str, st
     marked = set()
     for heading, value, smaller_is_better in columns_of(record)[:-1]:
         numbers = {row["name"]: n for row in rows if (n := value(row)) is not None}
-        if len(numbers) > 1:
+        if len(numbers) > 1 and smaller_is_better is not None:
             best = (min if smaller_is_better else max)(numbers.values())
             marked |= {(name, heading) for name, n in numbers.items() if n == best}
     return marked
@@ -158,8 +160,10 @@ def padded(line: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 def describe_protocol(protocol: Mapping[str, Any]) -> str:
     """The protocol in words: what all numbers of a table have in common."""
+    frames = protocol.get("num_frames")
+    kind = f"videos of {frames} frames" if frames else "images"
     parts = [
-        f"{protocol['num_images']} images of {protocol['height']} x {protocol['width']} pixels from "
+        f"{protocol['num_images']} {kind} of {protocol['height']} x {protocol['width']} pixels from "
         f"{protocol['num_captions']} captions, the same noise for all (seed {protocol['seed']})",
         f"teacher: {protocol['pipeline']}, {protocol['teacher_steps']} Euler steps at guidance scale "
         f"{protocol['teacher_guidance_scale']:g}",

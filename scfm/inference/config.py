@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from scfm.data.images import read_folder
+from scfm.data.images import is_image, read_folder
 from scfm.data.prompts import read_prompts
+from scfm.data.videos import is_video
 from scfm.files import expand_user
 from scfm.inference.adapters import lora_file
 from scfm.method.distill import setting
@@ -152,5 +153,6 @@ def run_captions(folder: str | Path) -> list[str]:
     if settings.get("prompts"):
         return read_prompts(settings["prompts"])
     if settings.get("train_data_dir"):
-        return [caption for _, caption in read_folder(settings["train_data_dir"])]
+        counts = is_video if settings.get("num_frames", 1) > 1 else is_image
+        return [caption for _, caption in read_folder(settings["train_data_dir"], counts)]
     raise ValueError(f"{folder} does not name its captions: say --prompts FILE")

@@ -1,7 +1,6 @@
 """A pipeline with a step LoRA whose scale can be set, and what it generates."""
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
-from scfm.files import atomic_write
+from scfm.data.animation import save_pictures
 from scfm.inference.adapters import load_adapter, require_fit
 from scfm.inference.config import InferenceConfig
 from scfm.method.flow import time_grid
@@ -20,7 +17,7 @@ from scfm.method.lora_scale import LoraScales
 from scfm.method.scale_schedule import per_step_field
 from scfm.models.loading import DTYPES, load_pipeline
 from scfm.models.lora_file import read_lora_scales
-from scfm.models.sampling import euler_endpoints, start_noise
+from scfm.models.sampling import euler_endpoints, start_noise, together
 from scfm.models.scaled_lora import second_file
 from scfm.models.source import PipelineSource
 from scfm.models.video import frame_options
@@ -189,10 +186,12 @@ def generate(
     scale: float | Scales | None = None,
     batch_size: int = 8,
 ) -> tuple[torch.Tensor, Scales]:
-    """(images (n, 3, H, W) in [-1, 1], the LoRA scale of each step) of the stock pipeline.
+    """(images (n, 3, H, W), or videos (n, F, 3, H, W), in [-1, 1], the LoRA scale of each step) of the stock
+    pipeline.
 
     scale: of the LoRA, or one for each step; None: what the file's header says, or 1 where it says nothing.
-    batch_size: images generated together; each has the noise of its number, whatever its company.
+    batch_size: images generated together, or videos, of which fewer are; each has the noise of its number,
+    whatever its company.
     ValueError for steps below 1 or another number of scales.
     """
     if steps < 1:
@@ -205,7 +204,7 @@ def generate(
         raise ValueError(f"{len(scales)} LoRA scales for {steps} steps: give one, or one for each step")
     family, pipe, config = step_lora.family, step_lora.pipe, step_lora.config
     noise = start_noise(family, range(len(prompts)), config.seed).to(pipe.device, pipe.dtype)
-    parts = []
+    parts, batch_size = [], together(family, batch_size)
     for some in range(0, len(prompts), batch_size):
         part = slice(some, some + batch_size)
         with step_lora.scale_schedule(scales):
@@ -239,7 +238,6 @@ def describe_origin(lora_scales: LoraScales | None, steps: int) -> str:
 
 
 def save_images(images: torch.Tensor, path: str | Path) -> None:
-    """Writes one image, or a grid of several, (n, 3, H, W) in [-1, 1], as a PNG file."""
-    columns = math.ceil(math.sqrt(len(images)))
-    grid = to_pil_image(make_grid(images.cpu().float() / 2 + 0.5, nrow=columns, padding=0))
-    atomic_write(Path(path), lambda new: grid.save(new, format="png"))
+    """Writes one image, or a grid of several, (n, 3, H, W) in [-1, 1], as a PNG file; of videos (n, F, 3, H,
+    W) a strip, and a GIF beside it."""
+    save_pictures(images, path)

@@ -35,11 +35,11 @@ def euler_endpoints(
     """Latents, shaped as `noise` (n, *latent_shape), that a field of the family reaches from it in Euler
     steps, on the CPU.
 
-    captions: n of them. shift: of the time grid. guidance: the guidance scale. batch_size: examples of one
-    forward.
+    captions: n of them. shift: of the time grid. guidance: the guidance scale. batch_size: images of one
+    forward; fewer videos.
     """
     device, endpoints = family.pipe.device, []
-    for rows in torch.arange(len(captions)).split(batch_size):
+    for rows in torch.arange(len(captions)).split(together(family, batch_size)):
         cond = on_device(family.encode_text([captions[int(i)] for i in rows]), device)
         cond["guidance"] = torch.full((len(rows),), float(guidance), device=device)
         endpoints.append(sample(velocity, noise[rows].to(device), time_grid(steps, shift), cond).cpu())
@@ -50,6 +50,12 @@ def image_shape(family: Family) -> tuple[int, ...]:
     """Of one image, (3, height, width), or of a video of several frames, (F, 3, height, width)."""
     frames = getattr(family, "num_frames", 1)
     return (*([frames] if frames > 1 else []), 3, family.height, family.width)
+
+
+def together(family: Family, count: int) -> int:
+    """How many examples to take at once where `count` images would do: of videos fewer, as each has as many
+    images' latents as it has frames of them."""
+    return max(1, count // getattr(family, "latent_frames", 1))
 
 
 def on_device(cond: dict[str, torch.Tensor], device: str | torch.device) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 
 from scfm.models.base import Published, with_negative
 from scfm.models.comfyui_names import WAN
+from scfm.models.sampling import together
 from scfm.models.sd3 import Joined, guided_velocity
 from scfm.models.video import VideoFamily
 
@@ -84,7 +85,8 @@ class Wan(VideoFamily):
         """(n, 3, height, width), or with frames (n, F, 3, height, width), in [-1, 1] -> latents (n, C,
         frames, rows, columns), the mode of the VAE's posterior."""
         vae = self.pipe.vae
-        latents = vae.encode(self.to_vae(images).to(vae.device, vae.dtype)).latent_dist.mode()
+        parts = self.to_vae(images).to(vae.device, vae.dtype).split(together(self, len(images)))
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
         mean, std = self.vae_statistics(latents)
         return (latents - mean) / std
 
@@ -95,7 +97,8 @@ class Wan(VideoFamily):
         vae = self.pipe.vae
         latents = latents.to(vae.dtype)
         mean, std = self.vae_statistics(latents)
-        return self.from_vae(vae.decode(latents * std + mean).sample).clamp(-1, 1)
+        parts = (latents * std + mean).split(together(self, len(latents)))
+        return self.from_vae(torch.cat([vae.decode(part).sample for part in parts])).clamp(-1, 1)
 
     def velocity(
         self, transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]

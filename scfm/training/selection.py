@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
+from scfm.data.animation import save_pictures
 from scfm.files import atomic_write
 from scfm.method.distill import STEP_SCALED
 from scfm.method.lora_scale import LoraScales, choose_lora_scales, endpoint_curve
@@ -25,7 +24,7 @@ from scfm.training.config import DistillConfig
 if TYPE_CHECKING:
     from scfm.training.distill_trainer import DistillTrainer
 
-VALIDATION_IMAGES = 8
+VALIDATION_IMAGES, VALIDATION_VIDEOS = 8, 2
 Curve: TypeAlias = dict[tuple[int, float], float]  # {(steps, LoRA scale): distance to the endpoints}
 
 
@@ -72,7 +71,9 @@ def scale_for(trainer: "DistillTrainer", steps: int) -> float:
 @torch.no_grad()
 def validation_image(trainer: "DistillTrainer", count: int = VALIDATION_IMAGES) -> torch.Tensor | None:
     """(3, H, W), also written to validation/STEP.png: a row of the teacher's, then one of the student's per
-    step count; None in a process that only takes part in the forwards."""
+    step count; of videos, fewer, a strip of each, in this order, and rows of moving ones in a GIF beside it.
+    None in a process that only takes part in the forwards."""
+    count = min(count, VALIDATION_VIDEOS) if getattr(trainer.family, "num_frames", 1) > 1 else count
     captions, noise = eval_captions(trainer, count)
     config = trainer.config
     if trainer.teacher_images is None:
@@ -88,10 +89,8 @@ def validation_image(trainer: "DistillTrainer", count: int = VALIDATION_IMAGES) 
         return None
     with with_vae(trainer.pipe, trainer.source):
         images = torch.cat([trainer.family.decode(row.to(trainer.pipe.device)).cpu().float() for row in rows])
-    grid = make_grid(images / 2 + 0.5, nrow=count, padding=1)
     path = trainer.output_dir / "validation" / f"{trainer.global_step:06d}.png"
-    atomic_write(path, lambda new: to_pil_image(grid).save(new, format="png"))
-    return grid
+    return save_pictures(images, path, count, padding=1)
 
 
 def scales_of(config: DistillConfig, curve: Callable[..., Curve]) -> tuple[LoraScales, Curve]:

@@ -1,19 +1,29 @@
 """Wan, and what a family of videos adds to one of images: frames, a grid that the call is not told, and the
 pipelines of it that are refused."""
 
+import base64
+import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from PIL import Image
 
+from scfm.data.cache import CachePlan
+from scfm.data.videos import list_videos, read_frames
+from scfm.evaluation.external_models import ExternalModel, PipelineImages
+from scfm.inference.config import InferenceConfig
+from scfm.inference.step_lora import StepLora, generate
 from scfm.models.base import is_plain, plain_grid, scheduler_shift, spatial_factor, takes_sigmas, time_shift
 from scfm.models.check import stock_grid, stock_trajectory
 from scfm.models.family import FAMILIES
+from scfm.models.sampling import start_noise
 from scfm.models.source import PipelineSource
 from scfm.models.wan import Wan
-from toy.pipelines import BUILD, SHIFT, build_wan
+from toy.pipelines import BUILD, FLUX, SHIFT, build_wan
 
 CAPTIONS = ["a large red cross", "a small blue ring on the left"]
 LENGTH = 16
@@ -117,6 +127,229 @@ def test_two_transformers_are_refused_before_anything_is_loaded(tmp_path, comman
     line = capsys.readouterr().err.strip().splitlines()
     assert len(line) == 1 and "second transformer" in line[0] and not (tmp_path / "images").exists()
     assert command("plan", pretrained_model_name_or_path=tmp_path / "pipeline", height=32, width=32) == 2
+
+
+# From videos to a pipeline
+
+
+FRAMES = 5
+RUN = {
+    "height": 32,
+    "width": 32,
+    "rank": 2,
+    "max_train_steps": 2,
+    "global_batch_size": 2,
+    "teacher_steps": 2,
+    "num_eval_prompts": 2,
+    "guidance_scale_range": "1,4",
+    "teacher_guidance_scale": 3,
+    "validation_steps": 2,
+    "eval_num_steps": 2,
+    "algorithm": "step_scaled",
+    "report_to": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def work(folder, tmp_path_factory, command):
+    """A folder of teacher-made videos, and a student of them: {"videos": ..., "run": ...}."""
+    path = tmp_path_factory.mktemp("work")
+    (path / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
+    ours = {"pretrained_model_name_or_path": folder, "max_sequence_length": LENGTH, "num_frames": FRAMES}
+    made = {"prompts": path / "prompts.txt", "output_dir": path / "videos", "sizes": "32x32"}
+    assert command("data", **ours, **made, teacher_steps=2, teacher_guidance_scale=3) == 0
+    run = {**ours, **RUN, "train_data_dir": path / "videos", "output_dir": path / "run"}
+    assert command("distill", **run) == 0
+    return path
+
+
+def test_the_teachers_videos_are_files_of_all_frames(folder, pipe, work):
+    family = Wan(pipe, 32, 32, LENGTH, num_frames=FRAMES)
+    rows = [json.loads(line) for line in (work / "videos/metadata.jsonl").read_text().splitlines()]
+    assert [row["num_frames"] for row in rows] == [FRAMES] * 2 and rows[0]["shift"] == SHIFT
+    noise = start_noise(family, range(2), 0)
+    want = family.sample_stock(CAPTIONS, noise, 2, 3.0)
+    for row, video in zip(rows, want, strict=True):
+        read = read_frames(work / "videos" / row["file_name"], 32, 32, FRAMES)
+        torch.testing.assert_close(read, video, rtol=0, atol=0.02)
+    plan = CachePlan(
+        PipelineSource(folder),
+        list_videos(work / "videos", FRAMES),
+        work / "videos/cache",
+        [(32, 32)],
+        LENGTH,
+        torch.float32,
+        num_frames=FRAMES,
+    )
+    latents = plan.open().latents([0, 1])
+    assert latents.shape[1:] == family.latent_shape
+    videos = torch.stack([read_frames(work / "videos" / r["file_name"], 32, 32, FRAMES) for r in rows])
+    torch.testing.assert_close(latents, family.encode_images(videos), rtol=0, atol=1e-4)
+
+
+def test_validation_and_samples_are_a_strip_and_a_gif(work, command, capsys):
+    for path, rows in (work / "run/validation/000002.png", 4), (work / "two.png", 2):
+        if path.name == "two.png":
+            prompts = work / "prompts.txt"
+            assert command("sample", lora=work / "run", prompts=prompts, steps=2, output=path) == 0
+            assert "two.png and two.gif: 2 videos, 2 steps" in capsys.readouterr().out
+        with Image.open(path) as strip, Image.open(path.with_suffix(".gif")) as gif:
+            assert strip.width // 32 == FRAMES and strip.height // 32 == rows
+            assert gif.n_frames == FRAMES
+
+
+def test_the_code_of_the_card_makes_the_videos_that_we_make(folder, work, monkeypatch):
+    """Run as it stands, on stock diffusers, in the folder above the LoRA's; so is an export's."""
+    text = (work / "run/README.md").read_text()
+    assert "pipe.scheduler.sigma_min = 1 / 4" in text and "sigmas=" not in text
+    assert f"    num_frames={FRAMES}," in text and ").frames" in text
+    step_lora = StepLora(InferenceConfig(lora=str(work / "run"), seed=5), "cpu")
+    videos, _ = generate(step_lora, CAPTIONS, 4)
+    noise = start_noise(step_lora.family, range(2), 5)
+    pipe = WanPipeline.from_pretrained(str(folder))
+    torch.testing.assert_close(run_card(text, work, monkeypatch, noise, pipe=pipe), videos, rtol=0, atol=1e-5)
+    base, _ = generate(step_lora, CAPTIONS, 4, 0.0)
+    assert (videos - base).abs().max() > 1e-5
+
+
+def run_card(text, folder, monkeypatch, noise, **names):
+    """What the code of a card generates, in [-1, 1]."""
+    code = text.split("```python")[1].split("```")[0]
+    assert code.count("    prompt,\n") == 1
+    code = code.replace("    prompt,\n", "    prompt,\n    latents=noise,\n    output_type='pt',\n")
+    monkeypatch.chdir(folder)
+    exec(code, names := {"prompt": CAPTIONS, "noise": noise, **names})
+    return names["frames"] * 2 - 1
+
+
+@pytest.mark.slow
+def test_an_export_and_its_card(work, command, monkeypatch):
+    assert command("export", lora=work / "run", steps=2, output_dir=work / "fused") == 0
+    step_lora = StepLora(InferenceConfig(lora=str(work / "run"), seed=5), "cpu")
+    videos, _ = generate(step_lora, CAPTIONS, 2)
+    text, noise = (work / "fused/README.md").read_text(), start_noise(step_lora.family, range(2), 5)
+    torch.testing.assert_close(run_card(text, work, monkeypatch, noise), videos, rtol=0, atol=1e-3)
+
+
+def middle_mean(images, captions):
+    """A metric of the user's own: the mean of each image, which is a video's middle frame."""
+    assert images.shape[1:] == (3, 32, 32)
+    return images.flatten(1)[:, :8], {"mean": images.flatten(1).mean(1)}
+
+
+@pytest.mark.slow
+def test_evaluate_measures_images_on_middle_frames_and_says_so(work, command, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    out = work / "report"
+    more = {"inception": "none", "clip": "none", "imagenet": "none", "custom_metric": "test_wan:middle_mean"}
+    few = {
+        "num_images": 2,
+        "steps": "2",
+        "teacher_steps": 4,
+        "latency_repeats": 1,
+        "prompts": work / "prompts.txt",
+    }
+    assert command("evaluate", lora=work / "run", output_dir=out, **few, **more) == 0
+    record = json.loads((out / "report.json").read_text())
+    assert (
+        record["protocol"]["num_frames"] == FRAMES
+        and "2 videos of 5 frames" in (out / "report.html").read_text()
+    )
+    assert any("one frame of each video" in text for text in record["warnings"])
+    teacher = record["rows"][0]
+    frames = torch.stack(
+        [read_frames(out / teacher["name"] / f"0000{i}.png", 32, 32, FRAMES) for i in range(2)]
+    )
+    assert teacher["scores"]["mean"] == pytest.approx(frames[:, FRAMES // 2].mean().item(), abs=1e-2)
+    change = ((frames[:, 1:] - frames[:, :-1]) / 2).abs().mean().item()
+    assert teacher["motion"] == pytest.approx(change, abs=1e-5) and change > 0
+    assert "change from frame to frame" in capsys.readouterr().out
+    assert {row["kind"] for row in record["rows"]} == {"teacher", "student", "solver"}
+
+
+@pytest.mark.parametrize("frames", [1, FRAMES])
+def test_a_pipeline_beside_a_student_of_another_family_makes_as_many_frames(pipe, frames):
+    model = ExternalModel("other", Path(), guidance_scale=4.0, inference_shift=3.0)
+    config = InferenceConfig(height=32, width=32, num_frames=frames)
+    with time_shift(pipe, 3.0):
+        images = PipelineImages(pipe, model, config, 2, None)(CAPTIONS, [0, 1])
+    assert images.shape == ((2, 3, 32, 32) if frames == 1 else (2, frames, 3, 32, 32)) and images.min() < 0
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own_videos_trains_a_student(folder, tmp_path, command):
+    """A GIF, a folder of frames and a film, with captions beside them."""
+    av, own = pytest.importorskip("av"), tmp_path / "own"
+    (own / "clip").mkdir(parents=True)
+    frames = [Image.new("RGB", (48, 32), (40 * i, 80, 200 - 30 * i)) for i in range(FRAMES + 1)]
+    for i, frame in enumerate(frames):
+        frame.save(own / f"clip/{i}.png")
+    frames[0].save(own / "cat.gif", save_all=True, append_images=frames[1:], duration=60)
+    with av.open(str(own / "dog.mp4"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for frame in frames:
+            film.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        film.mux(stream.encode())
+    for name in ("clip", "cat", "dog"):
+        (own / f"{name}.txt").write_text("a red star\n")
+    ours = {"pretrained_model_name_or_path": folder, "max_sequence_length": LENGTH, "num_frames": FRAMES}
+    run = {**ours, **RUN, "train_data_dir": own, "output_dir": tmp_path / "run", "validation_steps": 0}
+    assert command("distill", **run) == 0
+    assert command("sample", lora=tmp_path / "run", prompt="a star", steps=1, output=tmp_path / "a.png") == 0
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("wan", {"num_frames": 6}, "num_frames is 6: this pipeline makes 1, 5, 9, ... frames: take 5 or 9"),
+        ("wan", {"num_frames": 0}, "num_frames"),
+        ("flux", {"num_frames": 5}, "num_frames is 5, and Flux makes images: leave it out"),
+    ],
+)
+@pytest.mark.parametrize("what", ["data", "distill", "plan"])
+def test_frames_that_cannot_be_are_one_line_and_code_2(
+    folder, tmp_path, command, capsys, what, name, change, message
+):
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    where = {
+        "pretrained_model_name_or_path": folder if name == "wan" else FLUX,
+        "max_sequence_length": LENGTH,
+    }
+    made = {"prompts": tmp_path / "prompts.txt", "output_dir": tmp_path / "out"}
+    size = {"sizes": "32x32"} if what == "data" else {"height": 32, "width": 32}
+    if what == "plan" and not change["num_frames"]:
+        change = {"num_frames": -3}
+    capsys.readouterr()
+    assert command(what, **where, **made, **size, **change) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert len(shown) == 1 and shown[0].startswith(f"scfm {what}: ") and message in shown[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_sampling_with_other_frames_than_the_runs_is_checked_too(work, command, capsys):
+    capsys.readouterr()
+    more = {"prompt": "a star", "output": work / "none.png"}
+    assert command("sample", lora=work / "run", num_frames=7, **more) == 2
+    assert "take 5 or 9" in capsys.readouterr().err and not (work / "none.png").exists()
+    assert command("sample", lora=work / "run", num_frames=1, steps=1, **more) == 0
+    with Image.open(work / "none.png") as image:
+        assert image.size == (32, 32) and not (work / "none.gif").exists()
+
+
+def test_the_page_plays_a_video(work):
+    pytest.importorskip("gradio")
+    from scfm.app import card
+    from scfm.evaluation.compare import Choice, Comparer
+
+    comparer = Comparer(StepLora(InferenceConfig(lora=str(work / "run")), "cpu"), 2)
+    choice = Choice("a red star", 1, shift=SHIFT)
+    made = {"student": comparer.student(choice), "target": comparer.target(choice)}
+    assert made["student"].image.shape == (FRAMES, 3, 32, 32)
+    shown = card("student", "1 step", made, choice)
+    data = base64.b64decode(shown.split("data:image/webp;base64,")[1].split('"')[0])
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.n_frames == FRAMES and opened.size == (32, 32)
 
 
 # What stood in the way of the newer families: a test of each kind
