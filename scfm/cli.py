@@ -50,7 +50,11 @@ COMMANDS = {
     ),
     "export": (
         "scfm.commands.export:main",
-        "a fused pipeline, or one LoRA of step and style, checked against its parts",
+        "a fused pipeline, one LoRA of step and style, or the LoRA for ComfyUI",
+    ),
+    "push": (
+        "scfm.commands.push:main",
+        "upload a LoRA with its card to the Hugging Face hub",
     ),
 }
 

@@ -92,9 +92,12 @@ def set_scale(pipe, step, timestep, tensors):
 pipe.set_adapters({names}, scales[0])"""
 
 
-def render_card(folder: str | Path) -> str:
+def render_card(folder: str | Path, location: str = "") -> str:
     """The model card of the LoRA in a run's folder: what the files there say, and no more. FileNotFoundError
-    without a LoRA."""
+    without a LoRA.
+
+    location: where its code loads the LoRA from; empty: the folder's name
+    """
     folder = Path(folder)
     config = InferenceConfig(lora=str(folder)).resolved()
     if not config.weights.is_file():
@@ -111,7 +114,7 @@ def render_card(folder: str | Path) -> str:
         method=method_name(lora_scales),
         table=scale_table(lora_scales, folder),
         shift=config.inference_shift,
-        load=loading_code(lora_scales, folder.resolve().name),
+        load=loading_code(lora_scales, location or folder.resolve().name),
         history="\n".join(f"- {line}" for line in history),
         limits="\n".join(f"- {line}" for line in limit_lines(config, lora_scales)),
         marker=MARKER,
