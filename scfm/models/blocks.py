@@ -12,13 +12,15 @@ def blocks_of(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     return [block for blocks in lists for block in blocks]
 
 
-def first_blocks(transformer: torch.nn.Module, count: int) -> list[torch.nn.Module]:
-    """The first `count` blocks, all for 0. ValueError for more than there are."""
+def first_blocks(
+    transformer: torch.nn.Module, count: int, setting: str = "checkpoint_blocks"
+) -> list[torch.nn.Module]:
+    """The first `count` blocks, all for 0. ValueError for more than there are, with the setting's name."""
     blocks = blocks_of(transformer)
     if not 0 <= count <= len(blocks):
         raise ValueError(
-            f"checkpoint_blocks is {count}: {type(transformer).__name__} has {len(blocks)} blocks; "
-            "0 means all"
+            f"{setting} is {count}: {type(transformer).__name__} has {len(blocks)} blocks"
+            f"{'; 0 means all' * (setting == 'checkpoint_blocks')}"
         )
     return blocks[: count or None]
 

@@ -9,8 +9,10 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from scfm.models.quantize import load_quantized
+from scfm.models.blocks import first_blocks
+from scfm.models.quantize import quantize_linears, require_quantizer
 from scfm.models.source import PipelineSource
+from scfm.models.swap import swap_blocks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXT_PARTS = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
@@ -23,12 +25,14 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     parts: Parts = "all",
     quantize: str = "",
+    blocks_to_swap: int = 0,
 ) -> tuple[Any, Any]:
     """The stock pipeline of a source and its family class, in `dtype` on `device`, without progress bars.
 
     parts: "all"; "transformer", for training from a cache (no VAE, no text encoders); "encoders", all but the
     transformer; "images", all but the text encoders, to generate from a cache.
-    quantize: "int8" or "nf4" holds the transformer in fewer bits, see `load_quantized`.
+    quantize: "int8" or "nf4" holds the transformer in fewer bits, see `quantize_linears`.
+    blocks_to_swap: so many of the transformer's blocks keep their weights on the host, see `swap_blocks`.
     Weights of a variant (fp16) are taken where there are no others. Parts that the folder was saved without
     (SD3's T5, say) are passed to diffusers as None. FileNotFoundError or ValueError as of
     `PipelineSource.check_files`, before anything is loaded.
@@ -43,8 +47,8 @@ def load_pipeline(
     }
     source.check_files(without=absent)
     with no_loading_bars():
-        if quantize:
-            absent["transformer"] = load_quantized(source, quantize, dtype, device)
+        if quantize or blocks_to_swap:
+            absent["transformer"] = load_small(source, quantize, dtype, device, blocks_to_swap)
         pipe = source.family.pipeline_class.from_pretrained(
             str(source.folder), dtype=dtype, variant=source.variant or None, **absent
         )
@@ -55,11 +59,32 @@ def load_pipeline(
     if parts == "encoders":  # a family reads the transformer's configuration
         pipe.transformer = source.skeleton.transformer
     for name, part in pipe.components.items():
-        quantized = quantize and name == "transformer"  # it stays where it was loaded
-        if isinstance(part, torch.nn.Module) and not quantized:
+        stays = (quantize or blocks_to_swap) and name == "transformer"  # where it was loaded
+        if isinstance(part, torch.nn.Module) and not stays:
             part.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, source.family
+
+
+def load_small(
+    source: PipelineSource, kind: str, dtype: torch.dtype, device: str | torch.device, blocks_to_swap: int = 0
+) -> torch.nn.Module:
+    """The transformer of a source in less of the device's memory: its linear layers in fewer bits ("" for as
+    they are), some of its blocks on the host.
+
+    dtype: of everything else, and of the products
+    """
+    require_quantizer(kind)
+    model_class: Any = source.part_class("transformer")
+    model = model_class.from_pretrained(
+        str(source.folder), subfolder="transformer", variant=source.variant_of("transformer"), dtype=dtype
+    )
+    swapped = first_blocks(model, blocks_to_swap, "blocks_to_swap") if blocks_to_swap else []
+    if kind:
+        quantize_linears(model, kind, device, swapped)
+    if swapped:
+        swap_blocks(model, blocks_to_swap, device)
+    return model
 
 
 @contextmanager

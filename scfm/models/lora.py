@@ -22,6 +22,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
+from .swap import refuse_group_offload
 from ..types import Condition, FamilyVelocity, VelocityField
 
 # %% ../../nbs/learn/20_lora.ipynb #c08
@@ -39,13 +40,15 @@ def add_adapters(transformer: Any, targets: Sequence[str], rank: int, alpha: int
     alpha: of the LoRA; the rank when None (then the LoRA counts in full at scale 1)
     copies: for each adapter that is drawn, those that start as its copies
 
-    ValueError when the targets match nothing, when adapters are there already, or when the rank is below 1.
+    ValueError when the targets match nothing, when adapters are there already, when the rank is below 1, or
+    when diffusers' group offload is on.
     """
     if getattr(transformer, "peft_config", None):
         raise ValueError(f"the transformer carries adapters already ({', '.join(transformer.peft_config)}): "
                          "fuse or unload them first")
     if rank < 1:
         raise ValueError(f"rank is {rank}: give 1 or more")
+    refuse_group_offload(transformer)
     transformer.requires_grad_(False)
     with warnings.catch_warnings():  # PEFT warns of a second adapter on a model; here it is the point
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from scfm.models.source import PipelineSource
-
 BYTES = {"int8": 1.0, "nf4": 0.5625}  # of a weight, scales included where they are not negligible
 KINDS = "int8 or nf4"
 HELP = (
@@ -26,22 +24,6 @@ def require_quantizer(kind: str, mend: str = "leave --quantize out") -> None:
     """ValueError with the mend when a kind is unknown; nothing for ""."""
     if not is_known(kind):
         raise ValueError(f"quantize is {kind!r}: take {KINDS}, or {mend}")
-
-
-def load_quantized(
-    source: PipelineSource, kind: str, dtype: torch.dtype, device: str | torch.device
-) -> torch.nn.Module:
-    """The transformer of a source with the weights of its linear layers in fewer bits, on the device.
-
-    kind: "int8", see `Int8Linear`, or "nf4", see `NF4Linear`
-    dtype: of everything else, and of the products
-    """
-    require_quantizer(kind)
-    model_class: Any = source.part_class("transformer")
-    model = model_class.from_pretrained(
-        str(source.folder), subfolder="transformer", variant=source.variant_of("transformer"), dtype=dtype
-    )
-    return quantize_linears(model, kind, device)
 
 
 def quantize_linears(

@@ -1,7 +1,6 @@
 """The settings of a distillation, and where they come from."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,10 +11,9 @@ import yaml
 from scfm.data.prepare import DataConfig
 from scfm.files import expand_user
 from scfm.method.consistency import TARGET_MODELS
-from scfm.method.distill import STEP_SCALED, SCFMConfig, is_int, setting, validate
-from scfm.models.loading import DTYPES
+from scfm.method.distill import STEP_SCALED, SCFMConfig, setting, validate
 from scfm.models.quantize import HELP as QUANTIZE_HELP
-from scfm.models.quantize import KINDS, is_known
+from scfm.training.validators import DISTILL_VALIDATORS, refuse_for_shard
 
 PRESETS = Path(str(resources.files("scfm") / "presets"))
 
@@ -95,7 +93,16 @@ class DistillConfig(SCFMConfig):
     weight_dtype: str = setting(
         "fp32", "fp32 or bf16: of the frozen base and the encoders (adapters stay in fp32)"
     )
+    use_8bit_adam: bool = setting(
+        False,
+        "AdamW's moments in 8 bits, a quarter of the memory, by bitsandbytes (pip install 'scfm[adam8bit]')",
+    )
     quantize: str = setting("", f"the frozen base in {QUANTIZE_HELP}; empty: as it is")
+    blocks_to_swap: int = setting(
+        0,
+        "how many of the transformer's blocks keep their frozen weights on the host, and are on the GPU only "
+        "while they compute: less memory, more time",
+    )
     shard: int = setting(
         0,
         "processes that share one copy of the frozen base, for one that does not fit a GPU: as many as a "
@@ -144,6 +151,11 @@ class DistillConfig(SCFMConfig):
         refuse_for_algorithm(self)
         if self.shard:
             refuse_for_shard(self)
+        if self.blocks_to_swap and self.compile_blocks:
+            raise ValueError(
+                f"blocks_to_swap={self.blocks_to_swap} with compile_blocks: a compiled block does not wait "
+                "for its weights: take one of the two"
+            )
         if self.guidance_mode == "distilled" and "ema_slow" in TARGET_MODELS.get(self.algorithm, {}).get(
             "teacher", ()
         ):
@@ -243,88 +255,6 @@ def refuse_for_step_scaled(config: DistillConfig) -> None:
             f"shift {low:g} to {high:g} with algorithm step_scaled and inference_shift "
             f"{config.inference_shift:g}: it trains on the grids that are sampled: leave --shift out"
         )
-
-
-def refuse_for_shard(config: DistillConfig) -> None:
-    """ValueError for what cannot be done with a base that several processes share."""
-    reasons = {
-        "quantize": "a base in fewer bits is not shared: take one of the two",
-        "prompts": "the teacher that generates is whole in every process: make the images first, with "
-        "scfm data, and say --train_data_dir",
-        "compile_blocks": "compiled blocks are not shared: leave it out",
-        "non_shortcut_ratio": "a process whose examples are all of flow matching would call the base less "
-        "often than the others, which would wait for it: take 0",
-    }
-    named = [name for name in reasons if getattr(config, name)]
-    if named:
-        raise ValueError(f"{named[0]}={getattr(config, named[0])!r} with shard: {reasons[named[0]]}")
-    if config.guidance_mode == "distilled":
-        raise ValueError(
-            "guidance_mode distilled with shard: the teacher is called apart, for some processes and not for "
-            "others, which would wait for it: take --guidance_mode kept"
-        )
-
-
-def at_least(least: int, *names: str) -> list[tuple[str, Callable[[Any], bool], str]]:
-    """Validators of whole numbers."""
-    return [
-        (n, lambda c, n=n: is_int(getattr(c, n), least), f"a whole number of at least {least}") for n in names
-    ]
-
-
-# (field, what must hold, the mend), as in `scfm.method.distill.VALIDATORS`
-DISTILL_VALIDATORS = [
-    *at_least(
-        1,
-        "height",
-        "width",
-        "num_frames",
-        "max_sequence_length",
-        "rank",
-        "teacher_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "num_eval_prompts",
-    ),
-    *at_least(0, "lora_alpha", "micro_batch_size", "validation_steps", "checkpoint_blocks"),
-    (
-        "checkpoint_blocks",
-        lambda c: c.gradient_checkpointing or not c.checkpoint_blocks,
-        "0 without --gradient_checkpointing",
-    ),
-    (
-        "guidance_scale_range",
-        lambda c: len(c.guidance_scale_range) == 2 and c.guidance_scale_range[0] <= c.guidance_scale_range[1],
-        "a range, low,high",
-    ),
-    ("guidance_mode", lambda c: c.guidance_mode in ("kept", "distilled"), "kept or distilled"),
-    ("dynamic_shift_prob", lambda c: 0 <= c.dynamic_shift_prob <= 1, "a share of the examples, in [0, 1]"),
-    ("teacher_guidance_scale", lambda c: c.teacher_guidance_scale >= 0, "a guidance scale of at least 0"),
-    (
-        "eval_num_steps",
-        lambda c: c.eval_num_steps and all(is_int(n, 1) for n in c.eval_num_steps),
-        "step counts of 1 or more, as 3,4",
-    ),
-    (
-        "inference_shift",
-        lambda c: c.inference_shift > 0,
-        "a number above 0; what training saw, 3 for image latents",
-    ),
-    (
-        "eval_lora_scales",
-        lambda c: c.eval_lora_scales and 0 < min(c.eval_lora_scales) <= max(c.eval_lora_scales) <= 4,
-        "LoRA scales above 0 and up to 4, as .5,1",
-    ),
-    (
-        "select_adapter",
-        lambda c: c.select_adapter in ("best", *c.model_names),
-        "best, student, ema_fast or ema_slow; with step_scaled best, student or ema",
-    ),
-    ("weight_dtype", lambda c: c.weight_dtype in DTYPES, " or ".join(DTYPES)),
-    ("shard", lambda c: c.shard == 0 or is_int(c.shard, 2), "a number of processes, 2 or more; 0 for none"),
-    ("quantize", lambda c: is_known(c.quantize), f"{KINDS}, or leave it out"),
-    ("report_to", lambda c: c.report_to in ("tensorboard", "wandb", "none"), "tensorboard, wandb or none"),
-]
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from scfm.models.source import PipelineSource
 from scfm.streams import Stream, keyed_generator
 from scfm.training.checkpoint import find_checkpoint, load_checkpoint, refuse_fewer_steps
 from scfm.training.config import DistillConfig
+from scfm.training.optimizer import in_8_bits, require_8bit_adam
 from scfm.training.selection import select_and_save, validation_image
 from scfm.training.sharding import (
     check_rows,
@@ -84,6 +85,8 @@ class DistillTrainer(Trainer):
         if config.compile_blocks:
             compile_blocks(self.pipe.transformer)  # after the LoRA layers have got their own forward
         self.optimizer, self.scheduler = make_optimizer(self.models, config)
+        if config.use_8bit_adam:
+            self.optimizer, self.scheduler = in_8_bits(self.optimizer, self.scheduler)
         self.emas = make_emas(self.models, config)
         self.teacher_images: torch.Tensor | None = None  # of validation: the teacher does not change
 
@@ -93,7 +96,8 @@ class DistillTrainer(Trainer):
         if config.shard:
             return load_sharded(self.source, DTYPES[config.weight_dtype], device, config.shard)
         dtype = DTYPES[config.weight_dtype]
-        return load_pipeline(self.source, dtype, device, "transformer", config.quantize)[0]
+        parts = "transformer"
+        return load_pipeline(self.source, dtype, device, parts, config.quantize, config.blocks_to_swap)[0]
 
     def check_inputs(self, inputs: Inputs) -> Inputs:
         """ValueError for what the pipeline's configuration rules out: no weight is read."""
@@ -110,8 +114,11 @@ class DistillTrainer(Trainer):
                 f"--report_to none"
             )
         check_layers(config.lora_layers, source, family)
-        if config.checkpoint_blocks:
-            first_blocks(source.empty_transformer(), config.checkpoint_blocks)
+        for name in ("checkpoint_blocks", "blocks_to_swap"):
+            if getattr(config, name):
+                first_blocks(source.empty_transformer(), getattr(config, name), name)
+        if config.use_8bit_adam:
+            require_8bit_adam(self.accelerator.device)
         return inputs
 
     def make_models(self) -> LoraModels | ScaledLoraModels:

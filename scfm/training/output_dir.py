@@ -20,6 +20,7 @@ HARMLESS = (  # of these, what changes neither the weights nor what is compared 
     "resume_from_checkpoint",
     "validation_steps",
     "micro_batch_size",
+    "blocks_to_swap",
     "shard",
     "report_to",
 )

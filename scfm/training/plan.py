@@ -21,7 +21,8 @@ from scfm.models.scaled_lora import ScaledLoraModels, names_of
 from scfm.models.sd3 import SD3
 from scfm.models.source import PipelineSource
 from scfm.models.video import frame_options
-from scfm.training.config import DistillConfig, refuse_for_shard
+from scfm.training.config import DistillConfig
+from scfm.training.validators import refuse_for_shard
 
 GIB = 2**30
 FACTOR = 8  # pixels to a latent, where a family does not say otherwise

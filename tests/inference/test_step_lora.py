@@ -197,8 +197,8 @@ def test_generating_is_quantized_and_encoding_alone_is_not(tmp_path, monkeypatch
     dtypes = []
     monkeypatch.setattr(
         loading,
-        "load_quantized",
-        lambda source, kind, dtype, _: dtypes.append(dtype) or load_flux().transformer,
+        "load_small",
+        lambda source, kind, dtype, *_: dtypes.append(dtype) or load_flux().transformer,
     )
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     words = ["data", "--pretrained_model_name_or_path", FLUX, "--output_dir", tmp_path / "made"]
