@@ -266,3 +266,36 @@ def unties(config: Any) -> None:
     assert config.algorithm != "step_scaled", "its finest targets are the teacher's; try another algorithm"
     tied = int((jumps.is_teacher | jumps.is_flow).sum())
     assert tied == 0, f"{tied} of 512 examples still have a target from the teacher or the data"
+
+
+@exercise("40.1")
+def knows_consistency(target: Callable) -> None:
+    for x, v, w, t1, t2 in ((1.0, 2.0, -1.0, 0.8, 0.7), (-0.5, 0.3, 4.0, 1.0, 0.25)):
+        end = x - (t1 - t2) * v - t2 * w  # the average's prediction of the data, one step of the teacher on
+        near(target(v, w, t1, t2), (x - end) / t1, f"the velocity for v = {v}, w = {w}, {t1} and {t2}")
+
+
+@exercise("40.2")
+def knows_the_width(too_wide: Callable) -> None:
+    start = torch.ones(1, 1, dtype=torch.float64)
+    for s in (0.1, 0.5, 1.0):
+
+        def direct(x, t, cond=None, s=s):
+            t = t[:, None]
+            return (x - s * x / ((1 - t) ** 2 * s**2 + t**2) ** 0.5) / t
+
+        found = sample(direct, start, time_grid(2)).item()
+        near(too_wide(s), found / s, f"the width over the right one for s = {s}")
+
+
+@exercise("40.3")
+def loses_the_coupling(steps: Any) -> None:
+    def correlation(n: int) -> float:
+        left = 1.0
+        for t in time_grid(n)[1:-1].tolist():
+            left *= (1 - t) / ((1 - t) ** 2 + t**2) ** 0.5
+        return left
+
+    found = correlation(int(steps))
+    assert found < 0.1, f"with {steps} steps the correlation is still {found:.3f}"
+    assert correlation(int(steps) - 1) >= 0.1, f"with {steps} it is {found:.3f}, but fewer steps are enough"
