@@ -46,6 +46,7 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(2, (16, 16), 1, ()),                         # for tests, not for images
     "nano": Size(2, (48, 64, 64), 1, (1,)),
+    "mini": Size(2, (64, 96, 128), 1, (1,)),
     "small": Size(1, (64, 96, 128), 1, (2,)),
     "full": Size(1, (128, 256, 256, 256), 2, (1,), .1),       # widths, depth and attention of DDPM++
 }

@@ -482,7 +482,7 @@ def test_the_folder_of_another_run_is_refused(run, tmp_path, images):
     "told, message",
     [
         ({"train_data_dir": ""}, "say --train_data_dir FOLDER"),
-        ({"size": "big"}, "one of tiny, nano, small, full"),
+        ({"size": "big"}, "one of tiny, nano, mini, small, full"),
         ({"method": "reflow"}, "scfm or shortcut"),
         ({"method": "shortcut"}, "needs --shift 1,1"),
         ({"teacher_ratio": 0.4}, "there is no teacher"),
