@@ -17,9 +17,10 @@ from typing import Any
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 os.environ["NO_MKDOCS_2_WARNING"] = "1"  # of the theme, about a version that is not asked for
 
+import chapter_links  # noqa: E402
 import formulas  # noqa: E402
 import npm  # noqa: E402
 import pages  # noqa: E402
@@ -27,8 +28,7 @@ import reference  # noqa: E402
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 OUT = ROOT / "_docs"
-SECTIONS = {"The course": "nbs/learn", "Guides": "nbs/guides", "Studies": "nbs/studies"}
-LAST = "plain_scfm.ipynb"  # all of the course on one page
+NO_INDEX = "how the library is built"  # shares its folder with the course, whose index that folder has
 FIRST = ("results.md", "deviations.md")  # of docs; the rest by name
 
 
@@ -91,11 +91,13 @@ def write_sources(source: Path) -> tuple[list[Any], list[formulas.Formula]]:
     writer = pages.Writer(ROOT, source)
     nav: list[Any] = [{"Start": "index.md"}]
     writer.page("README.md", "index.md")
-    for title, folder in SECTIONS.items():
-        names = sorted((path.name for path in (ROOT / folder).glob("*.ipynb")), key=lambda n: (n == LAST, n))
-        chapters = [writer.notebook(f"{folder}/{name}") for name in names]
-        writer.index(title, folder, chapters)
-        nav.append({title: [f"{folder}/index.md", *chapters]})
+    for book, paths in chapter_links.chapters().items():
+        places = [writer.notebook(str(path.relative_to(ROOT))) for path in paths]
+        if book != NO_INDEX:
+            folder = f"nbs/{chapter_links.BOOKS[book]}"
+            writer.index(book.capitalize(), folder, places)
+            places.insert(0, f"{folder}/index.md")
+        nav.append({book.capitalize(): places})
     documents = sorted(
         (path.name for path in (ROOT / "docs").glob("*.md")), key=lambda n: (n not in FIRST, n)
     )
