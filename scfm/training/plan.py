@@ -20,6 +20,7 @@ from scfm.models.quantize import BYTES
 from scfm.models.scaled_lora import ScaledLoraModels, names_of
 from scfm.models.sd3 import SD3
 from scfm.models.source import PipelineSource
+from scfm.training.attention import fused_attention
 from scfm.models.video import frame_options
 from scfm.training.config import DistillConfig
 from scfm.training.validators import refuse_for_shard
@@ -194,7 +195,8 @@ def count_called(
         return tensor
 
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with saving, fused_attention(keep):
             prediction = family.velocity(transformer, x, t, cond)
         forward = counter.get_total_flops()
         prediction.square().mean().backward()

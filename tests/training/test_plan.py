@@ -12,6 +12,7 @@ from scfm.models.flux import Flux
 from scfm.models.lora import LoraModels, add_adapters
 from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.sd3 import SD3
+from scfm.training.attention import fused_attention
 from scfm.training.config import PRESETS, DistillConfig, load_settings
 from scfm.training.plan import count_called, count_example, make_plan, meta_inputs, shape_of
 from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
@@ -189,6 +190,41 @@ def test_fewer_recomputed_blocks_cost_memory_and_save_operations():
         assert less["GiB"]["activations, guessed"] > more["GiB"]["activations, guessed"]
     with pytest.raises(ValueError, match="has 4 blocks"):
         make_plan(DistillConfig(gradient_checkpointing=True, checkpoint_blocks=5), "flux-dev", small)
+
+
+def test_attention_keeps_what_a_gpus_kernels_keep():
+    """Counted against a network of one attention whose kernel is called by name: not its weights, as the one
+    for tensors without content would."""
+    shape, L = (1, 2, 4096, 16), 4096
+    q, k, v = (torch.zeros(shape, device="meta", requires_grad=True) for _ in range(3))
+    seen: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        seen[id(tensor)] = tensor
+        return tensor
+
+    def count(call):
+        seen.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), fused_attention(keep):
+            call()
+        return sum(tensor.numel() for tensor in seen.values())
+
+    ours = count(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    kernel = count(lambda: torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True))
+    assert ours == 4 * q.numel() and abs(kernel - ours) <= 2 * L + 4  # and a number for each query
+    own = torch.nn.functional.scaled_dot_product_attention
+    assert own.__name__ == "scaled_dot_product_attention"
+
+
+def test_a_plan_of_videos_grows_with_their_tokens():
+    settings = {"height": 480, "width": 832, "weight_dtype": "bf16", "gradient_checkpointing": True}
+    few, many = (
+        make_plan(DistillConfig(**settings, num_frames=n), "wan-2.1-1.3b", {"num_layers": 3})
+        for n in (17, 81)
+    )
+    guessed = "activations, guessed"
+    assert 3.8 < many["GiB"][guessed] / few["GiB"][guessed] < 4.3  # 21 frames of latents to 5
+    assert many["operations of a step"] > 5 * few["operations of a step"]  # attention's grow with the square
 
 
 @pytest.mark.parametrize(
