@@ -113,6 +113,7 @@ class Writer:
     def prose(self, text: str, name: str, place: str) -> str:
         """Markdown of the file `name` as the page `place` has it: formulas taken out, links to pages."""
         text = LINK.sub(lambda match: self.link(match, name, place), text)
+        text = text.replace("<details>", '<details markdown="1">')  # what is folded is Markdown, too
         return formulas.take_out(text, place, self.formulas)
 
     def link(self, match: re.Match[str], name: str, place: str) -> str:
