@@ -30,10 +30,11 @@ Made by `python scripts/families_table.py`, and a test makes it again. t is 1 at
 minus data. Time, sign and guidance are measured on the steps of the stock pipeline, of tiny genuine ones: the
 classes of diffusers and transformers with random weights. The contract: our sampler without LoRA gives the
 stock pipeline's images at 1, 3 and 8 steps, guided and not; a LoRA goes through the stock pipeline's loader;
-the commands from `data` to `export` ran. It says nothing about a published checkpoint.
+the commands from `data` to `export` ran. It says nothing about a published checkpoint. "For ComfyUI":
+whether `scfm export --format comfyui` knows the names of its layers there; that was not run in ComfyUI.
 
-| pipeline | its network is given | its output is | guidance | the stock call says | one image's x | tried |
-|---|---|---|---|---|---|---|
+| pipeline | its network is given | its output is | guidance | the stock call says | one image's x | for ComfyUI | tried |
+|---|---|---|---|---|---|---|---|
 """
 TAIL = """
 `scfm plan --shape NAME` knows these published sizes: {shapes}.
@@ -88,6 +89,7 @@ def row_of(name: str, build: Callable[[], Any]) -> str:
         guidance_of(family, captions),
         call,
         " x ".join(map(str, layout_of(family))),
+        "yes" if getattr(family_class, "comfyui_names", None) else "no",
         "contract" + LEARNED.get(name, ""),
     ]
     return f"| {' | '.join(cells)} |"
