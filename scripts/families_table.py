@@ -33,12 +33,48 @@ stock pipeline's images at 1, 3 and 8 steps, guided and not; a LoRA goes through
 the commands from `data` to `export` ran. It says nothing about a published checkpoint. "For ComfyUI":
 whether `scfm export --format comfyui` knows the names of its layers there; that was not run in ComfyUI.
 
-| pipeline | its network is given | its output is | guidance | the stock call says | one image's x | for ComfyUI | tried |
-|---|---|---|---|---|---|---|---|
 """
+COLUMNS = [
+    "pipeline",
+    "its network is given",
+    "its output is",
+    "guidance",
+    "the stock call says",
+    "one image's x",
+    "for ComfyUI",
+    "tried",
+]
 TAIL = """
 `scfm plan --shape NAME` knows these published sizes: {shapes}.
 A further family is one class: `nbs/learn/21_new_family.ipynb`.
+
+## A walk with a newer one
+
+Every family above but `PixelPipeline` has the same lines, with its own preset; Wan's alone are the frames. A
+test runs them on the tiny Wan pipeline.
+
+```
+scfm plan --config wan-2.1-1.3b-step-scaled
+scfm data --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts captions.txt \\
+    --output_dir videos --sizes 480x832 --num_frames 81 --teacher_guidance_scale 5 --weight_dtype bf16
+scfm distill --config wan-2.1-1.3b-step-scaled --train_data_dir videos --output_dir runs/wan \\
+    --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+scfm sample --lora runs/wan --prompt "a cat walks along a wall" --steps 4 --output cat.png
+scfm evaluate --lora runs/wan --prompts held_out.txt --num_images 32 --steps 2,4
+scfm export --lora runs/wan --steps 4 --output_dir wan-in-four-steps
+```
+
+- `--num_frames` is 1 more than a multiple of 4; with 1, the default, Wan is a model of images. Two
+  transformers (Wan2.2-A14B) are refused.
+- The teacher's videos are PNG files of all their frames, which lose nothing and play in a browser. Videos of
+  your own go to `--train_data_dir`: each a folder of frames, a GIF, PNG or WebP, or with
+  `pip install 'scfm[video]'` an MP4; of each its first frames are taken, whatever its frame rate. Captions
+  are in `metadata.jsonl`, or in `NAME.txt` beside each.
+- `scfm sample` and validation show a strip of frames (`cat.png`) and a GIF beside it; `scfm app` plays them.
+- `scfm evaluate` measures images on the frame in the middle of each video, and how much a pixel changes from
+  one frame to the next beside the teacher's: nothing else there sees motion. The endpoint distance is of the
+  latents of all frames.
+- Wan's pipeline is told no sigmas: `runs/wan/README.md` has the line that gives its scheduler the plain grid.
 """
 LENGTH, GUIDANCE = 32, 4.0
 CAPTIONS = ["a large red cross", "a small blue ring on the left"]
@@ -68,7 +104,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [row_of(name, TINY[name]) for name in FAMILIES]
     shapes = [f"`{shape}`" for shape in SHAPES]
     new = out.with_suffix(".new")
-    new.write_text(HEAD + "\n".join(rows) + "\n" + TAIL.format(shapes=", ".join(shapes)), encoding="utf-8")
+    head = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    text = HEAD + "\n".join([*head, *rows]) + "\n" + TAIL.format(shapes=", ".join(shapes))
+    new.write_text(text, encoding="utf-8")
+        HEAD + "\n".join([*head, *rows]) + "\n" + TAIL.format(shapes=", ".join(shapes)), encoding="utf-8"
+    )
     os.replace(new, out)
     print(f"{len(rows)} families: {out.name}")
 
@@ -90,14 +130,15 @@ def row_of(name: str, build: Callable[[], Any]) -> str:
         call,
         " x ".join(map(str, layout_of(family))),
         "yes" if getattr(family_class, "comfyui_names", None) else "no",
-        "contract" + LEARNED.get(name, ""),
+        "contract" + LEARNED.get(name, "") + ", images and videos" * getattr(family, "makes_videos", False),
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def layout_of(family: Any) -> list[str]:
     """What the dimensions of one image's x are."""
-    return {2: ["tokens", "channels"], 3: ["channels", "rows", "columns"]}[len(family.latent_shape)]
+    axes = ["channels", "frames", "rows", "columns"]
+    return {2: ["tokens", "channels"], 3: [axes[0], *axes[2:]], 4: axes}[len(family.latent_shape)]
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ class VideoFamily(PipelineFamily):
     makes_videos = True
     output = "frames"
     frames_to_latent = 4  # where there is nothing that says otherwise
-    fps = 16  # frames a second, of files that are shown
 
     def __init__(
         self,

@@ -384,6 +384,9 @@ PRESETS = [
     "z-image-step-scaled",
     "sana-1600m-step-scaled",
     "tiny",
+    "wan-2.1-1.3b-step-scaled",
+    "wan-2.1-14b-step-scaled",
+    "wan-2.2-ti2v-5b-step-scaled",
     "tiny-step-scaled",
 ]
 
