@@ -107,8 +107,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     head = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     text = HEAD + "\n".join([*head, *rows]) + "\n" + TAIL.format(shapes=", ".join(shapes))
     new.write_text(text, encoding="utf-8")
-        HEAD + "\n".join([*head, *rows]) + "\n" + TAIL.format(shapes=", ".join(shapes)), encoding="utf-8"
-    )
     os.replace(new, out)
     print(f"{len(rows)} families: {out.name}")
 
