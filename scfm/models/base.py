@@ -90,8 +90,11 @@ class PipelineFamily:
     @staticmethod
     def vae_factor(config: Mapping[str, Any]) -> int:
         """Pixels to a latent, a side, by the configuration of a VAE. ValueError where it does not say."""
-        if "scale_factor_spatial" in config:
-            return config["scale_factor_spatial"]
+        for name in ("scale_factor_spatial", "spatial_compression_ratio"):
+            if config.get(name):
+                return config[name]
+        if "spatio_temporal_scaling" in config:  # of LTX, whose first layer takes patches
+            return config["patch_size"] * 2 ** sum(config["spatio_temporal_scaling"])
         if "temperal_downsample" in config:  # as diffusers spells it
             return 2 ** len(config["temperal_downsample"])
         blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")

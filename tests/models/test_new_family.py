@@ -430,6 +430,17 @@ def test_layers_without_lora_are_reported_and_allowed(lumina):
     assert "on 10 of 45 linear layers, not on x_embedder" in check_lora(some)
 
 
+def test_what_takes_no_lora_is_named(lumina):
+    """Some transformers are no PeftAdapterMixin, and some pipelines have no loader of LoRAs."""
+    with_loader, lumina.pipe.transformer = lumina.pipe.transformer, torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="Linear has no add_adapter: diffusers gives it no LoRA"):
+        check_lora(lumina)
+    lumina.pipe.transformer = with_loader
+    lumina.pipeline_class = torch.nn.Module
+    with pytest.raises(ValueError, match="Module has no save_lora_weights: diffusers gives it no LoRA"):
+        check_lora(lumina)
+
+
 def test_an_instance_that_forgot_its_size_is_refused(lumina):
     del lumina.max_sequence_length, lumina.negative_prompt
     with pytest.raises(ValueError, match="Lumina2 lacks max_sequence_length, negative_prompt "):

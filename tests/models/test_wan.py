@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
@@ -17,7 +18,15 @@ from scfm.data.videos import list_videos, read_frames
 from scfm.evaluation.external_models import ExternalModel, PipelineImages
 from scfm.inference.config import InferenceConfig
 from scfm.inference.step_lora import StepLora, generate
-from scfm.models.base import is_plain, plain_grid, scheduler_shift, spatial_factor, takes_sigmas, time_shift
+from scfm.models.base import (
+    PipelineFamily,
+    is_plain,
+    plain_grid,
+    scheduler_shift,
+    spatial_factor,
+    takes_sigmas,
+    time_shift,
+)
 from scfm.models.check import stock_grid, stock_trajectory
 from scfm.models.family import FAMILIES
 from scfm.models.sampling import start_noise
@@ -372,6 +381,29 @@ def test_a_terminal_shift_gives_nan_when_it_is_left(pipe):
     with pytest.warns(RuntimeWarning, match="divide"):
         scheduler.set_timesteps(sigmas=[1.0])
     assert scheduler.sigmas.isnan().any() and not is_plain(scheduler)
+
+
+@pytest.mark.parametrize(
+    "name, frames",
+    [
+        ("AutoencoderKL", 0),
+        ("AutoencoderKLFlux2", 0),
+        ("AutoencoderDC", 0),
+        ("AutoencoderKLQwenImage", 1),
+        ("AutoencoderKLWan", 5),
+        ("AutoencoderKLLTXVideo", 1),
+        ("AutoencoderKLHunyuanVideo", 5),
+    ],
+)
+def test_a_vaes_factor_is_read_of_its_configuration(name, frames):
+    """Against what it does to an image without content."""
+    blocks = {"block_out_channels": (32, 32, 32), "down_block_types": ("DownEncoderBlock2D",) * 3}
+    settings = {"AutoencoderKL": {**blocks, "up_block_types": ("UpDecoderBlock2D",) * 3}}.get(name, {})
+    with torch.device("meta"):
+        vae = getattr(diffusers, name)(**settings)
+        encoded = vae.encode(torch.zeros(1, 3, *[frames] * (frames > 0), 64, 64))
+    latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
+    assert PipelineFamily.vae_factor(vae.config) == 64 // latents.shape[-1]
 
 
 def test_the_factors_come_from_the_vaes_configuration(folder, tmp_path):
