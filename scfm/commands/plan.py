@@ -6,7 +6,8 @@ from typing import Any
 
 from scfm.commands.options import add_options, make_parser, use_settings_file
 from scfm.training.config import DistillConfig
-from scfm.training.plan import GIB, GPUS, SHAPES, make_plan
+from scfm.training.measured import Measured, find_measured
+from scfm.training.plan import GIB, GPUS, HOST_LINK, SHAPES, make_plan
 
 
 def main(argv: Sequence[str]) -> int:
@@ -106,8 +107,28 @@ def print_plan(plan: dict[str, Any], name: str, config: DistillConfig) -> None:
         rate = received * GIB / 1e9 / plan["seconds a step"]
         print(f"  shared by {plan['processes']} GPUs: memory and seconds are each one's")
         print(f"  it receives {received:.4g} GiB of the base a step, as long as that at {rate:.3g} GB/s")
+    if config.blocks_to_swap:
+        fetched = plan["GiB fetched a step"]
+        print(
+            f"  {config.blocks_to_swap} blocks live on the host, {plan['GiB on the host']:.2f} GiB; "
+            f"{fetched:.4g} GiB are fetched a step, {fetched * GIB / HOST_LINK:.2g} of the seconds at "
+            f"{HOST_LINK / 1e9:.0f} GB/s"
+        )
     print(
         f"  {plan['hours of training']:.1f} h for {plan['steps']} steps, and "
         f"{plan['hours of generating']:.1f} h for the "
-        f"teacher's {plan['images']} images: first guesses, not measured"
+        f"teacher's {plan['images']} images: first guesses"
     )
+    print_measured(find_measured(name, config, plan["examples of a forward"]))
+
+
+def print_measured(found: Sequence[Measured]) -> None:
+    """What was measured of the same settings, and on which device; or that nothing was."""
+    if not found:
+        print("  counted, not measured")
+    for one in found:
+        peak = f", {one.peak_gib:.2f} GiB at its peak" if one.peak_gib else ""
+        print(
+            f"  measured on {one.machine}: {one.seconds:.3g} s for a step of {one.examples} examples in one "
+            f"forward{peak} ({one.file.name})"
+        )

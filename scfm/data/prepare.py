@@ -18,6 +18,7 @@ from scfm.data.teacher_images import begin_listing, generate_images, listing_row
 from scfm.data.videos import list_videos
 from scfm.files import check_writable, expand_user
 from scfm.method.distill import setting
+from scfm.models.blocks import first_blocks
 from scfm.models.loading import DTYPES, Parts, load_pipeline
 from scfm.models.quantize import HELP as QUANTIZE_HELP
 from scfm.models.quantize import KINDS, is_known, require_quantizer
@@ -61,6 +62,9 @@ class DataConfig:
     negative_prompt: str = setting("", "negative prompt, for a family with classifier-free guidance (SD3)")
     weight_dtype: str = setting("fp32", "fp32 or bf16: of the transformer and the encoders")
     quantize: str = setting("", f"generate with the transformer in {QUANTIZE_HELP}; empty: as it is")
+    blocks_to_swap: int = setting(
+        0, "generate with the weights of so many of the transformer's blocks on the host, see scfm distill"
+    )
     cache: bool = setting(True, "encode images and captions")
     cache_dir: str = setting("", "where to; empty: the folder cache beside the images")
 
@@ -96,6 +100,7 @@ class DataConfig:
             "max_sequence_length": 1,
             "num_frames": 1,
             "num_images": 0,
+            "blocks_to_swap": 0,
             "teacher_guidance_scale": 0,
         }.items():
             if not getattr(self, name) >= least:
@@ -149,6 +154,8 @@ def read_inputs(config: DataConfig, source: PipelineSource) -> Inputs:
     source.check_files()
     if config.prompts:
         require_quantizer(config.quantize)
+        if config.blocks_to_swap:
+            first_blocks(source.empty_transformer(), config.blocks_to_swap, "blocks_to_swap")
     if config.train_data_dir:
         return Inputs([], listed(config, config.train_data_dir))
     captions = read_prompts(config.prompts)
@@ -300,8 +307,8 @@ def cache_folder(config: DataConfig) -> Path:
 
 def load_families(config: DataConfig, source: PipelineSource, state: Any, parts: Parts) -> dict[Size, Any]:
     """The families with these parts of the pipeline in memory."""
-    quantize = config.quantize if parts == "images" else ""
-    pipe, _ = load_pipeline(source, DTYPES[config.weight_dtype], state.device, parts, quantize)
+    quantize, swap = (config.quantize, config.blocks_to_swap) if parts == "images" else ("", 0)
+    pipe, _ = load_pipeline(source, DTYPES[config.weight_dtype], state.device, parts, quantize, swap)
     return make_families(config, source, pipe)
 
 

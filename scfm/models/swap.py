@@ -16,14 +16,14 @@ class HostWeights:
     autograd has saved of it, such as a transposed view, is empty and filled with it. Replacing `data` would
     leave such views the old memory, and all blocks on the device until backward.
 
-    block: on the host. Layers that it gets afterwards, such as LoRAs, are not touched.
+    block: on the host, or anywhere. Layers that it gets afterwards, such as LoRAs, are not touched.
     """
 
     def __init__(self, block: torch.nn.Module, device: torch.device) -> None:
         tensors = {id(t): t for t in (*block.parameters(), *block.buffers())}
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for tensor in tensors.values():
-            host = tensor.data.contiguous()
+            host = tensor.data.cpu().contiguous()
             tensor.data = torch.empty_like(host, device=device)
             tensor.data.untyped_storage().resize_(0)
             self.pairs.append((tensor, host.pin_memory() if device.type == "cuda" else host))

@@ -189,6 +189,7 @@ class DistillConfig(SCFMConfig):
             negative_prompt=self.negative_prompt,
             weight_dtype=self.weight_dtype,
             quantize=self.quantize,
+            blocks_to_swap=self.blocks_to_swap,
             **generated,
         )
 

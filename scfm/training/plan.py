@@ -11,18 +11,18 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.method.distill import STEP_SCALED
-from scfm.models.blocks import blocks_of, first_blocks
+from scfm.models.blocks import first_blocks
 from scfm.models.family import FAMILIES
 from scfm.models.flux import Flux
 from scfm.models.loading import DTYPES
 from scfm.models.lora import COPIES, adapter_parameters, add_adapters
-from scfm.models.quantize import BYTES
 from scfm.models.scaled_lora import ScaledLoraModels, names_of
 from scfm.models.sd3 import SD3
 from scfm.models.source import PipelineSource
-from scfm.training.attention import fused_attention
 from scfm.models.video import frame_options
+from scfm.training.attention import fused_attention
 from scfm.training.config import DistillConfig
+from scfm.training.memory import PASSES, count_base, count_training, numbers
 from scfm.training.validators import refuse_for_shard
 
 GIB = 2**30
@@ -78,7 +78,11 @@ GPUS = {
     "l40s": (362e12, 48),
     "rtx4090": (165e12, 24),
     "rtx3090": (71e12, 24),
+    "rtx4070": (58e12, 12),
+    "rtx4060": (30e12, 8),
 }
+TOGETHER = 16  # images that are generated in one forward
+HOST_LINK = 32e9  # bytes a second from the host, of PCIe 4.0 x16 as it is stated, one way
 
 
 def shape_of(
@@ -249,7 +253,7 @@ def make_plan(
     if config.shard:
         refuse_for_shard(config)
     family, transformer = shape_of(config, shape, change)
-    base, block = sum(p.numel() for p in transformer.parameters()), largest_block(transformer)
+    parameters, base = numbers(transformer), count_base(config, transformer)
     processes = config.shard or 1
     bytes_each, batch = DTYPES[config.weight_dtype].itemsize, config.global_batch_size
     blocks = sum(len(m) for _, m in transformer.named_children() if isinstance(m, torch.nn.ModuleList))
@@ -267,21 +271,21 @@ def make_plan(
     examples = -(-batch // processes)  # of one process
     forward_size = min(config.micro_batch_size or examples, examples)
     memory = {
-        "base": base * BYTES.get(config.quantize, bytes_each) / processes,
-        # whole for as long as it computes, and the next one, which is on its way
-        **({"blocks in use": 2 * block * bytes_each} if config.shard else {}),
-        "adapters": 4 * adapters,
-        "Adam": 2 * 4 * lora,
-        "gradients": 4 * lora,
+        **base.held,
+        **count_training(config, lora, adapters),
         "activations, guessed": activations * forward_size,
     }
     speed, room = GPUS[gpu]
-    seconds, generating = (
+    passes = PASSES * -(-examples // forward_size)
+    fetched = passes * base.on_host
+    computing, generating = (
         operations / (speed * efficiency * processes),
         images * config.teacher_steps * one.forward / (speed * efficiency * processes),
     )
+    generating += -(-images // TOGETHER) * config.teacher_steps * base.on_host / HOST_LINK
+    seconds = computing + fetched / HOST_LINK  # the GPU waits for it
     return {
-        "transformer, parameters": base,
+        "transformer, parameters": parameters,
         "LoRA, parameters": lora,
         "GiB": {k: v / GIB for k, v in memory.items()},
         "GiB in all": sum(memory.values()) / GIB,
@@ -290,14 +294,10 @@ def make_plan(
         "operations of a step": operations,
         "forward passes a step": 3 * batch,
         "processes": processes,
-        # for two forwards of the target, the student's, and its backward
-        "GiB received a step": 4
-        * -(-examples // forward_size)
-        * (processes - 1)
-        / processes
-        * base
-        * bytes_each
-        / GIB,
+        "examples of a forward": forward_size,
+        "GiB received a step": passes * (processes - 1) / processes * base.whole / GIB,
+        "GiB on the host": base.on_host / GIB,
+        "GiB fetched a step": fetched / GIB,
         "seconds a step": seconds,
         "hours of training": config.max_train_steps * seconds / 3600,
         "hours of generating": generating / 3600,
@@ -306,11 +306,6 @@ def make_plan(
         "steps": config.max_train_steps,
         "images": images,
     }
-
-
-def largest_block(transformer: torch.nn.Module) -> int:
-    """Parameters of the largest of a transformer's blocks; 0 without blocks."""
-    return max((sum(p.numel() for p in block.parameters()) for block in blocks_of(transformer)), default=0)
 
 
 def give_adapters(config: DistillConfig, family: Any, transformer: Any) -> tuple[int, int]:

@@ -1,5 +1,8 @@
 """The plan counts what a real update does, and agrees with what is known of the published shapes."""
 
+import json
+import re
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -8,14 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from scfm.cli import main
 from scfm.commands.plan import shape_of_preset
 from scfm.method.distill import Batch, make_emas, make_optimizer, sample_batch, train_step
+from scfm.models.blocks import blocks_of
 from scfm.models.flux import Flux
 from scfm.models.lora import LoraModels, add_adapters
+from scfm.models.quantize import quantize_linears
 from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.sd3 import SD3
+from scfm.models.swap import swap_blocks
+from scfm.training import measured
 from scfm.training.attention import fused_attention
 from scfm.training.config import PRESETS, DistillConfig, load_settings
-from scfm.training.plan import count_called, count_example, make_plan, meta_inputs, shape_of
-from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3
+from scfm.training.measured import settings_of
+from scfm.training.memory import count_base
+from scfm.training.plan import HOST_LINK, count_called, count_example, make_plan, meta_inputs, shape_of
+from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3, load_flux
 
 TINY = dict(
     height=32,
@@ -108,6 +117,9 @@ def test_three_blocks_stand_for_those_that_are_alike(shape, blocks):
         ("flux2-klein-base-9b", 9.08),
         ("z-image", 6.15),
         ("sana-1600m", 1.60),
+        ("wan-2.1-1.3b", 1.42),
+        ("wan-2.1-14b", 14.29),
+        ("wan-2.2-ti2v-5b", 5.00),
     ],
 )
 def test_the_published_shapes_of_plain_families(name, billion):
@@ -115,12 +127,15 @@ def test_the_published_shapes_of_plain_families(name, billion):
     assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(billion, abs=0.01)
 
 
-@pytest.mark.parametrize("preset", ["flux-authors", "flux2-dev-step-scaled", "z-image-step-scaled"])
+@pytest.mark.parametrize(
+    "preset", ["flux-authors", "flux2-dev-step-scaled", "z-image-step-scaled", "wan-2.1-14b-step-scaled"]
+)
 def test_a_presets_name_says_its_shape(preset):
     shapes = {
         "flux-authors": "flux-dev",
         "flux2-dev-step-scaled": "flux2-dev",
         "z-image-step-scaled": "z-image",
+        "wan-2.1-14b-step-scaled": "wan-2.1-14b",
     }
     assert shape_of_preset(preset) == shapes[preset]
 
@@ -149,7 +164,102 @@ def test_fewer_bits_hold_the_base_in_half_or_a_quarter():
     assert eight == pytest.approx(whole / 2) and four == pytest.approx(0.5625 / 2 * whole)
 
 
-@pytest.mark.parametrize("size", [48, 24, 16, 12])
+def test_the_base_is_counted_as_it_is_held():
+    """By the storages of a real transformer, when its largest swapped block is there, against the plan."""
+    for quantize, most in (("", 1e-9), ("int8", 0.06), ("nf4", 0.08)):  # norms and biases stay as they are
+        pipe = load_flux()
+        blocks = blocks_of(pipe.transformer)[:3]
+        if quantize:
+            quantize_linears(pipe.transformer, quantize, on_host=blocks)
+        swap = swap_blocks(pipe.transformer, 3, "cpu")
+        swap.need(max(swap.blocks, key=lambda weights: sum(host.nbytes for _, host in weights.pairs)))
+        held = sum(p.untyped_storage().nbytes() for p in pipe.transformer.parameters())
+        # a scale for each row of int8; the table of NF4, 2 KiB a layer, is of weight in a toy alone
+        named = {name: b for name, b in pipe.transformer.named_buffers() if not name.endswith("pairs")}
+        held += sum(b.untyped_storage().nbytes() for b in named.values())
+        config = DistillConfig(pretrained_model_name_or_path=str(FLUX), quantize=quantize, blocks_to_swap=3)
+        counted = count_base(config, shape_of(config)[1])
+        parts = counted.held["base"] + counted.held["swapped block in use"]
+        assert held == pytest.approx(parts, rel=most)
+        tables = {id(b) for name, b in pipe.transformer.named_buffers() if name.endswith("pairs")}
+        pairs = [pair for weights in swap.blocks for pair in weights.pairs if id(pair[0]) not in tables]
+        on_host = sum(host.nbytes for _, host in pairs)
+        assert on_host == pytest.approx(counted.on_host, rel=most)
+
+
+def test_a_block_on_the_host_is_fetched_four_times_a_forwards_step():
+    small, card = {"num_layers": 2, "num_single_layers": 2}, dict(weight_dtype="bf16", quantize="int8")
+    plans = [
+        make_plan(DistillConfig(**card, blocks_to_swap=n, micro_batch_size=2), "flux-dev", small, images=16)
+        for n in (0, 2, 4)
+    ]
+    for none, some in zip(plans[:1] * 2, plans[1:], strict=True):
+        gone = none["GiB"]["base"] - some["GiB"]["base"]
+        assert gone == pytest.approx(some["GiB on the host"])
+        assert some["GiB fetched a step"] == pytest.approx(4 * 4 * gone)  # four forwards of two examples
+        waits = some["GiB fetched a step"] * 2**30 / HOST_LINK
+        assert some["seconds a step"] == pytest.approx(none["seconds a step"] + waits)
+        assert some["hours of generating"] > none["hours of generating"]
+    assert plans[0]["GiB fetched a step"] == plans[0]["GiB on the host"] == 0
+    with pytest.raises(ValueError, match="blocks_to_swap is 5: FluxTransformer2DModel has 4 blocks"):
+        make_plan(DistillConfig(blocks_to_swap=5), "flux-dev", small)
+
+
+def test_adams_moments_in_8_bits_take_a_quarter():
+    small = {"num_layers": 1, "num_single_layers": 1}
+    plain, eight = (
+        make_plan(DistillConfig(use_8bit_adam=yes), "flux-dev", small)["GiB"]["Adam"] for yes in (False, True)
+    )
+    assert eight == pytest.approx(plain / 4, rel=0.02)
+
+
+def test_a_measurement_of_the_same_settings_is_printed_and_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    config = DistillConfig(**load_settings("flux-dev-24gb"))
+    step = {"seconds": 1.234, "peak_gib": 15.5}
+    record = {
+        "shape": "flux-dev",
+        "settings": settings_of(config),
+        "machine": "Some GPU",
+        "tiny": False,
+        "one_forward_for_all_models": True,
+        "rows": [{"batch": 2, "scfm": step}, {"batch": 4, "scfm": step}, {"batch": 2, "out_of_memory": "no"}],
+    }
+    (tmp_path / "gpu_a.json").write_text(json.dumps(record))
+    assert main(["plan", "--config", "flux-dev-24gb"]) == 0
+    said = capsys.readouterr().out
+    line = "measured on Some GPU: 1.23 s for a step of 2 examples in one forward, 15.50 GiB at its peak"
+    assert f"{line} (gpu_a.json)" in said and said.count("measured") == 1
+    for more in (
+        ["--rank", "8"],
+        ["--quantize", "nf4"],
+        ["--blocks_to_swap", "3"],
+        ["--micro_batch_size", "8"],
+    ):
+        assert main(["plan", "--config", "flux-dev-24gb", *more]) == 0
+        assert "counted, not measured" in capsys.readouterr().out
+    for name, value in (("tiny", True), ("shape", "sd35-large"), ("one_forward_for_all_models", False)):
+        (tmp_path / "gpu_a.json").write_text(json.dumps({**record, name: value}))
+        assert main(["plan", "--config", "flux-dev-24gb"]) == 0
+        assert "counted, not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "size, words",
+    [
+        (16, dict(quantize="nf4", blocks_to_swap=0)),
+        (12, dict(quantize="nf4", blocks_to_swap=0, rank=8)),
+    ],
+)
+def test_a_preset_says_what_fits_too(size, words):
+    said = " ".join(f"--{name} {value}" for name, value in words.items())
+    text = (PRESETS / f"flux-dev-{size}gb.yaml").read_text(encoding="utf-8")
+    assert f"`{said}`, fits too" in text
+    config = DistillConfig(**{**load_settings(f"flux-dev-{size}gb"), **words})
+    assert make_plan(config, "flux-dev")["GiB in all"] < 0.85 * size
+
+
+@pytest.mark.parametrize("size", [48, 24, 16, 12, 8])
 def test_a_preset_for_a_card_fits_it_and_says_what_was_counted(size):
     config = DistillConfig(**load_settings(f"flux-dev-{size}gb"))
     plan = make_plan(config, "flux-dev")
@@ -158,6 +268,21 @@ def test_a_preset_for_a_card_fits_it_and_says_what_was_counted(size):
     text = (PRESETS / f"flux-dev-{size}gb.yaml").read_text(encoding="utf-8")
     counted = plan["GiB in all"] - guessed
     assert f"Memory: {counted:.1f} GiB counted and {guessed:.1f} of guessed" in text
+
+
+SAYS = re.compile(r"Memory: about (\d+) GiB, (\d+(?:\.\d)?) of them counted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*-step-scaled.yaml")), ids=lambda path: path.stem)
+def test_a_preset_says_the_memory_that_is_planned(preset):
+    said = SAYS.search(preset.read_text(encoding="utf-8"))
+    if said is None:
+        pytest.skip("it is of a tiny pipeline, and says nothing")
+    plan = make_plan(DistillConfig(**load_settings(preset)), shape_of_preset(preset.stem))
+    counted = plan["GiB in all"] - plan["GiB"]["activations, guessed"]
+    assert abs(plan["GiB in all"] - int(said[1])) <= 0.5
+    assert abs(counted - float(said[2])) <= (0.05 if "." in said[2] else 0.5)
 
 
 def test_the_command_prints_a_plan(capsys):
