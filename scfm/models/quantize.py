@@ -35,12 +35,16 @@ def quantize_linears(
     """The model with its linear layers in fewer bits, changed in place, on the device: layer by layer, so
     that the device never holds the whole in its old dtype. ValueError for an unknown kind.
 
+    Layers that the model's class wants in float32 (`_keep_in_fp32_modules`) stay as they are: Wan casts the
+    sines of the time to the dtype of its time embedding's weights, where there are numbers of NF4 in pairs.
+
     on_host: parts of the model whose weights stay on the host, as `swap_blocks` wants them
     """
     require_quantizer(kind)
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     stays = {id(module) for part in on_host for module in part.modules()}
     for name, layer in list(model.named_modules()):
-        if type(layer) is torch.nn.Linear:
+        if type(layer) is torch.nn.Linear and not kept & set(name.split(".")):
             small = LAYERS[kind](layer.to(device))  # where it is computed faster
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, small.to("cpu") if id(layer) in stays else small)

@@ -29,6 +29,7 @@ from scfm.models.base import (
 )
 from scfm.models.check import stock_grid, stock_trajectory
 from scfm.models.family import FAMILIES
+from scfm.models.quantize import quantize_linears
 from scfm.models.sampling import start_noise
 from scfm.models.source import PipelineSource
 from scfm.models.wan import Wan
@@ -121,6 +122,23 @@ def test_the_time_of_each_token_is_one_time_for_all(pipe):
     hook.remove()
     assert set(told) == {(2, family.tokens)}
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, most", [("int8", 0.02), ("nf4", 0.2)])
+def test_a_base_in_fewer_bits_hears_the_time_as_it_is(pipe, kind, most):
+    family = Wan(pipe, 32, 32, LENGTH, num_frames=5)
+    x = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
+    cond = {**family.encode_text(CAPTIONS), "guidance": torch.tensor([1.0, 4.0])}
+    small = quantize_linears(build_wan().transformer, kind)
+    for name, layer in small.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            assert (type(layer) is torch.nn.Linear) == ("time_embedder" in name)
+    for t in (0.1, 0.9):
+        with torch.no_grad():
+            whole, rough = (
+                family.velocity(m, x, torch.full((2,), t), cond) for m in (pipe.transformer, small)
+            )
+        assert (whole - rough).norm() < most * whole.norm()
 
 
 def test_two_transformers_are_refused_before_anything_is_loaded(tmp_path, command, capsys, monkeypatch):
