@@ -14,12 +14,13 @@ STUDENT = {"color": "#c62828", "marker": "o"}
 EMA = {"color": "#1f5a96", "marker": "^"}
 RIVAL = {"color": "#2e7d32", "marker": "D"}
 SCFM = {"color": "#e57373", "marker": "o"}
+SHADES = {"1/8": "#f4a6a6", "1/2": "#ad5f5f", "distilled": "#c2627f", "lora": "#d99ab0"}  # of SCFM, by a word
 RIVALS = {
-    "Reflow": "#5d4037",
+    "reflow": "#5d4037",
     "progressive": RIVAL["color"],
     "consistency": "#00838f",
-    "Shortcut": "#8d6e00",
-    "MeanFlow": "#7b1fa2",
+    "shortcut": "#8d6e00",
+    "meanflow": "#7b1fa2",
     "fine-tuning": RIVAL["color"],
 }
 OPEN = {"mfc": "none", "ls": "--"}
@@ -31,13 +32,17 @@ def look(label: str) -> dict[str, Any]:
 
     ValueError for a name of which nothing is known.
     """
-    first, *others = label.replace(",", "").split()
-    if first == "teacher":
-        return TEACHER | next((LOOKS[word] for word in others if word in LOOKS), {})
-    if first == "SCFM":
-        return SCFM | (OPEN if others[-1:] == ["raw"] else {"ls": ":"} if "damped" in others else {})
-    if first in RIVALS:
-        return RIVAL | {"color": RIVALS[first]}
+    words = label.lower().replace(",", " ").split()
+    if words[0] == "scale" or "step_scaled" in words:  # the scale trained in; from scratch: open
+        return STUDENT | (OPEN if words[0] == "step_scaled" else {})
+    shade = next(({"color": SHADES[word]} for word in words if word in SHADES), {})
+    if words[0] == "scfm" or {"distilled", "lora"} & set(words):
+        raw = words[-1] in ("raw", "distilled", "lora")
+        return SCFM | shade | (OPEN if raw else {"ls": ":"} if "damped" in words else {})
+    if words[0] in ("teacher", "plain"):
+        return TEACHER | next((LOOKS[word] for word in words if word in LOOKS), {})
+    if words[0] in RIVALS:
+        return RIVAL | {"color": RIVALS[words[0]]}
     raise ValueError(f"no look for {label!r}: teacher, SCFM or one of {', '.join(RIVALS)} comes first")
 
 

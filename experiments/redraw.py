@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from experiments.runner import RESULTS
-from experiments.studies import compare_report, few_shot_figures, plane_report, step_scale_report, tiny_flux
+from experiments.studies import (
+    cifar_report,
+    compare_report,
+    few_shot_figures,
+    plane_report,
+    step_scale_report,
+    tiny_flux,
+)
 
 Draw = Callable[[dict[str, Any], Path], None]
 # study -> ending of the image -> what draws it
 FIGURES: dict[str, dict[str, Draw]] = {
+    "cifar": {"": cifar_report.plot},
     "compare": {"": compare_report.plot, "_summary": compare_report.plot_summary},
     "step_scale": {"": step_scale_report.plot},
     "plane": {"": plane_report.plot, "_ablations": plane_report.plot_ablations},

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from experiments.figures import headless_pyplot, save
+from experiments.figures import OPEN, headless_pyplot, look, save
 from experiments.runner import Job, write_json
 from experiments.stored import to_stored
 from experiments.testbeds.cifar import (
@@ -242,11 +242,12 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def plot_curves(ax: Any, record: dict[str, Any], key: str, title: str) -> None:
-    for i, name in enumerate(record["samplers"]):
+    for name in record["samplers"]:
         values, second = (curve(record, name, key, solver) for solver in ("euler", "midpoint"))
-        ax.plot(list(values), list(values.values()), "o-", ms=3, color=f"C{i}", label=name)
+        ax.plot(list(values), list(values.values()), ms=3, label=name, **look(name))
         if second:
-            ax.plot(list(second), list(second.values()), "--", lw=1, color=f"C{i}", label=f"{name}, midpoint")
+            style = look(name) | OPEN
+            ax.plot(list(second), list(second.values()), lw=1, ms=3, label=f"{name}, midpoint", **style)
     ax.set_xscale("log", base=2)
     ax.set_xticks(NFE, NFE)
     ax.set_xlabel("network evaluations of an image (NFE)")

@@ -25,7 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from experiments.figures import canvas, labelled_handles, save
+from experiments.figures import RIVAL, canvas, labelled_handles, save
+from experiments.figures import look as look_of
 from experiments.runner import RESULTS, write_json
 from experiments.testbeds.cifar import NFE, safe
 from experiments.testbeds.cifar_judge import Samples
@@ -40,7 +41,6 @@ from toy.pipelines import WEIGHTS
 
 CARRIED = {"plain": "plain", "scfm 1/4": "scfm", "shortcut": "shortcut"}  # name -> file
 OWN, OUTSIDE = "ResNet trained here", "EfficientNet-Lite0"
-STYLES = ("C7o-", "C1s-", "C4^-", "C0*-", "C2D-", "C3v-")
 See = Callable[[torch.Tensor], torch.Tensor]  # pixels (n, 3, 32, 32) uint8 -> features (n, D)
 
 
@@ -116,6 +116,14 @@ def agreement(found: dict[str, Any], mark: str) -> float:
     return round(torch.corrcoef(torch.stack(ranks))[0, 1].item(), 4)
 
 
+def style_of(name: str) -> dict[str, Any]:
+    """The look of a flow; one that was named on the command line may have none of its own."""
+    try:
+        return look_of(name)
+    except ValueError:
+        return RIVAL
+
+
 def plot(found: dict[str, Any], path: str | Path) -> None:
     """A panel for each ruler: the kernel distance against network evaluations."""
     figure, axes = canvas(1, 2, (11, 4.4))
@@ -123,9 +131,9 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
         floor = samplers["real training images"]["0"]["kid"]
         ax.axhline(1000 * max(floor, 1e-4), color="black", lw=1, ls=":", label="real training images")
         curves = {name: of for name, of in samplers.items() if name != "real training images"}
-        for (name, of), style in zip(curves.items(), STYLES, strict=False):
+        for name, of in curves.items():
             values, errors = ([1000 * at[key] for at in of.values()] for key in ("kid", "kid_error"))
-            ax.errorbar([int(n) for n in of], values, errors, fmt=style, ms=4, lw=1.5, label=name)
+            ax.errorbar([int(n) for n in of], values, errors, **style_of(name), ms=4, lw=1.5, label=name)
         ax.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="kernel distance x 1000")
         ticks = [int(n) for n in next(iter(curves.values()))]
         ax.set_xticks(ticks, ticks)

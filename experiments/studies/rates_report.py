@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.curves import Curves, gather_curves
-from experiments.figures import canvas, labelled_handles, plot_curve, save, step_axes
+from experiments.figures import canvas, labelled_handles, look, plot_curve, save, step_axes
 from experiments.runner import Result
 from scfm.method.lora_scale import STEPS
 
 AS_IT_IS = "as it is"
-STYLES = ("C1o-", "C3v-", "C4s-", "C5^-", "C6D-", "C2*-", "C0o-")
 
 
 def geometric_mean(numbers: Sequence[float]) -> float:
@@ -94,9 +93,9 @@ def plot(record: dict[str, Any], path: str | Path) -> None:
         return
     figure, axes = canvas(1, len(sets), (4.4 * len(sets), 4.2))
     for ax, data in zip(axes[0], sets, strict=True):
-        for (label, curve), style in zip(own_curves(record, data).items(), STYLES, strict=False):
+        for label, curve in own_curves(record, data).items():
             ours = label.startswith("scale")
-            plot_curve(ax, curve, fmt=style, ms=4, lw=2.5 if ours else 1, elinewidth=0.6, label=label)
+            plot_curve(ax, curve, **look(label), ms=4, lw=2.5 if ours else 1, elinewidth=0.6, label=label)
         step_axes(ax, STEPS, f"{data}, each method with its own settings")
     lines = labelled_handles(axes.flat)
     figure.legend(lines.values(), lines.keys(), loc="lower center", ncol=4, fontsize=9, frameon=False)

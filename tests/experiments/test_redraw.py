@@ -19,6 +19,9 @@ def test_a_name_has_its_look():
         assert figures.look(label)["color"] == of["color"]
     assert figures.look("teacher midpoint")["ls"] != figures.look("teacher euler").get("ls", "-")
     assert figures.look("progressive own stage")["color"] != figures.look("Shortcut raw")["color"]
+    trained_in = ("scale trained in", "plain, step_scaled", "step_scaled 1/4")
+    assert {figures.look(label)["color"] for label in trained_in} == {figures.STUDENT["color"]}
+    assert figures.look("plain, midpoint") == figures.look("teacher midpoint")
     with pytest.raises(ValueError, match="no look for 'best guess'"):
         figures.look("best guess")
 
@@ -27,7 +30,7 @@ def test_step_counts_are_numbers_again():
     assert numbered({"moons": {"8": [{"4": 1.0}], "mean": "8"}}) == {"moons": {8: [{4: 1.0}], "mean": "8"}}
 
 
-@pytest.mark.parametrize("study", ["step_scale", "tiny_flux"])
+@pytest.mark.parametrize("study", ["step_scale", "tiny_flux", "cifar"])
 def test_a_record_is_drawn_again(study, tmp_path):
     paths = redraw(study, tmp_path)
     assert [path.stem for path in paths] == [study + ending for ending in FIGURES[study]]
