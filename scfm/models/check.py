@@ -142,15 +142,15 @@ class VAEOutput(SimpleNamespace):
 
 @contextmanager
 def lossless_vae(vae: Any) -> Iterator[Any]:
-    """Within the block the VAE's encode returns the latents that its decode got last."""
-    decoded = []
+    """Within the block the VAE's encode returns the latents that its decode got, one after the other."""
+    decoded: list[torch.Tensor] = []
 
     def decode(latents, *args, **kwargs):
-        decoded.append(latents)
+        decoded.extend(latents)
         return VAEOutput(sample=torch.zeros(len(latents), 3, *latents.shape[2:-2], 8, 8))
 
     def encode(images, *args, **kwargs):
-        latents = decoded[-1]
+        latents = torch.stack([decoded.pop(0) for _ in images])
         return VAEOutput(latent=latents, latent_dist=SimpleNamespace(mean=latents, mode=lambda: latents))
     vae.decode, vae.encode = decode, encode
     try:
