@@ -63,6 +63,7 @@ CASES: list[tuple[str, Flags, Flags]] = [
         ("distill", DISTILL, wrong)
         for wrong in (
             {"height": 30},
+            {"num_frames": 5},
             {"more_sizes": "24by40"},
             {"more_sizes": "32x32"},
             {"lora_layers": "to_z"},
