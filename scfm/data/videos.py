@@ -47,10 +47,11 @@ def list_videos(folder: str | Path, num_frames: int) -> list[ListedImage]:
 
     def inspect(path: Path) -> tuple[str, int, int] | str:
         try:
-            first = first_frames(path, num_frames)[0]
+            sizes = [frame.size for frame in first_frames(path, num_frames)]  # no more than one in memory
         except ValueError as error:
             return f"{path} {error}"
-        return digest_of(path), first.height, first.width
+        width, height = sizes[0]
+        return digest_of(path), height, width
 
     facts = refuse_broken(in_threads(inspect, [path for path, _ in pairs]))
     return [ListedImage(path, caption, *f) for (path, caption), f in zip(pairs, facts, strict=True)]
@@ -85,25 +86,28 @@ def read_frames(path: str | Path, height: int, width: int, num_frames: int) -> t
     if num_frames == 1:
         return read_image(path, height, width)
     try:
-        frames = first_frames(Path(path), num_frames)
+        frames = [cut_to_size(frame, height, width) for frame in first_frames(Path(path), num_frames)]
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    return torch.stack([cut_to_size(frame, height, width) for frame in frames])
+    return torch.stack(frames)
 
 
-def first_frames(path: Path, count: int) -> list[Image.Image]:
-    """The first frames of a video, in RGB. ValueError with the reason when there are not as many."""
+def first_frames(path: Path, count: int) -> Iterator[Image.Image]:
+    """The first frames of a video, one after the other, in RGB. ValueError with the reason when there are not
+    as many, or when their sizes differ."""
+    found, size = 0, None
     try:
-        frames = list(itertools.islice(frames_in(path), count))
+        for frame in itertools.islice(frames_in(path), count):
+            found, size = found + 1, size or frame.size
+            if frame.size != size:
+                raise ValueError("has frames of several sizes")
+            yield frame
     except BROKEN as error:
         kind = type(error).__name__
         reason = str(error) if kind == "ValueError" else f"does not open as a video ({kind})"
         raise ValueError(reason) from None
-    if len(frames) < count:
-        raise ValueError(f"has {len(frames)} frame{'s' * (len(frames) > 1)}, not {count}")
-    if len({frame.size for frame in frames}) > 1:
-        raise ValueError("has frames of several sizes")
-    return frames
+    if found < count:
+        raise ValueError(f"has {found} frame{'s' * (found > 1)}, not {count}")
 
 
 def frames_in(path: Path) -> Iterator[Image.Image]:

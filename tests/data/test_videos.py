@@ -140,7 +140,7 @@ def test_a_film_is_turned_as_its_file_says(tmp_path):
     at = data.index(plain, data.index(b"tkhd"))
     data[at : at + len(plain)] = turned
     path.write_bytes(data)
-    frame = first_frames(path, 1)[0]
+    frame = next(first_frames(path, 1))
     assert frame.size == (32, 48)  # as wide as it was high
     top, bottom = frame.getpixel((16, 4)), frame.getpixel((16, 44))
     assert top[0] > bottom[0] + 80  # the red left side has become the top
