@@ -190,6 +190,18 @@ def work(folder, tmp_path_factory, command):
     return path
 
 
+@pytest.mark.slow
+def test_a_student_of_videos_lands_nearer_than_its_teacher(folder, work, tmp_path, command):
+    ours = {"pretrained_model_name_or_path": folder, "max_sequence_length": LENGTH, "num_frames": FRAMES}
+    longer = {"max_train_steps": 150, "global_batch_size": 8, "rank": 8, "learning_rate": 1e-3}
+    compared = {"teacher_steps": 16, "num_eval_prompts": 8, "eval_num_steps": "1,2", "validation_steps": 0}
+    run = {**ours, **RUN, **longer, **compared, "train_data_dir": work / "videos", "output_dir": tmp_path}
+    assert command("distill", **run) == 0
+    distance = json.loads((tmp_path / "selection.json").read_text())["endpoint_distance"]
+    for steps in ("1", "2"):
+        assert distance["ema"][steps] < 0.8 * distance["teacher"][steps], distance
+
+
 def test_the_teachers_videos_are_files_of_all_frames(folder, pipe, work):
     family = Wan(pipe, 32, 32, LENGTH, num_frames=FRAMES)
     rows = [json.loads(line) for line in (work / "videos/metadata.jsonl").read_text().splitlines()]
