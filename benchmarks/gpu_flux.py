@@ -145,8 +145,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace) -> DistillConfig:
     """The preset's, and over them what flags say."""
-    said = {name: getattr(args, name) for name in (*FLAGS, *SWITCHES) if getattr(args, name) is not None}
-    return DistillConfig(**{**load_settings(args.config), **said})
+    given = {name: getattr(args, name) for name in (*FLAGS, *SWITCHES) if getattr(args, name) is not None}
+    return DistillConfig(**{**load_settings(args.config), **given})
 
 
 class Model:
