@@ -165,7 +165,7 @@ for row, (name, net) in zip(axes, (("teacher", teacher), ("student", student)), 
     row[0].set_ylabel(name)
     for ax, n in zip(row, counts, strict=True):
         x = sample(net, noise, n)
-        ax.plot(*x.T, ",", color="#1f5a96")
+        ax.plot(*x.T, ",", color="#777777" if name == "teacher" else "#c62828")
         ax.set(xlim=(-2.6, 2.6), ylim=(-1.7, 1.7), xticks=[], yticks=[])
         ax.set_title(f"{n} steps: {distance(x):.3f}", fontsize=8)
 fig.suptitle(f"Distance to the data by steps (floor {distance(more):.3f})", fontsize=10)
