@@ -165,8 +165,8 @@ def gaussian_rest(
 
     At rest the student says at each t1 the mean target of the rows that start there, and its averages say
     what it says. All
-    targets are slopes: (h1 a1 + h2 a2 (1 - h1 a1)) / (h1 + h2), see chapter 02_fixed_point. jumps: many draws, of
-    `draw_jumps`;
+    targets are slopes: (h1 a1 + h2 a2 (1 - h1 a1)) / (h1 + h2), see chapter
+    02_fixed_point. jumps: many draws, of `draw_jumps`;
     weight: (B,), how much each row counts, all the same when None. Repeats the equation until nothing moves.
     ValueError when
     that does not happen within `sweeps`.
