@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from scfm.cli import main
 from scfm.method.distill import Batch, SCFMConfig, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.blocks import blocks_of, recompute_blocks
+from scfm.models.family import FAMILIES
 from scfm.models.flux import Flux
 from scfm.models.lora import LoraModels
 from scfm.models.quantize import quantize_linears
@@ -14,7 +15,7 @@ from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.sd3 import SD3
 from scfm.models.swap import HostWeights, refuse_group_offload, swap_blocks
 from scfm.training.checkpoint import latest, load_checkpoint
-from toy.pipelines import FLUX, TOKENS, build_flux, build_sd3, load_flux
+from toy.pipelines import BUILD, FLUX, TOKENS, build_flux, build_sd3, load_flux
 
 BATCH = 4
 
@@ -113,6 +114,40 @@ def test_a_step_is_the_same_to_the_last_bit(more, absent):
         assert expected.isfinite().all() and torch.equal(now, expected)
     if absent == "empty":
         assert max(seen) == largest and len(seen) == swapped.swap.loads  # one block at a time, never two
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_every_familys_velocity_and_gradient_are_the_same_in_any_bits(name, monkeypatch):
+    """All blocks on the host; examples with guidance and without, each at its own scale."""
+    monkeypatch.setattr(HostWeights, "release", poison)
+    captions, guidance = ["a large red cross", "a small blue ring", "a star"], torch.tensor([1.0, 4.0, 2.0])
+    for kind in ("", "int8", "nf4"):
+        outcomes = []
+        for swapped, checkpointing in ((False, False), (True, False), (True, True)):
+            pipe = BUILD[name]()
+            transformer, family = pipe.transformer, FAMILIES[name](pipe, 32, 32, 32)
+            cond = {**family.encode_text(captions), "guidance": guidance}
+            x = torch.randn(3, *family.latent_shape, generator=torch.Generator().manual_seed(1))
+            blocks = blocks_of(transformer) if swapped else []
+            if kind:
+                quantize_linears(transformer, kind, on_host=blocks)
+            if swapped:
+                swap_blocks(transformer, len(blocks), "cpu")
+            torch.manual_seed(0)
+            models = ScaledLoraModels(
+                transformer, family.velocity, family.lora_targets, 2, forward_rows=family.forward_rows
+            )
+            for p in models.parameters("student"):
+                p.data.add_(0.05 * torch.randn(p.shape))
+            if checkpointing:
+                recompute_blocks(transformer)
+            scales, t = torch.tensor([0.3, 1.0, 0.6]), torch.tensor([0.9, 0.5, 0.2])
+            v = models.scaled_velocity("student", scales, x, t, cond)
+            v.square().mean().backward()
+            gradients = [p.grad.flatten() for p in models.parameters("student") if p.grad is not None]
+            outcomes.append(torch.cat([v.detach().flatten(), *gradients]))
+        assert outcomes[0].isfinite().all()
+        assert torch.equal(outcomes[1], outcomes[0]) and torch.equal(outcomes[2], outcomes[0]), kind
 
 
 def weights_of(run):
