@@ -304,13 +304,14 @@ def matching_targets(name: str, targets: Sequence[str]) -> list[str]:
 
 
 def check_lora(family: Family) -> str:
-    """LoRA targets: each matches linear layers or convolutions, and nothing else. The transformer takes a LoRA,
-    and the pipeline saves and loads it."""
+    """LoRA targets: each matches linear layers or convolutions, and nothing else. The transformer takes a
+    LoRA, and the pipeline saves and loads it."""
     able = {family.pipe.transformer: "add_adapter", family.pipeline_class: "save_lora_weights"}
     for what, method in able.items():
         if not hasattr(what, method):
             name = getattr(what, "__name__", type(what).__name__)
-            raise ValueError(f"{name} has no {method}: diffusers gives it no LoRA that a stock pipeline loads")
+            raise ValueError(f"{name} has no {method}: diffusers gives it no LoRA that a stock pipeline "
+                             "loads")
     modules = dict(family.pipe.transformer.named_modules())
     for target in family.lora_targets:
         matched = [name for name in modules if matching_targets(name, [target])]
