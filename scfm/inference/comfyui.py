@@ -90,8 +90,8 @@ def header_factor(path: str | Path, header: Mapping[str, str]) -> float:
     """alpha / rank, by what diffusers wrote into the header; 1 where it wrote nothing. ValueError for more
     than one of them, and for other kinds of adapters.
     """
-    said = json.loads(header.get("lora_adapter_metadata", "{}"))
-    settings = {key.removeprefix("transformer."): value for key, value in said.items()}
+    metadata = json.loads(header.get("lora_adapter_metadata", "{}"))
+    settings = {key.removeprefix("transformer."): value for key, value in metadata.items()}
     strange = [
         key for key in ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern") if settings.get(key)
     ]

@@ -20,7 +20,7 @@ from scfm.models.lora_file import read_lora_scales
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TAGS = ("lora", "diffusers", "few-step", "flow-matching", "distillation", "scfm")
 RECORDS = ("lora_scales.json", "selection.json")  # which name no path of the machine
-GALLERY = "images"
+IMAGES = "images"
 LICENCE_NOTE = """
 ## Licence
 
@@ -78,12 +78,12 @@ def build_repository(config: PushConfig) -> Repository:
     files |= {name: folder / name for name in RECORDS if (folder / name).is_file()}
     previews = sorted((folder / "validation").glob("*.png"))
     if previews:
-        files[f"{GALLERY}/{previews[-1].name}"] = previews[-1]
+        files[f"{IMAGES}/{previews[-1].name}"] = previews[-1]
     return Repository(files, hub_card(config, run, list(files)))
 
 
 def hub_card(config: PushConfig, run: InferenceConfig, names: list[str]) -> str:
-    """The run's card with the hub's header, a gallery, and a note on the licence."""
+    """The run's card with the hub's header, an image, and a note on the licence."""
     base = config.base_model or hub_name(run.pretrained_model_name_or_path)
     kind = "text-to-video" if getattr(family_of(run), "makes_videos", False) else "text-to-image"
     header = {
@@ -95,9 +95,9 @@ def hub_card(config: PushConfig, run: InferenceConfig, names: list[str]) -> str:
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in header.items()]  # JSON is YAML too
     card = render_card(config.lora, location=config.repo_id)
-    gallery = [f"![The teacher's images, and the student's below them]({n})" for n in names if "/" in n]
+    images = [f"![The teacher's images, and the student's below them]({n})" for n in names if "/" in n]
     return "\n".join(
-        ["---", *lines, "---", card, *gallery, LICENCE_NOTE.format(base=base or "the base model")]
+        ["---", *lines, "---", card, *images, LICENCE_NOTE.format(base=base or "the base model")]
     )
 
 
