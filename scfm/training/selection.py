@@ -58,7 +58,8 @@ def endpoints(
         steps,
         config.inference_shift,
         config.teacher_guidance_scale,
-        batch_size=2 * config.global_batch_size,
+        # without a gradient: twice as many as training takes at once, so it fits where training did
+        batch_size=2 * (config.micro_batch_size or config.global_batch_size),
     )
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -28,6 +29,7 @@ from scfm.models.scaled_lora import second_file
 from scfm.training.checkpoint import all_checkpoints, latest
 from scfm.training.config import DistillConfig, load_settings
 from scfm.training.distill_trainer import DistillTrainer
+from scfm.training.selection import endpoints
 from toy.pipelines import FLUX, TOKENS, build_flux
 from toy.shapes import draw_captions, draw_images
 
@@ -400,6 +402,18 @@ def test_presets_are_whole(name):
     config.check()
     text = (scfm.training.config.PRESETS / f"{name}.yaml").read_text()
     assert "TRIED" in text  # each says whether anybody has run it
+
+
+@pytest.mark.parametrize("micro, most", [(0, 16), (2, 4)])
+def test_the_comparison_at_the_end_takes_a_card_no_more_than_training_did(micro, most, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "scfm.training.selection.euler_endpoints", lambda *_, batch_size: seen.append(batch_size)
+    )
+    models = SimpleNamespace(field=lambda name, scale: None)
+    trainer = SimpleNamespace(config=DistillConfig(micro_batch_size=micro), family=None, models=models)
+    endpoints(trainer, "student", [], torch.zeros(0), 2)
+    assert seen == [most]
 
 
 def test_the_presets_are_these():
