@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 
 from scfm.data.caption_length import warn_of_long_captions
 from scfm.evaluation.external_models import ExternalModel, PipelineImages
@@ -21,7 +22,7 @@ from scfm.models.base import time_shift
 from scfm.models.check import check_images, check_latents, check_lora, check_text, check_velocity
 from scfm.models.family import FAMILIES
 from scfm.models.loading import load_pipeline
-from scfm.models.lora import WEIGHT_NAME, LoraModels, add_adapters, save_lora
+from scfm.models.lora import WEIGHT_NAME, LoraModels, adapter_metadata, add_adapters, save_lora
 from scfm.models.lora_file import read_lora_scales
 from scfm.models.sampling import start_noise, stock_latents, stock_shift
 from scfm.models.scaled_lora import ScaledLoraModels
@@ -242,10 +243,26 @@ def test_a_processors_tokenizer_counts_the_words_of_captions(pipes, caplog):
     assert "1 of 3 captions are longer than 4 tokens" in caplog.text
 
 
+def style_lora(name, folder):
+    """A LoRA on the attention as a stock trainer saves it: rank 3, alpha 7 in the header."""
+    pipe = CASES[name][1]()
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    torch.manual_seed(2)
+    pipe.transformer.add_adapter(config, "style")
+    type(pipe).save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer, adapter_name="style"),
+        transformer_lora_adapter_metadata=adapter_metadata(config) | {"lora_alpha": 7},
+    )
+    return folder
+
+
 @pytest.mark.slow
 @each_family
 def test_the_commands_know_it(name, pipes, tmp_path, command):
-    """From captions to an exported pipeline, which is a stock one, by both algorithms."""
+    """From captions to an exported pipeline, which is a stock one, and to one LoRA with a style's, by both
+    algorithms.
+    """
     pipeline_class, _, more = CASES[name]
     pipes[name].save_pretrained(tmp_path / "pipeline")
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
@@ -266,6 +283,10 @@ def test_the_commands_know_it(name, pipes, tmp_path, command):
         assert command("export", lora=lora, output_dir=exported, steps=2) == 0
         assert json.loads((exported / "export.json").read_text())["differences"]["mean"] < 1e-3
         assert type(type(pipes[name]).from_pretrained(str(exported))) is type(pipes[name])
+        merged = tmp_path / f"{algorithm}_merged"
+        style = style_lora(name, tmp_path / f"{algorithm}_style")
+        assert command("export", style_lora=style, lora=lora, output_dir=merged, steps=2) == 0
+        assert json.loads((merged / "export.json").read_text())["differences"]["mean"] < 1e-3
         family_class = FAMILIES[pipeline_class]
         for argument in {**family_class.guidance_arguments(3.5), **family_class.call_settings, **more}:
             assert f"    {argument}=" in (lora / "README.md").read_text()
