@@ -27,7 +27,7 @@ from experiments.runner import CellCache, Job, Result, make_parser, run_info, ru
 from experiments.studies import compare_plane
 from experiments.studies.compare import BASELINES, FULL, SMOKE
 from experiments.studies.compare_plane import Sizes
-from experiments.studies.rates_report import AS_IT_IS, best_settings, gather, plot, text
+from experiments.studies.rates_report import AS_IT_IS, best_settings, gather, places, plot, text
 from experiments.studies.step_scale_cells import measure_on_plane
 from experiments.testbeds import plane
 from toy.plane import DATA
@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own = best_settings(searched, tuple(METHODS))
     results = searched + run_jobs(held_out_jobs(sizes, sets, budget, own), work, args)
     record = {"notes": NOTES, "own": own, **run_info(results), **gather(results, own)}
+    record["places"] = places(record, TRAINED_IN)
     write_record(record, args.out)
     plot(record, f"{args.out}.png")
     print(text(record))

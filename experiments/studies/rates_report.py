@@ -9,6 +9,7 @@ from typing import Any
 from experiments.curves import Curves, gather_curves
 from experiments.figures import canvas, labelled_handles, look, plot_curve, save, step_axes
 from experiments.runner import Result
+from experiments.studies.step_scale_report import count_words, stand
 from scfm.method.lora_scale import STEPS
 
 AS_IT_IS = "as it is"
@@ -70,6 +71,23 @@ def gather(results: Sequence[Result], own: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def places(record: dict[str, Any], ours: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """{set: {steps: place of `ours` against the best of the others}}, all with their own settings, as of
+    `step_scale_report.stand`; a curve of fewer seeds than the others' is left out.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for data in record["held out"]:
+        curves = own_curves(record, data)
+        most = max(len(e["seeds"]) for curve in curves.values() for e in curve.values())
+        whole = {k: c for k, c in curves.items() if all(len(e["seeds"]) == most for e in c.values())}
+        for n, entry in whole.pop(ours, {}).items():
+            rivals = {label: curve[n] for label, curve in whole.items() if n in curve}
+            if rivals:
+                best = min(rivals, key=lambda label: rivals[label]["mean"])
+                found.setdefault(data, {})[n] = stand(entry, rivals[best], best)
+    return found
+
+
 def finite_or_none(number: float) -> float | None:
     """Rounded for the record."""
     return round(number, 4) if math.isfinite(number) else None
@@ -116,4 +134,6 @@ def text(record: dict[str, Any]) -> str:
         for label, curve in own_curves(record, data).items():
             cells = (f"{curve[n]['mean']:8.3f}" if n in curve else "       -" for n in STEPS)
             lines.append(f"{label:18}" + "".join(cells))
+    words = count_words({"medium": record["places"]}, on_flux=False)
+    lines += ["", f"the scale trained in against the best of the others, each with its own: {words}"]
     return "\n".join(lines)

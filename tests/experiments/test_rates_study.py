@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from experiments.runner import Job, Result
-from experiments.studies.rates_report import best_settings, ratio
+from experiments.studies.rates_report import best_settings, places, ratio
 from experiments.testbeds.plane import SMOKE_SIZES, longer, make_recipe
 
 pytestmark = pytest.mark.experiment
@@ -22,6 +22,7 @@ def test_a_small_run_searches_for_all_and_measures_on_other_seeds(study):
         entry = record["held out"]["moons"][f"{label}: {setting} sw2"]["3"]
         assert len(entry["seeds"]) == 2 and f"{label}: as it is sw2" in record["held out"]["moons"]
     assert Image.open(study.folder / "rates.png").width > 400 and "its own, on seeds 1 and 2" in printed
+    assert set(record["places"]["moons"]) == {"1", "3", "4", "8", "16"}
 
 
 def test_each_setting_trains_another_student(study):
@@ -43,6 +44,18 @@ def test_the_own_setting_is_the_lowest_mean_or_what_it_has():
     assert ratio(found, "m", "a") == pytest.approx(0.5**0.5) and best_settings(found, ["m"]) == {"m": "b"}
     found = results(**{"as it is": {1: 1.0}, "worse": {1: 1.5}, "ran away": None, "no number": {1: math.nan}})
     assert best_settings(found, ["m"]) == {"m": "as it is"}
+
+
+def test_each_place_is_held_against_the_best_rival_with_its_own_settings():
+    def curve(*by_steps):
+        return {n: {"seeds": [v, v], "mean": v, "spread": 0.0} for n, v in zip((1, 4), by_steps, strict=True)}
+
+    held_out = {"us: a sw2": curve(1.0, 2.0), "b: as it is sw2": curve(1.5, 1.0), "c: a sw2": curve(1.2, 3.0)}
+    held_out["b: a sw2"] = curve(0.1, 0.1)  # not its own
+    record = {"own": {"us": "a", "b": "as it is", "c": "a"}, "held out": {"moons": held_out}}
+    found = places(record, "us")["moons"]
+    assert (found[1]["word"], found[1]["name"]) == ("first", "c")
+    assert (found[4]["word"], found[4]["name"]) == ("behind", "b")
 
 
 def test_the_memory_is_so_many_times_as_long():
