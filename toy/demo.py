@@ -1,5 +1,5 @@
 """`scfm demo`: distil the tiny Flux now, and set the result beside its teacher and beside the LoRA of a
-longer runs.
+longer run.
 
 Everything comes from the repository: the pipeline, its captions, the carried LoRA, and the scores of what
 does not change

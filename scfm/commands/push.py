@@ -26,5 +26,7 @@ def main(argv: Sequence[str]) -> int:
     for name, path in repository.files.items():
         print(f"{path.stat().st_size / 1e6:9.2f} MB  {name}")
     print(f"{len(repository.card.encode()) / 1e6:9.2f} MB  README.md\n\n{repository.card}")
+    if "base_model:" not in repository.card:
+        print("the card names no base model, since the run's is a folder: say --base_model OWNER/NAME")
     print(f"nothing was uploaded; without --dry_run it goes to {config.repo_id}")
     return 0

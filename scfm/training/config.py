@@ -27,7 +27,8 @@ class DistillConfig(SCFMConfig):
     )
     output_dir: str = setting("runs/distill", "folder of checkpoints, previews and results")
     prompts: str = setting(
-        "", "captions, whose images the teacher generates first: a text file, JSONL, or datasets:NAME"
+        "",
+        "captions, an image of each of which the teacher makes first: a text file, JSONL, or datasets:NAME",
     )
     train_data_dir: str = setting("", "your own image folder with metadata.jsonl instead of prompts")
     cache_dir: str = setting("", "folder of latents and text embeddings; empty: cache/ in the image folder")

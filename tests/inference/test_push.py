@@ -82,7 +82,10 @@ def test_a_dry_run_shows_all_and_asks_nobody(run, capsys, monkeypatch):
     assert main(["push", "--lora", str(run), "--repo_id", "me/steps", "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "pytorch_lora_weights_2.safetensors" in printed and "library_name" in printed
-    assert "nothing was uploaded" in printed
+    assert "nothing was uploaded" in printed and "say --base_model OWNER/NAME" in printed
+    named = ["--repo_id", "me/steps", "--base_model", "a/b", "--dry_run"]
+    assert main(["push", "--lora", str(run), *named]) == 0
+    assert "names no base model" not in capsys.readouterr().out
 
 
 def test_all_goes_in_one_commit(run, tmp_path):
