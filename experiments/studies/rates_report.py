@@ -111,14 +111,19 @@ def plot(record: dict[str, Any], path: str | Path) -> None:
         return
     figure, axes = canvas(1, len(sets), (4.4 * len(sets), 4.2))
     for ax, data in zip(axes[0], sets, strict=True):
-        for label, curve in own_curves(record, data).items():
-            ours = label.startswith("scale")
-            plot_curve(ax, curve, **look(label), ms=4, lw=2.5 if ours else 1, elinewidth=0.6, label=label)
-        step_axes(ax, STEPS, f"{data}, each method with its own settings")
+        draw(ax, record, data)
     lines = labelled_handles(axes.flat)
     figure.legend(lines.values(), lines.keys(), loc="lower center", ncol=4, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     save(figure, path, 120)
+
+
+def draw(ax: Any, record: dict[str, Any], data: str) -> None:
+    """The panel of a set."""
+    for label, curve in own_curves(record, data).items():
+        ours = label.startswith("scale")
+        plot_curve(ax, curve, **look(label), ms=4, lw=2.5 if ours else 1, elinewidth=0.6, label=label)
+    step_axes(ax, STEPS, f"{data}, each method with its own settings")
 
 
 def text(record: dict[str, Any]) -> str:
