@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from experiments.figures import RIVAL, canvas, labelled_handles, save
+from experiments.figures import RIVAL, canvas, labelled_handles, level_axis, save
 from experiments.figures import look as look_of
 from experiments.runner import RESULTS, write_json
 from experiments.testbeds.cifar import NFE, safe
@@ -128,8 +128,7 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
     """A panel for each ruler: the kernel distance against network evaluations."""
     figure, axes = canvas(1, 2, (11, 4.4))
     for ax, (ruler, samplers) in zip(axes[0], found.items(), strict=True):
-        floor = samplers["real training images"]["0"]["kid"]
-        ax.axhline(1000 * max(floor, 1e-4), color="black", lw=1, ls=":", label="real training images")
+        floor = 1000 * samplers["real training images"]["0"]["kid"]
         curves = {name: of for name, of in samplers.items() if name != "real training images"}
         for name, of in curves.items():
             values, errors = ([1000 * at[key] for at in of.values()] for key in ("kid", "kid_error"))
@@ -138,7 +137,8 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
         ticks = [int(n) for n in next(iter(curves.values()))]
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
-        ax.set_title(ruler, fontsize=10)
+        level_axis(ax, (10, 20, 50, 100, 200, 400))
+        ax.set_title(f"{ruler} (real training images: {floor:.1f})", fontsize=10)
     lines = labelled_handles(axes.flat)
     figure.legend(lines.values(), lines.keys(), loc="lower center", ncol=6, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
