@@ -80,8 +80,8 @@ def read_frames(path: str | Path, height: int, width: int, num_frames: int) -> t
     """(F, 3, height, width) in [-1, 1]: a video's first frames, scaled and cut as `read_image` does it; with
     num_frames 1 (3, height, width), an image.
 
-    Frames count as they lie in the file: at what rate they are to be shown is not asked. ValueError names a
-    broken or a short one.
+    Frames are taken as they lie in the file, whatever its frame rate. ValueError names a broken or a short
+    one.
     """
     if num_frames == 1:
         return read_image(path, height, width)

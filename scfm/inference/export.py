@@ -84,14 +84,26 @@ class ExportConfig(InferenceConfig):
             )
         if config.format not in FORMATS:
             raise ValueError(f"--format is {config.format!r}: {' or '.join(FORMATS)}")
-        if config.format == COMFYUI and config.style_lora:
-            raise ValueError(
-                "ComfyUI loads a style LoRA as a file of its own, beside this one: leave --style_lora out"
-            )
+        if config.format == COMFYUI:
+            config.refuse_for_comfyui()
         if not config.tolerance > 0:
             raise ValueError(f"--tolerance is {config.tolerance}: give a number above 0, or 0 for the usual")
         if config.style_lora:
             refuse_text_encoders(config.style_lora, changed_text_encoders(lora_file(config.style_lora)))
+
+    def refuse_for_comfyui(self) -> None:
+        """ValueError for settings that would change nothing there."""
+        if self.style_lora:
+            raise ValueError(
+                "ComfyUI loads a style LoRA as a file of its own, beside this one: leave --style_lora out"
+            )
+        for name in ("steps", "lora_scale", "style_lora_scale", "tolerance"):
+            filled_in = TOLERANCES.get(self.weight_dtype) if name == "tolerance" else None
+            if getattr(self, name) not in (getattr(ExportConfig, name), filled_in):
+                raise ValueError(
+                    f"--{name} means nothing with --format {COMFYUI}, whose files are for every number of "
+                    "steps and are sampled by nobody here: leave it out"
+                )
 
 
 def refuse_text_encoders(style_lora: str, parts: Sequence[str]) -> None:

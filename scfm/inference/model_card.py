@@ -74,7 +74,7 @@ Distances are root mean squares in latents from the teacher's {target_steps}-ste
 noise, on {captions} prompts. Training drew {first} to {last} steps.
 """
 
-# for a pipeline that is not told its grid
+# for a pipeline whose call takes no sigmas
 GRID = """pipe.scheduler.sigma_min = 1 / {n}  # evenly from 1 to here, then shifted: the grid of {n} step{s}
 """
 LOAD_ONE = 'pipe.load_lora_weights("{folder}", adapter_name="step")'

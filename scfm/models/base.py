@@ -288,3 +288,11 @@ def time_shift(pipe: Any, shift: float | None) -> Iterator[None]:
         yield
     finally:
         pipe.scheduler = scheduler
+
+
+def channel_statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, (C, 1, 1, 1) each, of the channels of a VAE whose latents have frames, as
+    its configuration says them; in the dtype of `latents`, on their device.
+    """
+    mean, std = latents.new_tensor([vae.config.latents_mean, vae.config.latents_std]).view(2, -1, 1, 1, 1)
+    return mean, std

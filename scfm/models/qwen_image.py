@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
-from scfm.models.base import PipelineFamily, Published, with_negative
+from scfm.models.base import PipelineFamily, Published, channel_statistics, with_negative
 from scfm.models.comfyui_names import QWEN_IMAGE
 from scfm.models.sd3 import Joined, guided_velocity
 
@@ -75,18 +75,12 @@ class QwenImage(PipelineFamily):
         padded[: len(tokens)] = tokens
         return {"tokens": padded, "mask": torch.arange(length) < len(tokens)}
 
-    def vae_statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the VAE's channels, (C, 1, 1, 1) each."""
-        config = self.pipe.vae.config
-        mean, std = latents.new_tensor([config.latents_mean, config.latents_std]).view(2, -1, 1, 1, 1)
-        return mean, std
-
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """(n, 3, height, width) in [-1, 1] -> latents (n, N, C), the mode of the VAE's posterior."""
         vae = self.pipe.vae
         latents = vae.encode(images[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()  # one frame
-        mean, std = self.vae_statistics(latents)
+        mean, std = channel_statistics(self.pipe.vae, latents)
         n, channels, _, rows, columns = latents.shape
         return self.pipe._pack_latents((latents - mean) / std, n, channels, rows, columns)
 
@@ -94,7 +88,7 @@ class QwenImage(PipelineFamily):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, N, C) -> images (n, 3, height, width) in [-1, 1]."""
         latents = self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor)
-        mean, std = self.vae_statistics(latents)
+        mean, std = channel_statistics(self.pipe.vae, latents)
         vae = self.pipe.vae
         return vae.decode((latents * std + mean).to(vae.dtype)).sample[:, :, 0].clamp(-1, 1)
 

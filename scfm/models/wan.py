@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from scfm.models.base import Published, with_negative
+from scfm.models.base import Published, channel_statistics, with_negative
 from scfm.models.comfyui_names import WAN
 from scfm.models.sampling import together
 from scfm.models.sd3 import Joined, guided_velocity
@@ -74,12 +74,6 @@ class Wan(VideoFamily):
         )
         return with_negative({"tokens": tokens.cpu()})
 
-    def vae_statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the VAE's channels, (C, 1, 1, 1) each."""
-        config = self.pipe.vae.config
-        mean, std = latents.new_tensor([config.latents_mean, config.latents_std]).view(2, -1, 1, 1, 1)
-        return mean, std
-
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """(n, 3, height, width), or with frames (n, F, 3, height, width), in [-1, 1] -> latents (n, C,
@@ -87,7 +81,7 @@ class Wan(VideoFamily):
         vae = self.pipe.vae
         parts = self.to_vae(images).to(vae.device, vae.dtype).split(together(self, len(images)))
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
-        mean, std = self.vae_statistics(latents)
+        mean, std = channel_statistics(self.pipe.vae, latents)
         return (latents - mean) / std
 
     @torch.no_grad()
@@ -96,7 +90,7 @@ class Wan(VideoFamily):
         height, width), in [-1, 1]."""
         vae = self.pipe.vae
         latents = latents.to(vae.dtype)
-        mean, std = self.vae_statistics(latents)
+        mean, std = channel_statistics(self.pipe.vae, latents)
         parts = (latents * std + mean).split(together(self, len(latents)))
         return self.from_vae(torch.cat([vae.decode(part).sample for part in parts])).clamp(-1, 1)
 
