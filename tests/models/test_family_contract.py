@@ -279,6 +279,9 @@ def test_the_commands_know_it(name, pipes, tmp_path, command):
         assert (
             command("sample", lora=lora, prompt=CAPTIONS[0], steps=2, output=image) == 0 and image.is_file()
         )
+        measured = {"num_images": 2, "steps": 2, "teacher_steps": 2, "latency_repeats": 1, "imagenet": "none"}
+        assert command("evaluate", lora=lora, output_dir=tmp_path / f"{algorithm}_measured", **measured) == 0
+        assert (tmp_path / f"{algorithm}_measured" / "report.html").is_file()
         exported = tmp_path / f"{algorithm}_exported"
         assert command("export", lora=lora, output_dir=exported, steps=2) == 0
         assert json.loads((exported / "export.json").read_text())["differences"]["mean"] < 1e-3
