@@ -105,10 +105,11 @@ class ScaledNetwork:
         """
         if scale == 0:
             return dict(zip(self.names, self.bases[name], strict=True))
-        base, parts = self.bases["ema"], self.differences[name]
-        powers = [scale ** (k + 1) for k in range(self.order)]
-        return {key: base[i].detach() + sum(s * parts[k * len(base) + i] for k, s in enumerate(powers))
-                for i, key in enumerate(self.names)}
+        parts, summed = self.differences[name], [w.detach() for w in self.bases["ema"]]
+        for power in range(1, self.order + 1):
+            part = parts[(power - 1) * len(summed):power * len(summed)]
+            summed = [torch.add(w, d, alpha=scale ** power) for w, d in zip(summed, part, strict=True)]
+        return dict(zip(self.names, summed, strict=True))
 
     def scaled_velocity(self, name: str, scales: torch.Tensor, x: torch.Tensor, t: torch.Tensor,
                         cond: Condition = None) -> torch.Tensor:
