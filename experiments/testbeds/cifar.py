@@ -278,6 +278,7 @@ class Cifar10:
             height=32,
             width=32,
             max_sequence_length=1,
+            algorithm="dual",
             rank=16,
             learning_rate=1e-3,
             lr_scheduler="cosine",

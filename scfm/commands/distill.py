@@ -20,12 +20,12 @@ def main(argv: Sequence[str]) -> int:
     """`scfm distill`: a flag for every field of DistillConfig."""
     parser = make_parser(
         "scfm distill",
-        "Self-distil a pre-trained flow-matching pipeline into a few-step one: by the paper's algorithms "
-        "a LoRA for some 2 to 8 steps, with --algorithm step_scaled one for any count from 1 to 16, whose "
-        "scale is the step size. What it writes, OUTPUT_DIR/pytorch_lora_weights.safetensors (and ..._2 "
+        "Self-distil a pre-trained flow-matching pipeline into a few-step one: a LoRA for any count of steps "
+        "from 1 to 16, whose scale is the step size; by the paper's algorithms (--algorithm dual) one for "
+        "some 2 to 8. What it writes, OUTPUT_DIR/pytorch_lora_weights.safetensors (and ..._2 "
         "beside it), loads in a stock pipeline with load_lora_weights; OUTPUT_DIR/README.md has the lines. "
         "Learning rate, batch and averages default to the published ones for FLUX.1-dev; for a whole recipe "
-        "take --config flux-dev-a100. Run the same command again to resume after a kill. On several GPUs: "
+        "take --config flux-dev-step-scaled. Run the same command again to resume after a kill. On several GPUs: "
         "accelerate launch -m scfm.cli distill ... (see scripts/).",
         "scfm distill --config flux-dev-step-scaled --pretrained_model_name_or_path PIPELINE \\\n"
         "    --prompts captions.txt --output_dir runs/mine",

@@ -25,6 +25,12 @@ class DistillConfig(SCFMConfig):
     pretrained_model_name_or_path: str = setting(
         "", "folder of the pre-trained pipeline (diffusers layout), or its name on the hub"
     )
+    algorithm: str = setting(
+        STEP_SCALED,
+        "step_scaled: the LoRA scale is the step size, one student for 1 to 16 steps (chapter "
+        "06_step_scale); the paper's: dual (Algorithm 2), one_ema (Algorithm 1), or dual_pure: dual with "
+        "teacher examples whose targets are the teacher's alone",
+    )
     output_dir: str = setting("runs/distill", "folder of checkpoints, previews and results")
     prompts: str = setting(
         "",
@@ -78,7 +84,9 @@ class DistillConfig(SCFMConfig):
         "if there is one; never; or a checkpoint's folder",
     )
     validation_steps: int = setting(200, "training steps between validation images; 0 for none")
-    eval_num_steps: tuple = setting((3, 4), "step counts of validation and of the selection of what is saved")
+    eval_num_steps: tuple = setting(
+        (1, 2, 4, 8), "step counts of validation and of the selection of what is saved"
+    )
     inference_shift: float = setting(
         3.0, "time shift of validation and of the selection (inference should use it too)"
     )
@@ -233,7 +241,7 @@ def refuse_for_algorithm(config: DistillConfig) -> None:
     if changed:
         raise ValueError(
             f"{changed[0]}={getattr(config, changed[0])!r} means nothing to algorithm {config.algorithm}: "
-            f"leave it out{', or take a preset of step_scaled' if is_scaled else ''}"
+            f"leave it out, or take {'--algorithm dual' if is_scaled else '--algorithm step_scaled'}"
         )
     if is_scaled:
         refuse_for_step_scaled(config)
@@ -244,7 +252,7 @@ def refuse_for_step_scaled(config: DistillConfig) -> None:
     if config.guidance_mode == "distilled":
         raise ValueError(
             "guidance_mode distilled with algorithm step_scaled: at small scales the student is its teacher, "
-            "and a guided one is not the base: take --guidance_mode kept"
+            "and a guided one is not the base: take --guidance_mode kept, or --algorithm dual_pure"
         )
     if config.non_shortcut_ratio:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import carry_flows
-from experiments.studies import cifar, cifar_rulers
+from experiments.studies import cifar, cifar_objects, cifar_rulers
 from experiments.studies.cifar import flow_sampler, lora_samplers
 from experiments.studies.cifar_report import SAME, aims, joined, rows_of
 from experiments.testbeds.cifar import (
@@ -238,3 +238,34 @@ def test_rulers_of_one_order_agree_and_of_opposite_orders_do_not():
         )
 
     assert agree([1.0, 2.0, 3.0], [10.0, 20.0, 25.0]) == 1 and agree([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == -1
+
+
+def test_the_sheet_of_objects_and_its_record(noise_images, trained, untrained_judge, tmp_path):
+    """Of a plain flow, and of the same with differences: at scale 0 the same flow, so its images differ."""
+    plain, few = trained.flow_file(PLAIN), tmp_path / "few.safetensors"
+    network = load_flow(plain)
+    torch.manual_seed(0)
+    difference = {name: 0.1 * torch.randn_like(w) for name, w in network.named_parameters()}
+    notes = {"train_steps": 1, "evaluations": 2}
+    save_flow(network, few, notes=notes, differences=[difference], exponent=0.85)
+    where = [str(noise_images), "--cells", str(tmp_path / "cells"), "--out", str(tmp_path / "objects")]
+    words = [*where, "--plain", str(plain), "--few", str(few), "--count", "30"]
+    assert cifar_objects.main(words) == 0
+    record = json.loads((tmp_path / "objects.json").read_text())
+    assert (tmp_path / "objects.png").stat().st_size > 10_000
+    assert [row["nfe"] for row in record["rows"]["scale trained in"]] == [1, 2, 4, 8]
+    assert record["trained"]["scale trained in"] == notes
+    images = [
+        load_file(next((tmp_path / "cells").rglob(f"{name}-30-euler-2.safetensors")))["pixels"]
+        for name in ("plain-flow", "scale-trained-in")
+    ]
+    assert not torch.equal(*images)
+    scaled = generate(load_flow(few, 2), torch.arange(30) % 10, noise_of(30), 2, "euler")
+    assert torch.equal(images[1], ((scaled.clamp(-1, 1) + 1) * 127.5).round().byte())
+    with pytest.raises(SystemExit):
+        cifar_objects.main([*where, "--plain", str(plain), "--few", str(plain)])
+
+
+def noise_of(count):
+    """The noises that every sampler of the study gets."""
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))

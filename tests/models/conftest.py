@@ -22,6 +22,7 @@ def distill(command):
         command,
         "distill",
         rank=2,
+        algorithm="dual",
         learning_rate=1e-2,
         max_train_steps=2,
         global_batch_size=2,

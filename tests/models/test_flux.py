@@ -48,6 +48,7 @@ def flags(prompts, out, **more):
         "width": 32,
         "max_sequence_length": TOKENS,
         "rank": 2,
+        "algorithm": "dual",
         "learning_rate": 1e-3,
         "max_train_steps": 2,
         "global_batch_size": 2,

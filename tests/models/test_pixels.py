@@ -237,6 +237,8 @@ def test_pretrain_distill_kill_resume_dial_sample_evaluate_export(data):
         32,
         "--max_sequence_length",
         1,
+        "--algorithm",
+        "dual",
         "--rank",
         2,
         "--global_batch_size",

@@ -182,6 +182,7 @@ def words(tmp_path):
         "teacher_steps": 1,
         "global_batch_size": 2,
         "rank": 2,
+        "algorithm": "dual",
         "learning_rate": 1e-2,
         "num_eval_prompts": 2,
         "eval_num_steps": "2",

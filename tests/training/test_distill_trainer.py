@@ -62,6 +62,7 @@ def settings(images, out, **more):
         "more_sizes": ("24x48",),
         "max_sequence_length": TOKENS,
         "rank": 2,
+        "algorithm": "dual",
         "learning_rate": 1e-3,
         "max_train_steps": 6,
         "global_batch_size": 4,

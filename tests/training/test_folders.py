@@ -24,6 +24,7 @@ SMALL = {
     "width": 32,
     "max_sequence_length": TOKENS,
     "rank": 2,
+    "algorithm": "dual",
     "global_batch_size": 2,
     "max_train_steps": 2,
     "checkpointing_steps": 1,

@@ -147,7 +147,10 @@ def test_a_presets_name_says_its_shape(preset):
 def test_the_published_shapes(name, billion, lora, static):
     """Parameters, LoRA of rank 64 on all linear layers, and what a bf16 run holds whatever the batch."""
     plan = make_plan(
-        DistillConfig(weight_dtype="bf16", max_sequence_length=256, gradient_checkpointing=True), name
+        DistillConfig(
+            algorithm="dual", weight_dtype="bf16", max_sequence_length=256, gradient_checkpointing=True
+        ),
+        name,
     )
     assert plan["transformer, parameters"] / 1e9 == pytest.approx(billion, abs=0.005)
     assert plan["LoRA, parameters"] / 1e6 == pytest.approx(lora, abs=0.2)

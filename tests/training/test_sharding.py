@@ -225,6 +225,7 @@ def words(images, out, **more):
         "width": 32,
         "max_sequence_length": TOKENS,
         "rank": 2,
+        "algorithm": "dual",
         "learning_rate": 3e-4,
         "max_train_steps": 4,
         "global_batch_size": 4,
