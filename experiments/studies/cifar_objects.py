@@ -39,8 +39,8 @@ from scfm.models.unet import generate, header_of, load_flow
 
 PLAIN, SCALED = "plain flow", "scale trained in"
 STEPS = {PLAIN: (1, 2, 4, 8, 64), SCALED: (1, 2, 4, 8)}
-SHOWN = ((PLAIN, 64), (PLAIN, 4), (SCALED, 4), (PLAIN, 2), (SCALED, 2), (PLAIN, 1), (SCALED, 1))
-NOISES = 3  # of each class on the sheet
+SHOWN = ((PLAIN, 64), (SCALED, 4), (SCALED, 1), (PLAIN, 4), (PLAIN, 1))
+NOISES = 5  # of each class on the sheet
 
 
 def sampler_of(
@@ -59,7 +59,8 @@ def has_scale(path: Path) -> bool:
 
 def sheet(files: dict[tuple[str, int], Path], names: Sequence[str], path: Path) -> None:
     """Classes in rows, a panel for each flow and step count, the same noises in all."""
-    figure, axes = plt.subplots(1, len(SHOWN), figsize=(1.55 * len(SHOWN) + 0.9, 5.3), layout="constrained")
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(2.3 * len(SHOWN) + 0.9, 5.1))
+    figure.subplots_adjust(0.08, 0.01, 0.995, 0.91, wspace=0.05)
     for ax, key in zip(axes, SHOWN, strict=True):
         pixels = load_file(files[key])["pixels"][: 10 * NOISES].view(NOISES, 10, 3, 32, 32)
         ax.imshow(pixels.permute(1, 3, 0, 4, 2).reshape(320, 32 * NOISES, 3).numpy())

@@ -249,18 +249,18 @@ def test_the_sheet_of_objects_and_its_record(noise_images, trained, untrained_ju
     notes = {"train_steps": 1, "evaluations": 2}
     save_flow(network, few, notes=notes, differences=[difference], exponent=0.85)
     where = [str(noise_images), "--cells", str(tmp_path / "cells"), "--out", str(tmp_path / "objects")]
-    words = [*where, "--plain", str(plain), "--few", str(few), "--count", "30"]
+    words = [*where, "--plain", str(plain), "--few", str(few), "--count", "50"]
     assert cifar_objects.main(words) == 0
     record = json.loads((tmp_path / "objects.json").read_text())
     assert (tmp_path / "objects.png").stat().st_size > 10_000
     assert [row["nfe"] for row in record["rows"]["scale trained in"]] == [1, 2, 4, 8]
     assert record["trained"]["scale trained in"] == notes
     images = [
-        load_file(next((tmp_path / "cells").rglob(f"{name}-30-euler-2.safetensors")))["pixels"]
+        load_file(next((tmp_path / "cells").rglob(f"{name}-50-euler-2.safetensors")))["pixels"]
         for name in ("plain-flow", "scale-trained-in")
     ]
     assert not torch.equal(*images)
-    scaled = generate(load_flow(few, 2), torch.arange(30) % 10, noise_of(30), 2, "euler")
+    scaled = generate(load_flow(few, 2), torch.arange(50) % 10, noise_of(50), 2, "euler")
     assert torch.equal(images[1], ((scaled.clamp(-1, 1) + 1) * 127.5).round().byte())
     with pytest.raises(SystemExit):
         cifar_objects.main([*where, "--plain", str(plain), "--few", str(plain)])
