@@ -32,10 +32,11 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.runner import RESULTS, write_json
-from experiments.testbeds.cifar import flow_notes
+from experiments.studies.cifar import flow_sampler
+from experiments.testbeds.cifar import flow_notes, safe
 from experiments.testbeds.cifar_judge import Judge, Samples
 from scfm.data.labelled_images import load_labelled_images
-from scfm.models.unet import generate, header_of, load_flow
+from scfm.models.unet import header_of, load_flow
 
 PLAIN, SCALED = "plain flow", "scale trained in"
 STEPS = {PLAIN: (1, 2, 4, 8, 64), SCALED: (1, 2, 4, 8)}
@@ -47,9 +48,7 @@ def sampler_of(
     path: Path, labels: torch.Tensor, noise: torch.Tensor, steps: int, solver: str
 ) -> torch.Tensor:
     """Images of the flow in a file, at the scale for so many steps where it has one."""
-    network = load_flow(path, steps if has_scale(path) else 0)
-    network.bf16 = network.init_kwargs["size"] != "tiny"
-    return generate(network, labels, noise, steps, solver)
+    return flow_sampler(load_flow(path, steps))(labels, noise, steps, solver)
 
 
 def has_scale(path: Path) -> bool:
@@ -78,7 +77,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     judge = Judge(args.data, args.cells, args.count, "cpu")
     flows = {PLAIN: args.plain, SCALED: args.few}
     files = {
-        (name, n): samples.generate(f"{name.replace(' ', '-')}", partial(sampler_of, flows[name]), n, "euler")
+        (name, n): samples.generate(safe(name), partial(sampler_of, flows[name]), n, "euler")
         for name, counts in STEPS.items()
         for n in counts
     }
