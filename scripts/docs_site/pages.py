@@ -81,7 +81,9 @@ class Writer:
                 content = base64.b64decode("".join(data[kind]))
                 (self.source / place).parent.mkdir(parents=True, exist_ok=True)
                 (self.source / place).with_name(image).write_bytes(content)
-                parts.append(f"![output of the code above]({image}){{ .output }}")
+                width = output.get("metadata", {}).get(kind, {}).get("width")  # half its pixels, if at all
+                wide = f" width={width}" if width else ""
+                parts.append(f"![output of the code above]({image}){{ .output{wide} }}")
             elif SLIDER in (html := "".join(data.get("text/html", ""))):
                 parts.append(html)
             else:
