@@ -2,6 +2,7 @@
 0."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from scfm.method.step_scale import (
     step_scale_loss,
     step_scale_target,
 )
+from scfm.models.unet import UNetFlow
 from scfm.streams import keyed_generator
 from toy.plane import MLP
 
@@ -64,6 +66,110 @@ def test_many_scales_at_once_are_one_at_a_time(order):
             for k in range(order):
                 w.data += scale ** (k + 1) * models.parameters("student")[k * count + j].data
         torch.testing.assert_close(together[i], network(x[i : i + 1], t[i : i + 1])[0], rtol=0, atol=1e-6)
+
+
+class Attends(torch.nn.Module):
+    """Every kind of layer that `ScaledLayers` knows, in a network that shares one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.label, self.mix = torch.nn.Embedding(4, 8), torch.nn.Conv1d(8, 8, 3, padding=1)
+        self.groups, self.layer, self.rms = (
+            torch.nn.GroupNorm(2, 8),
+            torch.nn.LayerNorm(8),
+            torch.nn.RMSNorm(8),
+        )
+        self.qkv, self.out = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+
+    def forward(self, x, t, cond):
+        h = self.mix(self.groups(x)) + self.label(cond)[..., None] * t[:, None, None]
+        q, k, v = self.qkv(self.layer(h.transpose(1, 2))).chunk(3, -1)
+        h = torch.nn.functional.scaled_dot_product_attention(q, k, v).to(self.out.weight.dtype)
+        return self.out(self.rms(self.out(h))).transpose(1, 2)
+
+
+class Table(Attends):
+    """A weight that goes into a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(8, 1))
+
+    def forward(self, x, t, cond):
+        return super().forward(x + self.table, t, cond)
+
+
+class Token(Table):
+    """A weight that hides in a list."""
+
+    def forward(self, x, t, cond):
+        x = torch.cat([x, self.table.expand(len(x), -1, -1)], 2)
+        return Attends.forward(self, x, t, cond)[..., :-1]
+
+
+class Positions(Attends):
+    """A layer whose rows are not the examples."""
+
+    def forward(self, x, t, cond):
+        places = self.label(torch.arange(2, device=x.device).repeat(3))
+        return super().forward(x + places.T[None, :, : x.shape[-1]], t, cond)
+
+
+def spread_out(network: torch.nn.Module, order: int, train_base: bool = False) -> ScaledNetwork:
+    """Models with differences, and a base of the EMA's own."""
+    models = ScaledNetwork(network, order, train_base)
+    for w in [w for name in ("student", "ema") for w in models.differences[name]]:
+        w.data.normal_(0, 0.1)
+    return models
+
+
+@pytest.mark.parametrize("train_base", [False, True])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("kind", [Attends, Table, Token, Positions, partial(UNetFlow, "nano")])
+def test_all_layers_take_a_scale_for_each_example(kind, order, train_base):
+    """Velocities and gradients are those of a forward for each scale; no more than two forwards where all
+    weights go into layers."""
+    torch.manual_seed(0)
+    models, scales = spread_out(kind(), order, train_base), torch.tensor([0.0, 1.0, 0.3, 0.3, 0.0, 0.7])
+    images = isinstance(models.network, UNetFlow)
+    x, t, cond = (
+        torch.randn(6, *((3, 32, 32) if images else (8, 5))),
+        torch.rand(6),
+        torch.tensor([0, 1, 2, 3, 0, 1]),
+    )
+    calls = []
+    models.network.register_forward_hook(lambda *_: calls.append(1))
+
+    def velocities_and_gradients():
+        v = models.scaled_velocity("student", scales, x, t, cond)
+        parameters = models.parameters("student")
+        return v.detach(), torch.autograd.grad(v.square().sum(), parameters, allow_unused=True)
+
+    velocities_and_gradients()  # where a weight goes elsewhere, this is what notices
+    calls.clear()
+    v, gradients = velocities_and_gradients()
+    forwards = len(calls)
+    linear, models.linear = models.linear, False
+    expected, expected_gradients = velocities_and_gradients()
+    assert linear == (kind is Attends or images) and forwards == (2 if linear else 4)
+    torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-4)
+    largest = max(float(g.abs().max()) for g in expected_gradients if g is not None)
+    for mine, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_in_bf16_all_scales_at_once_are_as_near_as_one_at_a_time():
+    torch.manual_seed(0)
+    models, scales = spread_out(UNetFlow("nano"), 2), torch.tensor([1.0, 0.3, 0.55, 0.7])
+    x, t, cond = torch.randn(4, 3, 32, 32), torch.rand(4), torch.arange(4)
+
+    def velocity(bf16, linear):
+        models.network.bf16, models.linear = bf16, linear
+        return models.scaled_velocity("ema", scales, x, t, cond)
+
+    exact = velocity(False, False)
+    apart, together = ((velocity(True, linear) - exact).square().mean() for linear in (False, True))
+    assert 0 < together < 2 * apart
 
 
 def test_scale_0_is_the_teacher_to_the_last_bit():
