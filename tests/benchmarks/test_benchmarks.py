@@ -44,6 +44,16 @@ def test_update_cost_counts_and_times(script, tmp_path):
     assert all(way["median_seconds"] > 0 for way in ways.values()) and out.with_suffix(".png").is_file()
 
 
+def test_a_step_with_scales_is_held_against_a_plain_one(script, tmp_path):
+    out = tmp_path / "scaled"
+    script("scaled_forward.py", "--rounds", 1, "--out", out)
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["evaluations_ratio"] == pytest.approx(7 / 6, abs=1e-3) and len(record["networks"]) == 4
+    for ways in record["networks"].values():
+        assert ways["plain"]["time_ratio"] == 1 and all(way["median_seconds"] > 0 for way in ways.values())
+    assert out.with_suffix(".png").is_file()
+
+
 def test_a_cached_step_is_held_against_one_that_encodes_anew(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import embedding_cache
