@@ -1,14 +1,14 @@
 """What examples with scales of their own cost in a full network:  python benchmarks/scaled_forward.py
 
-One step of pre-training (a quarter of the examples are self-consistency, each at its own scale), in three ways,
-in turn so that a busy machine disturbs all alike:
+One step of pre-training (a quarter of the examples are self-consistency, each at its own scale), in three
+ways, in turn so that a busy machine disturbs all alike:
 
     plain       flow matching alone, for as many examples
     together    all scales in one forward, layer by layer (`ScaledLayers`)
     apart       a forward for each scale that occurs, with its weights summed
 
-on the network of the plane and on two of CIFAR-10, beside the ratio of network evaluations that is paid by any
-way: an example's forward is 1, its backward 2, and the two halves of a target are 2 forwards. Writes
+on the network of the plane and on two of CIFAR-10, beside the ratio of network evaluations, which any way
+pays: an example's forward is 1, its backward 2, and the two halves of a target are 2 forwards. Writes
 benchmarks/results/scaled_forward.json and .png.
 """
 
@@ -40,12 +40,11 @@ EVALUATIONS = (3 * (1 - SHARE) + 5 * SHARE) / 3  # of a step, against a plain on
 class Bench:
     """A network with differences, one batch, and a training step in each way."""
 
-    def __init__(self, network: torch.nn.Module, shape: tuple[int, ...], batch: int, bf16: bool) -> None:
+    def __init__(self, network: Any, shape: tuple[int, ...], batch: int, bf16: bool) -> None:
         settings: dict[str, Any] = {"global_batch_size": batch, "learning_rate": 1e-4}
         self.config = FlowConfig(algorithm="step_scaled", non_shortcut_ratio=1 - SHARE, **settings)
         self.plain = FlowConfig(algorithm="step_scaled", non_shortcut_ratio=1.0, **settings)
-        if bf16:
-            network.bf16 = True
+        network.bf16 = bf16
         self.models = ScaledNetwork(network.train(), train_base=True)
         self.optimizer, _ = make_optimizer(self.models, self.config)
         self.emas = make_emas(self.models, self.config)
