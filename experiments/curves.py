@@ -1,10 +1,10 @@
 """Curves over step counts, of one or several seeds: how they are gathered from results, and shown as text."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from experiments.runner import Result
+from experiments.runner import Job, Result, words_of
 from scfm.method.lora_scale import STEPS
 
 Entry = dict[str, Any]  # {"seeds": [number], "mean", "spread": None for a single seed}
@@ -25,6 +25,34 @@ def gather_curves(results: Iterable[Result]) -> dict[str, Curves]:
         for curve in curves.values():
             for entry in curve.values():
                 entry |= summary_of(entry["seeds"])
+    return found
+
+
+def recall(
+    results: Sequence[Result], record: dict[str, Any], curves_of: Callable[[dict, Job], dict[str, Any]]
+) -> list[Result]:
+    """The results, those without a value with the one that an earlier record has of them, if it has.
+
+    curves_of: called as curves_of(record, job), the curves {label and kind: {steps: entry}} of its part,
+        budget and set
+    """
+    missing = set(record["missing"])
+    seeds: dict[str, list[Job]] = {}  # the jobs of one entry, in the order of the numbers in it
+    for result in results:
+        if words_of(result.job) not in missing:
+            seeds.setdefault(str(result.job._replace(seed=0)), []).append(result.job)
+    found = []
+    for result in results:
+        jobs = seeds.get(str(result.job._replace(seed=0)), [])
+        if result.value is None and result.job in jobs:
+            curves, place = curves_of(record, result.job), jobs.index(result.job)
+            value = {
+                kind: {int(steps): entry["seeds"][place] for steps, entry in curve.items()}
+                for (label, _, kind), curve in ((name.rpartition(" "), c) for name, c in curves.items())
+                if label == result.job.label
+            }
+            result = result._replace(value=value or None)
+        found.append(result)
     return found
 
 

@@ -169,11 +169,16 @@ def run_info(results: Sequence[Result]) -> dict[str, Any]:
     made = sum(result.made for result in results)
     this_run = {"cells_made": made, "seconds": time.perf_counter() - STARTED}
     return {
-        "missing": [" ".join(map(str, result.job[1:])) for result in results if result.value is None],
+        "missing": [words_of(result.job) for result in results if result.value is None],
         "cost": {"cells": len(cells), "seconds": wall, "cpu_seconds": cpu, "this_run": this_run},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, one thread a worker",
         "torch": torch.__version__,
     }
+
+
+def words_of(job: Job) -> str:
+    """A job as records name it."""
+    return " ".join(map(str, job[1:]))
 
 
 def write_record(record: dict[str, Any], out: str | Path) -> None:

@@ -19,13 +19,17 @@ its teachers are found. Writes experiments/results/step_scale.json and step_scal
 
     --only plane    or "tiny Flux", or choices: computes one part, and takes of the others what is there
     --report        computes nothing, writes what the cells that are there give
+    --keep          what the cells lack stays as the record that is there has it
     --smoke --cache /tmp/cells --out /tmp/step_scale      seconds, one set; the numbers mean nothing
 """
 
+import json
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from experiments.curves import recall
 from experiments.recipes import BUDGETS, SMOKE_BUDGETS
 from experiments.runner import CellCache, Job, make_parser, run_info, run_jobs, write_record
 from experiments.studies.step_scale_cells import (
@@ -34,7 +38,7 @@ from experiments.studies.step_scale_cells import (
     measure_on_flux,
     measure_on_plane,
 )
-from experiments.studies.step_scale_report import gather, plot, text
+from experiments.studies.step_scale_report import curves_of, gather, plot, text
 from experiments.testbeds import plane, tiny_flux
 from toy.plane import DATA
 
@@ -146,7 +150,9 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser(__doc__, "step_scale", PARTS).parse_args(argv)
+    parser = make_parser(__doc__, "step_scale", PARTS)
+    parser.add_argument("--keep", action="store_true", help="what the cells lack stays as it is recorded")
+    args = parser.parse_args(argv)
     sizes, flux_sizes, scratch_sizes = plane.BUDGETED_SIZES, tiny_flux.FluxSizes(), FromScratch()
     budgets, wanted = BUDGETS, jobs(BUDGETS, tuple(DATA), 3, 2, SCRATCH_BUDGET)
     if args.smoke:
@@ -155,7 +161,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = jobs(budgets, ("moons",), 1, 1, 100, small=True)
     work = partial(measure, sizes=sizes, flux_sizes=flux_sizes, scratch_sizes=scratch_sizes)
     results = run_jobs(wanted, work, args)
-    record = {"notes": NOTES, **run_info(results), **gather(results, budgets)}
+    cost = {}
+    if args.keep:
+        before = json.loads(Path(f"{args.out}.json").read_text(encoding="utf-8"))
+        cost = {"kept": before["cost"]}
+        results = recall(results, before, partial(curves_of, budgets=budgets))
+    record = {"notes": NOTES, **run_info(results), **cost, **gather(results, budgets)}
     write_record(record, args.out)
     plot(record, f"{args.out}.png")
     print(text(record))

@@ -17,7 +17,7 @@ from experiments.figures import (
     save,
     step_axes,
 )
-from experiments.runner import RESULTS, Result
+from experiments.runner import RESULTS, Job, Result
 from experiments.testbeds.tiny_flux import NAME as FLUX
 from scfm.method.lora_scale import STEPS
 
@@ -49,6 +49,14 @@ def gather(results: Sequence[Result], budgets: dict[str, tuple[int, int]]) -> di
         label: {name: stands(record["budgets"][name], label, name) for name in budgets} for label in OURS
     }
     return record
+
+
+def curves_of(record: dict[str, Any], job: Job, budgets: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """The curves of a record in which a job's are, by label and kind."""
+    if job.part in ("scratch", "choices"):
+        return record[job.part].get(job.data, {})
+    name = next(name for name, amounts in budgets.items() if job.budget in amounts)
+    return record["budgets"][name].get(job.data, {})
 
 
 def rivals_of(data: str, budget: str, kind: str) -> Curves:

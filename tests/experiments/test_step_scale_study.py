@@ -1,8 +1,12 @@
 """The study `step_scale` at a size of seconds, and its words on numbers that are known."""
 
+from functools import partial
+
 import pytest
 from PIL import Image
 
+from experiments.curves import recall
+from experiments.runner import Job, Result, words_of
 from experiments.studies import step_scale_report
 from experiments.studies.step_scale_cells import short_decay
 
@@ -30,6 +34,24 @@ def test_a_lost_cell_alone_is_made_again(study):
     again = study.run().record
     assert again["cost"]["this_run"]["cells_made"] == 1
     assert again["budgets"] == study.first.record["budgets"]
+
+
+def test_what_the_cells_lack_stays_as_it_is_recorded(study):
+    study.lose("step_scale_scratch_sw2")
+    again = study.run("--report", "--keep").record
+    assert not again["missing"] and again["kept"]["cells"] == study.first.record["cost"]["cells"]
+    for part in ("budgets", "scratch", "choices", "against"):
+        assert again[part] == study.first.record[part]
+
+
+def test_a_seed_that_is_new_stands_beside_those_that_are_recorded():
+    jobs = [Job("scratch", "f", "plain", "moons", seed) for seed in range(3)]
+    entries = {"plain sw2": {"1": {"seeds": [0.5, 0.7]}}}  # of the seeds 0 and 2
+    record = {"missing": [words_of(jobs[1])], "scratch": {"moons": entries}}
+    values = [None, {"sw2": {1: 0.6}}, None]
+    results = [Result(job, value, {}, 0) for job, value in zip(jobs, values, strict=True)]
+    kept = recall(results, record, partial(step_scale_report.curves_of, budgets={}))
+    assert [result.value for result in kept] == [{"sw2": {1: number}} for number in (0.5, 0.6, 0.7)]
 
 
 @pytest.mark.parametrize(
