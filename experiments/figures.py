@@ -1,9 +1,15 @@
 """What the figures of several studies share. matplotlib is imported where something is drawn."""
 
+import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
+
+from scfm.files import atomic_write
+from toy.palette import few_colours
 
 LEVELS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1)  # marks of the axis of SW2
 
@@ -79,11 +85,14 @@ def stacked_canvas(heights: Iterable[float], columns: int, **grid: Any) -> tuple
     )
 
 
-def save(figure: Any, path: str | Path, dpi: int, **options: Any) -> None:
+def save(figure: Any, path: str | Path) -> None:
+    """A PNG file, whole or not at all, at 120 dots an inch."""
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=dpi, **options)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
+    atomic_write(path, lambda new: few_colours(Image.open(buffer)).save(new, "png", optimize=True))
 
 
 def level_axis(ax: Any, levels: Sequence[float], **style: Any) -> None:
@@ -130,8 +139,8 @@ def heat_map(
     for (r, c), value in values.items():
         y, x = rows.index(r), columns.index(c)
         text = f"{value:.3f}".lstrip("0") if value < 10 else "far"
-        ax.text(x, y, text, ha="center", va="center", fontsize=7, color="w" if shade[y][x] > 2 else "k")
-    ax.set_xticks(range(len(columns)), columns, fontsize=7)
-    ax.set_yticks(range(len(rows)), rows, fontsize=7)
+        ax.text(x, y, text, ha="center", va="center", fontsize=8, color="w" if shade[y][x] > 2 else "k")
+    ax.set_xticks(range(len(columns)), columns, fontsize=8)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.tick_params(length=0)
     ax.set_title(title, fontsize=9)

@@ -11,17 +11,25 @@ from typing import Any
 
 from experiments.runner import RESULTS
 from experiments.studies import (
+    ablations_report,
     cifar_report,
     compare_report,
     few_shot_figures,
     plane_report,
+    rates_report,
     step_scale_report,
     tiny_flux,
+    variants_report,
 )
 
 Draw = Callable[[dict[str, Any], Path], None]
 # study -> ending of the image -> what draws it
 FIGURES: dict[str, dict[str, Draw]] = {
+    "ablations": {
+        "": ablations_report.plot_families,
+        "_grids": ablations_report.plot_grids,
+        "_flux": ablations_report.plot_flux,
+    },
     "cifar": {"": cifar_report.plot},
     "compare": {"": compare_report.plot, "_summary": compare_report.plot_summary},
     "step_scale": {"": step_scale_report.plot},
@@ -31,7 +39,9 @@ FIGURES: dict[str, dict[str, Draw]] = {
         "_flux": lambda record, path: few_shot_figures.plot(record, "flux", path),
         "_summary": few_shot_figures.plot_summary,
     },
+    "rates": {"": rates_report.plot},
     "tiny_flux": {"": tiny_flux.plot},
+    "variants": {"": variants_report.plot},
 }
 BY_STEPS = ("compare", "step_scale", "plane")  # whose figures count steps by numbers; JSON has only text
 

@@ -22,7 +22,7 @@ BUDGETS = json.loads(
     (ROOT / "tests" / "budgets.json").read_text()
 )  # seconds, on a laptop with nothing else to do
 PATIENCE = 4  # a slow or busy machine may take so many times the budget
-LARGEST = 600_000  # bytes
+LARGEST = 900_000  # bytes; 41_ablations has 23 figures at 144 dots an inch
 MACHINE_PATH = re.compile(r"(?<![\w.])/(work|home|root|Users)/")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -15,13 +15,14 @@ from IPython import get_ipython
 from IPython.display import HTML
 from PIL import Image
 
+from toy.palette import few_colours
+
 TEACHER = {"color": "#777777", "marker": "s"}
 STUDENT = {"color": "#c62828", "marker": "o"}
 EMA = {"color": "#1f5a96", "marker": "^"}
 RIVAL = {"color": "#2e7d32", "marker": "D"}
 DATA = {"color": "black", "lw": 0.8, "ls": ":"}  # what would be right
 POINTS = "#444444"  # a cloud that belongs to none of them
-PHOTOGRAPH = 2**14  # an image of more colours is none of lines and points
 
 
 def setup(dpi: int = 72) -> None:
@@ -39,17 +40,11 @@ def setup(dpi: int = 72) -> None:
 
 
 def stored(figure: plt.Figure) -> tuple[str, dict[str, int]]:
-    """A figure as a notebook keeps it: (PNG in base64, its width and height on a page).
-
-    Lines and points are drawn in few colours: a palette of 256 makes the file a third as large, and it is
-    not seen. Photographs keep theirs.
-    """
+    """A figure as a notebook keeps it: (PNG in base64, its width and height on a page)."""
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, dpi=2 * figure.dpi, bbox_inches="tight")
-    image = Image.open(buffer).convert("RGB")
+    image = few_colours(Image.open(buffer))
     width, height = image.size
-    if image.getcolors(PHOTOGRAPH):
-        image = image.quantize(256, dither=Image.Dither.NONE)
     image.save(small, "png", optimize=True)
     return base64.b64encode(small.getvalue()).decode(), {"width": width // 2, "height": height // 2}
 

@@ -173,14 +173,31 @@ def show_last(ax: Any, values: Values, title: str) -> None:
     ax.axvline(len(steps) - 0.5, color="w", lw=3)
 
 
+def scores_of(values: Values, kind: str) -> dict[str, list[float]]:
+    """{label: the score at each look}."""
+    return {label: [score(look[kind]) for look in value["looks"].values()] for label, value in values.items()}
+
+
+def named(values: Values) -> list[str]:
+    """The values whose lines have colours: all of up to four, else the first, and in the end, dialled, the
+    best and the worst.
+    """
+    lines = scores_of(values, KINDS[-1])
+    ends = sorted(lines, key=lambda label: lines[label][-1])
+    return list(lines) if len(lines) <= 4 else list(dict.fromkeys([next(iter(lines)), ends[0], ends[-1]]))
+
+
 def show_iterations(ax: Any, values: Values, kind: str, title: str) -> None:
-    """The score against the training steps done, a line for each value."""
-    for i, (label, value) in enumerate(values.items()):
-        looks, style = value["looks"], "o-" if i < 10 else "s--"
-        scores = [score(look[kind]) for look in looks.values()]
-        ax.plot([int(n) for n in looks], scores, style, ms=3, lw=1, color=f"C{i % 10}", label=label)
+    """The score against the training steps done, a line for each value; grey where it is not `named`."""
+    colors = {label: f"C{i}" for i, label in enumerate(named(values))}
+    looks = next(iter(values.values()))["looks"]
+    for label, scores in scores_of(values, kind).items():
+        style = {"color": colors.get(label, "#cccccc"), "zorder": 1 + (label in colors)}
+        ax.plot([int(n) for n in looks], scores, "o-", ms=3, lw=1, **style)
+    for label, color in colors.items():
+        ax.plot([], [], "o-", ms=3, color=color, label=label)
     ax.set(xscale="log", yscale="log")
-    ax.set_xticks([int(n) for n in looks], looks, fontsize=7)
+    ax.set_xticks([int(n) for n in looks], looks, fontsize=8)
     ax.set_title(title, fontsize=9)
 
 
@@ -189,11 +206,11 @@ def show_family(axes: Sequence[Any], values: Values, title: str) -> None:
     show_last(axes[0], values, title)
     axes[2].sharey(axes[1])
     for ax, kind in zip(axes[1:], KINDS, strict=True):
-        show_iterations(ax, values, kind, f"{kind}, by training steps")
-    level_axis(axes[1], LEVELS, fontsize=7)  # of both, as they share it
+        show_iterations(ax, values, kind, f"{kind}, by steps done")
+    level_axis(axes[1], LEVELS, fontsize=8)  # of both, as they share it
     axes[2].minorticks_off()
     axes[2].tick_params(labelleft=False)
-    axes[2].legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def show_grid(axes: Sequence[Any], name: str, rows: dict[str, Values]) -> None:
@@ -226,7 +243,7 @@ def plot_families(record: dict[str, Any], path: str | Path) -> None:
         for data, values in sets.items()
     ]
     heights = [height(values) for _, values in shown]
-    plot_rows(show_family, shown, heights, path, 3, 60, width_ratios=(2, 1, 1))
+    plot_rows(show_family, shown, heights, path, 3, width_ratios=(2, 1, 1))
 
 
 def plot_grids(record: dict[str, Any], path: str | Path) -> None:
@@ -236,7 +253,7 @@ def plot_grids(record: dict[str, Any], path: str | Path) -> None:
     def show(axes: Sequence[Any], rows: dict[str, Values], name: str) -> None:
         show_grid(axes, name, rows)
 
-    plot_rows(show, grids, [1.4] * len(grids), path, len(GRID_COLUMNS), 70)
+    plot_rows(show, grids, [1.4] * len(grids), path, len(GRID_COLUMNS))
 
 
 def plot_flux(record: dict[str, Any], path: str | Path) -> None:
@@ -244,7 +261,7 @@ def plot_flux(record: dict[str, Any], path: str | Path) -> None:
     shown = [
         (f"{family}: endpoint distance (*: dialled)", values) for family, values in record["flux"].items()
     ]
-    plot_rows(show_flux, shown, [height(values) for _, values in shown], path, 2, 70)
+    plot_rows(show_flux, shown, [height(values) for _, values in shown], path, 2)
 
 
 def plot_rows(
@@ -253,7 +270,6 @@ def plot_rows(
     heights: Sequence[float],
     path: str | Path,
     columns: int,
-    dpi: int,
     **grid: Any,
 ) -> None:
     """A figure with a row for each (title, values), drawn by show(axes, values, title); none where nothing is
@@ -263,4 +279,4 @@ def plot_rows(
         figure, axes = stacked_canvas(heights, columns, **grid)
         for row, (title, values) in zip(axes, shown, strict=True):
             show(row, values, title)
-        save(figure, path, dpi)
+        save(figure, path)

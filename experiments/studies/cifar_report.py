@@ -3,7 +3,6 @@
 import json
 import platform
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from experiments.testbeds.cifar import (
     saved_settings,
 )
 from experiments.testbeds.cifar_judge import GENERATED
-from scfm.files import atomic_write
 from scfm.models.lora import WEIGHT_NAME
 from toy.features import mark, recipe
 
@@ -216,7 +214,7 @@ def table(record: dict[str, Any], key: str = "frechet_test") -> str:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Frechet distance and label accuracy against evaluations."""
-    figure, axes = headless_pyplot().subplots(1, 2, figsize=(11, 3.6), dpi=80)
+    figure, axes = headless_pyplot().subplots(1, 2, figsize=(11, 3.6))
     not_fid = "Frechet distance on the features of a small ResNet (not FID)"
     plot_curves(axes[0], record, "frechet_test", not_fid)
     plot_curves(axes[1], record, "label_accuracy", "share of images taken for their label")
@@ -238,7 +236,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     cost = f"{record['budget']} network evaluations of training each"
     figure.suptitle(f"{record['about']}; {record['size']}, {cost}", fontsize=9.5)
     figure.tight_layout()
-    save_png(figure, path)
+    save(figure, path)
 
 
 def plot_curves(ax: Any, record: dict[str, Any], key: str, title: str) -> None:
@@ -259,7 +257,7 @@ def plot_images(plan: Plan, record: dict[str, Any], path: Path, nfe: Sequence[in
     seed, across = str(record["seeds"][0]), 2
     names = [name for name, by_seed in record["samplers"].items() if seed in by_seed]
     down = -(-len(names) // across)
-    figure, axes = headless_pyplot().subplots(down, across, figsize=(9.2, 2.3 * down), dpi=80, squeeze=False)
+    figure, axes = headless_pyplot().subplots(down, across, figsize=(9.2, 2.3 * down), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, name in zip(axes.flat, names, strict=False):
@@ -268,7 +266,7 @@ def plot_images(plan: Plan, record: dict[str, Any], path: Path, nfe: Sequence[in
         show_strips(ax, {n: file for n, file in files.items() if file.is_file()}, f"{name}; NFE at the left")
     figure.suptitle(record["about"], fontsize=9)
     figure.tight_layout()
-    save_png(figure, path)
+    save(figure, path)
 
 
 def show_strips(ax: Any, files: dict[int, Path], title: str) -> None:
@@ -281,11 +279,6 @@ def show_strips(ax: Any, files: dict[int, Path], title: str) -> None:
     ax.set_xticks([])
     ax.set_yticks([16 + 32 * i for i in range(len(strips))], list(files), fontsize=7)
     ax.set_title(title, fontsize=8)
-
-
-def save_png(figure: Any, path: Path) -> None:
-    write = partial(save, figure, dpi=80, format="png", bbox_inches="tight", pil_kwargs={"optimize": True})
-    atomic_write(path, write)
 
 
 def report(

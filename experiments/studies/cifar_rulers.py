@@ -142,7 +142,7 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
     lines = labelled_handles(axes.flat)
     figure.legend(lines.values(), lines.keys(), loc="lower center", ncol=6, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    save(figure, path, 120)
+    save(figure, path)
 
 
 def text(record: dict[str, Any]) -> str:

@@ -1,14 +1,25 @@
 """The record, the tables and the figures of the study `compare`, from its results."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from experiments.curves import Curves, curve_table, gather_curves
-from experiments.figures import LEVELS, canvas, labelled_handles, look, plot_curve, save, step_axes
+from experiments.figures import (
+    LEVELS,
+    RIVAL,
+    SCFM,
+    STUDENT,
+    TEACHER,
+    canvas,
+    labelled_handles,
+    look,
+    plot_curve,
+    save,
+    step_axes,
+)
 from experiments.runner import Result
 from experiments.studies import compare_flux, compare_plane
 from experiments.testbeds import plane, tiny_flux
@@ -114,26 +125,63 @@ def plot(record: dict[str, Any], path: str | Path) -> None:
             draw(ax, record, of_budget, data, f"{data}, {name} ({evaluations:,} evaluations)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    save(figure, path, 80)
+    save(figure, path)
 
 
 def plot_summary(record: dict[str, Any], path: str | Path, budget: str = "medium") -> None:
-    """One budget on a screen: the sets of the plane, the tiny Flux by two rulers, and the legend."""
+    """One budget at a glance: the sets of the plane, the tiny Flux by two rulers, and the legend. The rivals
+    are one thin colour; the scale trained in is from the record of `step_scale` beside the image, if there.
+    """
     places = [(data, "") for data in sorted(record["free"], key=lambda data: data == FLUX)]
     places += [(FLUX, " coupling")] * (FLUX in record["free"])
     rows = -(-(len(places) + 1) // 3)
     figure, axes = canvas(rows, 3, (10.8, 3 * rows))
-    cells = list(axes.flat)
+    cells, trained_in = list(axes.flat), scaled_curves(Path(path).parent, budget)
     for ax, (data, kind) in zip(cells, places, strict=False):
-        draw(ax, record, record["budgets"][budget], data, data + (", endpoints" if kind else ""), kind)
+        curves = record["free"][data] | record["budgets"][budget]["main"].get(data, {})
+        glance(ax, {label: curves.get(label + kind, {}) for label in SHOWN}, data)
+        ours = trained_in.get(data, {}).get(f"two differences {kind_of_ours(data, kind)}", {})
+        plot_curve(ax, ours, **STUDENT, ms=4, lw=2.2, elinewidth=0.8, label="the scale trained in")
+        step_axes(ax, STEPS, data, FLUX_LEVELS if data == FLUX and not kind else LEVELS)
+        ax.set_ylabel("distance to its endpoints" if kind else quality_axis(data))
     for ax in cells[len(places) :]:
         ax.axis("off")
     lines = labelled_handles(cells)
-    cells[len(places)].legend(lines.values(), lines.keys(), loc="center left", fontsize=8.5, frameon=False)
+    cells[len(places)].legend(lines.values(), lines.keys(), loc="center left", fontsize=9, frameon=False)
     figure.suptitle(f"Few-step methods from one teacher, {budget} budget: lower is better", fontsize=11)
     figure.tight_layout()
-    save(figure, path, 80)
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes
+    save(figure, path)
+
+
+def scaled_curves(folder: Path, budget: str) -> dict[str, dict[str, dict[int, Any]]]:
+    """{set: the curves of the scale trained in, by label and kind}, of the record in a folder."""
+    path = folder / "step_scale.json"
+    sets = json.loads(path.read_text(encoding="utf-8"))["budgets"][budget] if path.is_file() else {}
+    return {
+        data: {name: {int(n): e for n, e in curve.items()} for name, curve in curves.items()}
+        for data, curves in sets.items()
+    }
+
+
+def kind_of_ours(data: str, kind: str) -> str:
+    """A kind of curve, as the study `step_scale` calls it."""
+    if kind:
+        return "endpoint"
+    return "frechet" if data == FLUX else "sw2"
+
+
+def glance(ax: Any, curves: Curves, data: str) -> None:
+    """The teacher, SCFM at the best scale for each count, and all rivals in one colour."""
+    best = ON_FLUX_ALONE if data == FLUX else BOLD
+    for label, curve in curves.items():
+        curve = {n: e for n, e in curve.items() if e["mean"] > 0}  # no distance at the teacher's own 32
+        if label == "teacher euler":
+            plot_curve(ax, curve, **TEACHER, ms=4, lw=1.5, label="teacher")
+        elif label == best:
+            plot_curve(ax, curve, **SCFM, ms=4, lw=1.5, label="SCFM, a scale searched for each count")
+        elif curve and not label.startswith(("SCFM", "teacher")):
+            style = RIVAL | {"ms": 2.5, "lw": 0.8, "alpha": 0.5}
+            plot_curve(ax, curve, **style, label="Reflow, progressive, consistency,\nShortcut, MeanFlow")
 
 
 def draw(

@@ -45,7 +45,7 @@ def draw(worlds: dict[str, dict], rows: Sequence[tuple[str, str]], path: str | P
     handles = labelled_handles(axes.flat)
     figure.legend(handles.values(), handles, loc="lower center", ncol=5, fontsize=8)
     figure.tight_layout(rect=(0, 0.5 / high, 1, 1))
-    save(figure, path, 60)
+    save(figure, path)
 
 
 def sizes_of(worlds: Iterable[dict]) -> list[str]:

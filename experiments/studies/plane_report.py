@@ -145,7 +145,7 @@ def plot(record: dict[str, Any], path: str | Path) -> None:
     )
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
     figure.tight_layout(rect=(0, 0.12, 1, 1))
-    save(figure, path, 90)
+    save(figure, path)
 
 
 def plot_ablations(record: dict[str, Any], path: str | Path) -> None:
@@ -166,7 +166,7 @@ def plot_ablations(record: dict[str, Any], path: str | Path) -> None:
         fontsize=10,
     )
     figure.tight_layout()
-    save(figure, path, 80)
+    save(figure, path)
 
 
 def plot_choosers(record: dict[str, Any], ax: Any) -> None:

@@ -115,7 +115,7 @@ def plot(record: dict[str, Any], path: str | Path) -> None:
     lines = labelled_handles(axes.flat)
     figure.legend(lines.values(), lines.keys(), loc="lower center", ncol=4, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.12, 1, 1))
-    save(figure, path, 120)
+    save(figure, path)
 
 
 def draw(ax: Any, record: dict[str, Any], data: str) -> None:

@@ -129,7 +129,7 @@ def plot(record: dict[str, Any], path: str | Path) -> None:
     lines = labelled_handles(axes.flat)
     figure.legend(lines.values(), lines.keys(), loc="lower center", ncol=4, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    save(figure, path, 80)
+    save(figure, path)
 
 
 def draw(ax: Any, ours: Curves, data: str, budget: str) -> None:

@@ -255,7 +255,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes[0][1].axhline(record["frechet_floor"], color="k", lw=0.8, ls=":", label="drawings against drawings")
     axes[0][1].legend(fontsize=7)
     figure.tight_layout()
-    save(figure, path, 90)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -130,4 +130,4 @@ def plot(record: dict[str, Any], path: str | Path) -> None:
     handles = labelled_handles([ax])
     ax.legend(handles.values(), handles, fontsize=7, loc="best")
     figure.tight_layout()
-    save(figure, path, 80)
+    save(figure, path)
