@@ -92,7 +92,7 @@ def save(figure: Any, path: str | Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
-    atomic_write(path, lambda new: few_colours(Image.open(buffer)).save(new, "png", optimize=True))
+    atomic_write(Path(path), lambda new: few_colours(Image.open(buffer)).save(new, "png", optimize=True))
 
 
 def level_axis(ax: Any, levels: Sequence[float], **style: Any) -> None:
