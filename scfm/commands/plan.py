@@ -117,7 +117,7 @@ def print_plan(plan: dict[str, Any], name: str, config: DistillConfig) -> None:
     print(
         f"  {plan['hours of training']:.1f} h for {plan['steps']} steps, and "
         f"{plan['hours of generating']:.1f} h for the "
-        f"teacher's {plan['images']} images: first guesses"
+        f"teacher's {plan['images']} images, if that rate holds"
     )
     print_measured(find_measured(name, config, plan["examples of a forward"]))
 
@@ -125,7 +125,7 @@ def print_plan(plan: dict[str, Any], name: str, config: DistillConfig) -> None:
 def print_measured(found: Sequence[Measured]) -> None:
     """What was measured of the same settings, and on which device; or that nothing was."""
     if not found:
-        print("  counted, not measured")
+        print("  all of it counted, not measured")
     for one in found:
         peak = f", {one.peak_gib:.2f} GiB at its peak" if one.peak_gib else ""
         print(
