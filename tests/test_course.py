@@ -69,6 +69,14 @@ def test_an_image_comes_soon(path):
 
 
 @each_chapter
+def test_one_quantity_can_be_turned(path):
+    outputs = [o for cell in course_of(cells_of(path)) for o in cell.get("outputs", [])]
+    pages = ["".join(o.get("data", {}).get("text/html", "")) for o in outputs]
+    (slider,) = (page for page in pages if 'class="slider"' in page)
+    assert 5 <= slider.count("<img") <= 10 and f'max="{slider.count("<img") - 1}"' in slider
+
+
+@each_chapter
 def test_the_module_is_written_at_the_end(path):
     cells = cells_of(path)
     exported = [cell for cell in course_of(cells) if source(cell).startswith("#| export")]

@@ -1,6 +1,8 @@
 """Every notebook runs from top to bottom in a fresh kernel and in its time, and is committed with what it
 then shows."""
 
+import base64
+import io
 import json
 import multiprocessing
 import re
@@ -14,6 +16,7 @@ import pytest
 from kernels import ForkedKernels
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError
+from PIL import Image
 
 pytestmark = pytest.mark.notebook
 ROOT = Path(__file__).parents[1]
@@ -23,6 +26,7 @@ BUDGETS = json.loads(
 )  # seconds, on a laptop with nothing else to do
 PATIENCE = 4  # a slow or busy machine may take so many times the budget
 LARGEST = 900_000  # bytes; 41_ablations has 23 figures at 144 dots an inch
+COLUMN = 760  # dots of a page's column, where nothing else is said
 MACHINE_PATH = re.compile(r"(?<![\w.])/(work|home|root|Users)/")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -94,6 +98,17 @@ def test_it_is_committed_with_outputs(path):
     assert not noise, f"warnings or progress bars in {path.name}:\n{noise[0]}"
     counts = [cell.execution_count for cell in cells if cell.execution_count is not None]
     assert counts == sorted(set(counts)), f"the cells of {path.name} were run out of order: {counts}"
+
+
+@each_notebook
+def test_its_figures_are_sharp(path):
+    """A file has half as many dots again as it takes on the page."""
+    outputs = [o for cell in code_cells(nbformat.read(path, as_version=4)) for o in cell.outputs]
+    figures = [o for o in outputs if "Figure" in o.get("data", {}).get("text/plain", "")]
+    for output in figures:
+        image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+        shown = output.metadata.get("image/png", {}).get("width", COLUMN)
+        assert image.width >= 1.5 * shown - 2, f"{image.width} dots for {shown}"
 
 
 @each_notebook

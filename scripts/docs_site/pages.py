@@ -81,7 +81,7 @@ class Writer:
                 content = base64.b64decode("".join(data[kind]))
                 (self.source / place).parent.mkdir(parents=True, exist_ok=True)
                 (self.source / place).with_name(image).write_bytes(content)
-                width = output.get("metadata", {}).get(kind, {}).get("width")  # half its pixels, if at all
+                width = output.get("metadata", {}).get(kind, {}).get("width")  # it has more pixels
                 wide = f" width={width}" if width else ""
                 parts.append(f"![output of the code above]({image}){{ .output{wide} }}")
             elif SLIDER in (html := "".join(data.get("text/html", ""))):
