@@ -253,9 +253,13 @@ def plot_curves(ax: Any, record: dict[str, Any], key: str, title: str) -> None:
 
 
 def plot_images(plan: Plan, record: dict[str, Any], path: Path, nfe: Sequence[int] = (1, 2, 4, 64)) -> None:
-    """A strip of ten images from the same ten noises: a row per sampler and NFE."""
+    """A strip of ten images from the same ten noises: a row per sampler and NFE. Nothing where none is of the
+    first seed.
+    """
     seed, across = str(record["seeds"][0]), 2
     names = [name for name, by_seed in record["samplers"].items() if seed in by_seed]
+    if not names:
+        return
     down = -(-len(names) // across)
     figure, axes = headless_pyplot().subplots(down, across, figsize=(9.2, 2.3 * down), squeeze=False)
     for ax in axes.flat:

@@ -29,6 +29,7 @@ from toy.pipelines import GUIDANCE, load_flux
 from toy.plane import DATA, MLP, train_flow
 
 RANK = 16
+DIFFERENCE_LR = 2.5e-4  # from scratch: a quarter of the base's
 
 
 class FromScratch(NamedTuple):
@@ -103,12 +104,14 @@ def measure_from_scratch(cache: CellCache, job: Job, sizes: FromScratch) -> dict
     per_example = 3 + 2 * (share or 0)  # forward 1, backward 2, each half-step of a target 1
     steps = int(job.budget / (sizes.batch * per_example))
     spec = {"data": job.data, "seed": job.seed, "share": share, "steps": steps, "batch": sizes.batch}
+    spec |= {"difference_lr": DIFFERENCE_LR} if share else {}
     torch.manual_seed(job.seed)
     models = ScaledNetwork(MLP(), 2, train_base=True)
     config = SCFMConfig(
         max_train_steps=steps,
         global_batch_size=sizes.batch,
         learning_rate=1e-3,
+        difference_lr=DIFFERENCE_LR,
         lr_scheduler="cosine",
         algorithm=STEP_SCALED,
         non_shortcut_ratio=1 - (share or 0),

@@ -74,7 +74,8 @@ class SCFMConfig:
         16, "step_scaled: targets made of half-steps of more than so many a path are the teacher's")
     ema_decay: float = setting(0.95, "step_scaled: decay of its EMA, per step; a short memory")
     difference_lr: float = setting(
-        0.0, "step_scaled: learning rate of the differences; 0: learning_rate over the mean of the scale")
+        0.0, "step_scaled: learning rate of the differences; 0: learning_rate over the mean of the scale, "
+        "with flow-matching examples, which train the base, a quarter of it")
     seed: int = setting(0, "of noise, times, kinds of examples and data")
 
     @property
@@ -89,8 +90,13 @@ class SCFMConfig:
 
     @property
     def rate_of_differences(self) -> float:
-        """Learning rate of what the scale multiplies: the smaller the scale, the faster; or as it is set."""
-        return self.difference_lr or self.learning_rate / self.step_scale.mean()
+        """Learning rate of what the scale multiplies, as it is set or by a rule.
+
+        On a frozen base the smaller the scale, the faster. On a base that is learned too they must not outrun
+        it: at its rate and above, the network at scale 1 may lose its input, for good.
+        """
+        usual = self.learning_rate / (4 if self.non_shortcut_ratio else self.step_scale.mean())
+        return self.difference_lr or usual
 
     def check(self) -> None:
         """ValueError with the field, its value and the mend, at the first value that makes no sense."""

@@ -92,15 +92,6 @@ class FlowConfig(SCFMConfig):
             return low, high
         return (1 / 1.1, 1.1) if self.algorithm == STEP_SCALED else (1.0, 2.0)
 
-    @property
-    def rate_of_differences(self) -> float:
-        """On a base that is learned too they must not outrun it: at the base's own rate scale 1, which adds
-        both differences in full, lost its input within 2000 steps on CIFAR-10, for good.
-        """
-        if self.teacher or self.difference_lr:
-            return super().rate_of_differences
-        return self.learning_rate / 4
-
     def check(self) -> None:
         """ValueError with the setting, its value and the mend. Looks at nothing but the settings."""
         super().check()
