@@ -160,7 +160,7 @@ def distance(x):
     return (projections(x) - projections(fresh)).square().mean().sqrt().item()
 
 counts = (1, 2, 3, 4, 8, 32)
-fig, axes = plt.subplots(2, 6, figsize=(9, 3), dpi=72, sharex=True, sharey=True)
+fig, axes = plt.subplots(2, 6, figsize=(9, 3), dpi=144, sharex=True, sharey=True)
 for row, (name, net) in zip(axes, (("teacher", teacher), ("student", student)), strict=True):
     row[0].set_ylabel(name)
     for ax, n in zip(row, counts, strict=True):

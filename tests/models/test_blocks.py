@@ -79,6 +79,7 @@ def test_compiled_blocks_compute_the_same_and_are_not_compiled_again(algorithm, 
     graphs = []
     for i in range(2):
         plain, compiled = (run.step(i) for run in runs)
-        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5)
+        # the order of sums depends on the CPU
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=2e-4)
         graphs.append(counter.frame_count)
     assert 0 < graphs[0] <= 9 and graphs[1] == graphs[0]
