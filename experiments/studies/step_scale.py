@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cost = {}
     if args.keep:
         before = json.loads(Path(f"{args.out}.json").read_text(encoding="utf-8"))
-        cost = {"kept": before["cost"]}
+        cost = {"kept": before.get("kept", before["cost"])}  # of the first: a second report adds nothing
         results = recall(results, before, partial(curves_of, budgets=budgets))
     record = {"notes": NOTES, **run_info(results), **cost, **gather(results, budgets)}
     write_record(record, args.out)

@@ -29,7 +29,6 @@ from toy.pipelines import GUIDANCE, load_flux
 from toy.plane import DATA, MLP, train_flow
 
 RANK = 16
-DIFFERENCE_LR = 2.5e-4  # from scratch: a quarter of the base's
 
 
 class FromScratch(NamedTuple):
@@ -104,14 +103,12 @@ def measure_from_scratch(cache: CellCache, job: Job, sizes: FromScratch) -> dict
     per_example = 3 + 2 * (share or 0)  # forward 1, backward 2, each half-step of a target 1
     steps = int(job.budget / (sizes.batch * per_example))
     spec = {"data": job.data, "seed": job.seed, "share": share, "steps": steps, "batch": sizes.batch}
-    spec |= {"difference_lr": DIFFERENCE_LR} if share else {}
     torch.manual_seed(job.seed)
     models = ScaledNetwork(MLP(), 2, train_base=True)
     config = SCFMConfig(
         max_train_steps=steps,
         global_batch_size=sizes.batch,
         learning_rate=1e-3,
-        difference_lr=DIFFERENCE_LR,
         lr_scheduler="cosine",
         algorithm=STEP_SCALED,
         non_shortcut_ratio=1 - (share or 0),
@@ -120,6 +117,7 @@ def measure_from_scratch(cache: CellCache, job: Job, sizes: FromScratch) -> dict
         ema_decay_slow=0.995,
         seed=job.seed,
     )
+    spec |= {"difference_lr": config.rate_of_differences} if share else {}
 
     def make() -> list[torch.Tensor]:
         if share is None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from experiments import carry_flows
 from experiments.studies import cifar, cifar_objects, cifar_rulers
 from experiments.studies.cifar import flow_sampler, lora_samplers
-from experiments.studies.cifar_report import SAME, aims, joined, rows_of
+from experiments.studies.cifar_report import SAME, aims, joined, plot_images, rows_of
 from experiments.testbeds.cifar import (
     DISTILLED,
     LORA,
@@ -269,3 +269,8 @@ def test_the_sheet_of_objects_and_its_record(noise_images, trained, untrained_ju
 def noise_of(count):
     """The noises that every sampler of the study gets."""
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_strip_of_a_seed_that_no_cell_has_is_not_drawn(tmp_path):
+    plot_images(Plan("data", tmp_path), {"seeds": [0, 1], "samplers": {"plain": {"1": []}}}, tmp_path / "strip.png")
+    assert not (tmp_path / "strip.png").exists()

@@ -40,6 +40,7 @@ def test_what_the_cells_lack_stays_as_it_is_recorded(study):
     study.lose("step_scale_scratch_sw2")
     again = study.run("--report", "--keep").record
     assert not again["missing"] and again["kept"]["cells"] == study.first.record["cost"]["cells"]
+    assert study.run("--report", "--keep").record["kept"] == again["kept"] != again["cost"]
     for part in ("budgets", "scratch", "choices", "against"):
         assert again[part] == study.first.record[part]
 

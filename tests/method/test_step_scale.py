@@ -303,5 +303,7 @@ def test_the_learning_rate_of_a_difference_is_divided_by_what_it_is_multiplied_b
         scheduler.step()
     halved = [group["lr"] for group in optimizer.param_groups]
     assert halved == pytest.approx([1e-4 / mean for mean in means])
+    from_scratch = SCFMConfig(algorithm="step_scaled", learning_rate=2e-4, non_shortcut_ratio=0.75)
+    assert from_scratch.rate_of_differences == 5e-5  # on a base that learns, at its rate one step is lost
     weighted = StepScale(counts=(1, 4), weights=(3.0, 1.0))
     assert weighted.mean() == pytest.approx((3 + 4**-0.85) / 4)

@@ -55,6 +55,7 @@ def notebook(tmp_path, *cells):
 def test_a_notebook_becomes_a_page_with_its_code_and_outputs(tmp_path):
     printed = {"output_type": "stream", "text": ["one\n", "\x1b[31mtwo\x1b[0m\n"]}
     image = {"output_type": "display_data", "data": {"image/png": "AAAA", "text/plain": "<Figure>"}}
+    sharp = image | {"metadata": {"image/png": {"width": 96, "height": 48}}}
     folded = "<details><summary>More</summary>\n\n| a |\n|---|\n\n</details>"
     turned = '<div class="slider"><input type="range"></div>'
     slider = {"output_type": "execute_result", "data": {"text/html": [turned], "text/plain": "<HTML>"}}
@@ -64,13 +65,14 @@ def test_a_notebook_becomes_a_page_with_its_code_and_outputs(tmp_path):
         ("code", "#| default_exp method.flow", []),
         ("code", "#| export\ndef f(x):\n    return x", [printed, image]),
         ("code", "#| hide\nsecret = 1", []),
-        ("code", "#| hide_input\nplumbing = 1", [image, slider]),
+        ("code", "#| hide_input\nplumbing = 1", [sharp, slider]),
     )
     assert '```python title="scfm/method/flow.py"\ndef f(x):\n    return x\n```' in text
     assert "one\ntwo\n```" in text and "secret" not in text and "default_exp" not in text
     assert '<details markdown="1"><summary>More</summary>' in text
     assert "plumbing" not in text and "](a_4_0.png)" in text and turned in text and "<HTML>" not in text
-    assert "](a_2_1.png)" in text and (tmp_path / "src/nbs/a_2_1.png").read_bytes() == b"\0\0\0"
+    assert "](a_4_0.png){ .output width=96 }" in text and "](a_2_1.png){ .output }" in text
+    assert (tmp_path / "src/nbs/a_2_1.png").read_bytes() == b"\0\0\0"
     assert writer.titles["nbs/a.md"] == ("Title", "In a line")
 
 

@@ -35,4 +35,4 @@ def test_no_colour_of_a_drawing_is_lost(tmp_path):
 def test_a_photograph_keeps_its_colours(side):
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     kept = few_colours(Image.fromarray(noise))
-    assert (np.asarray(kept.convert("RGB")) == noise).all() == (side == 200 or side**2 <= 256)
+    assert (np.asarray(kept.convert("RGB")) == noise).all()  # 64 colours fit a palette
