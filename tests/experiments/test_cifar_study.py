@@ -272,5 +272,6 @@ def noise_of(count):
 
 
 def test_a_strip_of_a_seed_that_no_cell_has_is_not_drawn(tmp_path):
-    plot_images(Plan("data", tmp_path), {"seeds": [0, 1], "samplers": {"plain": {"1": []}}}, tmp_path / "strip.png")
+    record = {"seeds": [0, 1], "samplers": {"plain": {"1": []}}}
+    plot_images(Plan("data", tmp_path), record, tmp_path / "strip.png")
     assert not (tmp_path / "strip.png").exists()
