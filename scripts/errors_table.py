@@ -75,7 +75,7 @@ CASES: list[tuple[str, Flags, Flags]] = [
             {"algorithm": "triple"},
             {"guidance_scale_range": "7,0"},
             {"guidance_mode": "distilled"},
-            {"guidance_mode": "distilled", "algorithm": "dual_pure"},
+            {"guidance_mode": "distilled", "algorithm": "dual"},
             {"negative_prompt": "ugly"},
             {"shift": "4,2"},
             {"weight_dtype": "fp8"},

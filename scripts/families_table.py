@@ -46,6 +46,8 @@ COLUMNS = [
 ]
 TAIL = """
 `scfm plan --shape NAME` knows these published sizes: {shapes}.
+Where guidance is classifier-free a step takes two evaluations, of teacher and student; `--guidance_mode
+distilled` puts it into the weights, and a step of the student takes one (`nbs/learn/21_sd3.ipynb`).
 A further family is one class: `nbs/learn/21_new_family.ipynb`.
 
 ## A walk with a newer one

@@ -9,7 +9,7 @@ from scfm.commands.options import make_parser, parse_config
 from scfm.commands.signals import exit_code, signals_noted
 from scfm.inference.model_card import write_card
 from scfm.models.lora import WEIGHT_NAME
-from scfm.models.scaled_lora import second_file
+from scfm.models.scaled_lora import power_file
 from scfm.training.checkpoint import latest
 from scfm.training.config import PRESETS, DistillConfig, as_json
 from scfm.training.distill_trainer import finalize, init_trainer
@@ -102,5 +102,6 @@ def print_summary(record: dict[str, Any], output_dir: str) -> None:
             "learning_rate)"
         )
     path = Path(output_dir) / WEIGHT_NAME
-    second = f" and {second_file(path).name}" if second_file(path).is_file() else ""
-    print(f"the model {record['selected']} is saved as {path}{second}")
+    beside = [power_file(path, power) for power in (2, 0)]
+    more = "".join(f" and {file.name}" for file in beside if file.is_file())
+    print(f"the model {record['selected']} is saved as {path}{more}")

@@ -147,7 +147,7 @@ def require_names(family: Any) -> ComfyNames:
 def save_for_comfyui(
     files: Mapping[str, Path], transformer: torch.nn.Module, names: ComfyNames, folder: Path
 ) -> list[Path]:
-    """Writes each of a step LoRA's files under ComfyUI's names, as step.safetensors and step_2.safetensors.
+    """Writes each of a step LoRA's files under ComfyUI's names, each under its adapter's.
 
     files: {adapter: file}
     transformer: that they are for; may be without weights

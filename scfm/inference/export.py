@@ -174,14 +174,17 @@ def export_for_comfyui(config: ExportConfig) -> dict[str, Any]:
 
 
 def strengths_of(lora_scales: LoraScales | None, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """{number of steps: {file: strength}}: of a pair the second has the square of the scale.
+    """{number of steps: {file: strength}}: of a pair the second has the square of the scale, and what holds
+    the guidance 1.
 
     lora_scales: None: nothing was searched, and the strength is 1 for 4 steps
     """
-    scales = {n: lora_scales.scale(n) for n in lora_scales.steps} if lora_scales else {4: 1.0}
+    strengths: dict[int, tuple[float, ...]] = {4: (1.0,)}
+    if lora_scales:
+        strengths = {n: lora_scales.strengths(lora_scales.scale(n)) for n in lora_scales.steps}
     return {
-        str(n): {name: round(scale**power, 4) for power, name in enumerate(names, 1)}
-        for n, scale in scales.items()
+        str(n): {name: round(strength, 4) for name, strength in zip(names, each, strict=True)}
+        for n, each in strengths.items()
     }
 
 

@@ -15,7 +15,7 @@ from scfm.method.lora_scale import LoraScales
 from scfm.models.base import PipelineFamily, takes_sigmas
 from scfm.models.lora import WEIGHT_NAME
 from scfm.models.lora_file import read_lora_scales, write_lora_scales
-from scfm.models.scaled_lora import second_file
+from scfm.models.scaled_lora import names_of, power_file
 from scfm.models.source import PipelineSource
 
 MARKER = "<!-- written by scfm, which will write it again; take this line out to keep what you change -->"
@@ -78,8 +78,7 @@ noise, on {captions} prompts. Training drew {first} to {last} steps.
 GRID = """pipe.scheduler.sigma_min = 1 / {n}  # evenly from 1 to here, then shifted: the grid of {n} step{s}
 """
 LOAD_ONE = 'pipe.load_lora_weights("{folder}", adapter_name="step")'
-LOAD_PAIR = """pipe.load_lora_weights("{folder}", weight_name="{first}", adapter_name="step")
-pipe.load_lora_weights("{folder}", weight_name="{second}", adapter_name="step_2")"""
+LOAD_SEVERAL = 'pipe.load_lora_weights("{folder}", weight_name="{file}", adapter_name="{name}")'
 SET_ADAPTERS = "pipe.set_adapters({names}, [{scales}])"
 SCALE_PER_STEP = """scales = {scales}  # for each step
 
@@ -134,12 +133,11 @@ def example(config: InferenceConfig, lora_scales: LoraScales | None) -> dict[str
     scale."""
     n = min(lora_scales.steps, key=lambda steps: abs(steps - 4)) if lora_scales else 4
     scales = lora_scales.per_step(n) if lora_scales else (1.0,)
-    order = lora_scales.order if lora_scales else 1
     if len(set(scales)) == 1:
-        code, more = set_adapters(scales[0], order), []
+        code, more = set_adapters(scales[0], lora_scales), []
     else:
-        each = [[round(scale**power, 6) for power in range(1, order + 1)] for scale in scales]
-        code = SCALE_PER_STEP.format(scales=each, n=n, names=adapter_list(order))
+        each = [[round(strength, 6) for strength in strengths(scale, lora_scales)] for scale in scales]
+        code = SCALE_PER_STEP.format(scales=each, n=n, names=adapter_list(lora_scales))
         more = ["callback_on_step_end=set_scale"]
     return {
         "n": n,
@@ -163,22 +161,29 @@ def is_told(family: type[PipelineFamily]) -> bool:
     return not hasattr(family, "pipeline_class") or takes_sigmas(family.pipeline_class)
 
 
-def set_adapters(scale: float, order: int) -> str:
+def set_adapters(scale: float, lora_scales: LoraScales | None) -> str:
     """The line that sets a LoRA scale, the second of a pair to its square."""
-    scales = ", ".join(f"{scale**power:.4g}" for power in range(1, order + 1))
-    return SET_ADAPTERS.format(names=adapter_list(order), scales=scales)
+    scales = ", ".join(f"{strength:.4g}" for strength in strengths(scale, lora_scales))
+    return SET_ADAPTERS.format(names=adapter_list(lora_scales), scales=scales)
 
 
-def adapter_list(order: int) -> str:
+def strengths(scale: float, lora_scales: LoraScales | None) -> tuple[float, ...]:
+    """What each LoRA is multiplied by at a scale."""
+    return lora_scales.strengths(scale) if lora_scales else (scale,)
+
+
+def adapter_list(lora_scales: LoraScales | None) -> str:
     """The adapters of the card's code, as a list there."""
-    return '["step", "step_2"]' if order == 2 else '["step"]'
+    return json.dumps(names_of("step", lora_scales.powers if lora_scales else (1,)))
 
 
 def loading_code(lora_scales: LoraScales | None, folder: str) -> str:
-    """The lines that load the LoRA, or the pair, from a folder."""
-    if lora_scales is None or lora_scales.order == 1:
+    """The lines that load the LoRA, or those that belong together, from a folder."""
+    powers = lora_scales.powers if lora_scales else (1,)
+    if powers == (1,):
         return LOAD_ONE.format(folder=folder)
-    return LOAD_PAIR.format(folder=folder, first=WEIGHT_NAME, second=second_file(WEIGHT_NAME).name)
+    pairs = zip([power_file(WEIGHT_NAME, k).name for k in powers], names_of("step", powers), strict=True)
+    return "\n".join(LOAD_SEVERAL.format(folder=folder, file=file, name=name) for file, name in pairs)
 
 
 def call_arguments(config: InferenceConfig, steps: int, more: Sequence[str] = ()) -> str:
@@ -226,13 +231,14 @@ def rule_table(lora_scales: LoraScales, selection: Mapping[str, Any]) -> str:
     distances = selection.get("endpoint_distance", {})
     ours, teachers = distances.get(selection.get("selected"), {}), distances.get("teacher", {})
     rows = [
-        f"| {n} | `{set_adapters(lora_scales.scale(n), lora_scales.order)}` | {distance_text(ours, n)} | "
+        f"| {n} | `{set_adapters(lora_scales.scale(n), lora_scales)}` | {distance_text(ours, n)} | "
         f"{distance_text(teachers, n)} |"
         for n in sorted({*lora_scales.steps, 5})
     ]
     return RULE.format(
         exponent=lora_scales.exponent,
-        pair=", the second LoRA at its square" if lora_scales.order == 2 else "",
+        pair=", the second LoRA at its square" * (lora_scales.order == 2)
+        + ", that of the guidance at 1" * lora_scales.guidance,
         rows="\n".join(rows),
         target_steps=selection.get("teacher_steps", "many"),
         captions=selection.get("captions", "the run's"),

@@ -46,8 +46,10 @@ def search_lora_scales(
     # where the student learned to do without guidance, scale 0 has none: it is shown, but is no choice
     distilled = config.teacher_guidance_scale != config.guidance_scale
     choices = {pair: distance for pair, distance in curve.items() if pair[1] or not distilled}
-    order = step_lora.lora_scales.order if step_lora.lora_scales else 1  # a pair stays one
-    return choose_lora_scales(choices, config.inference_shift)._replace(order=order), curve
+    chosen, before = choose_lora_scales(choices, config.inference_shift), step_lora.lora_scales
+    if before:  # a pair stays one
+        chosen = chosen._replace(order=before.order, guidance=before.guidance)
+    return chosen, curve
 
 
 def search_schedules(

@@ -18,7 +18,7 @@ from scfm.method.scale_schedule import per_step_field
 from scfm.models.loading import DTYPES, load_pipeline
 from scfm.models.lora_file import read_lora_scales
 from scfm.models.sampling import euler_endpoints, start_noise, together
-from scfm.models.scaled_lora import second_file
+from scfm.models.scaled_lora import names_of, power_file
 from scfm.models.source import PipelineSource
 from scfm.models.video import frame_options
 from scfm.types import Condition, VelocityField
@@ -31,8 +31,8 @@ class StepLora:
 
     config: resolved here if it is not.
     source: where the pipeline comes from, if that has been looked up; else config says it
-    Attributes: `config`; `path`, the LoRA's file; `files`, {adapter: file}, two for a pair; `lora_scales`,
-    those in the header, or None; `source`;
+    Attributes: `config`; `path`, the LoRA's file; `files`, {adapter: file}, as of `lora_files`;
+    `lora_scales`, those in the header, or None; `source`;
     `family`; `pipe`, whose scheduler has config.inference_shift at every size; `stock_scheduler`, the one
     that the pipeline came with.
     """
@@ -71,7 +71,8 @@ class StepLora:
 
     def adapter_scales(self, scale: float) -> dict[str, float]:
         """{adapter: its own scale} at a LoRA scale s: the second of a pair has s ** 2."""
-        return {name: float(scale) ** power for power, name in enumerate(self.files, 1)}
+        strengths = self.lora_scales.strengths(scale) if self.lora_scales else (float(scale),)
+        return dict(zip(self.files, strengths, strict=True))
 
     def field(self, x: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """The velocity at the LoRA scale that is set."""
@@ -135,14 +136,16 @@ class StepLora:
 
 
 def lora_files(path: Path, lora_scales: LoraScales | None) -> dict[str, Path]:
-    """{adapter: file} of a step LoRA: "step", and "step_2" for a pair. FileNotFoundError where that is
-    missing."""
-    if lora_scales is None or lora_scales.order == 1:
-        return {"step": path}
-    second = second_file(path)
-    if not second.is_file():
-        raise FileNotFoundError(f"{path} is the first LoRA of a pair, and {second.name} is not beside it")
-    return {"step": path, "step_2": second}
+    """{adapter: file} of a step LoRA: "step", and beside it "step_2" for a pair, "step_0" for the guidance.
+    FileNotFoundError where one is missing."""
+    powers = lora_scales.powers if lora_scales else (1,)
+    files = {name: power_file(path, k) for name, k in zip(names_of("step", powers), powers, strict=True)}
+    for file in files.values():
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{path} is one LoRA of {len(files)} that belong together, and {file.name} is not beside it"
+            )
+    return files
 
 
 def bind_family(source: PipelineSource, config: InferenceConfig, pipe: Any) -> Any:

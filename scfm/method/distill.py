@@ -71,7 +71,7 @@ class SCFMConfig:
     step_weights: tuple[float, ...] = setting(
         (), "step_scaled: how often each of step_counts is drawn; empty: equally often")
     finest_steps: int = setting(
-        16, "step_scaled: targets made of half-steps of more than so many a path are the teacher's")
+        0, "step_scaled: halves of more than so many a path are the teacher's; 0: 16, distilling guidance 8")
     ema_decay: float = setting(0.95, "step_scaled: decay of its EMA, per step; a short memory")
     difference_lr: float = setting(
         0.0, "step_scaled: learning rate of the differences; 0: learning_rate over the mean of the scale, "
@@ -86,7 +86,12 @@ class SCFMConfig:
     @property
     def step_scale(self) -> StepScale:
         """The rule of step_scaled."""
-        return StepScale(self.scale_exponent, self.step_counts, self.step_weights, self.finest_steps)
+        return StepScale(self.scale_exponent, self.step_counts, self.step_weights, self.finest)
+
+    @property
+    def finest(self) -> int:
+        """Half-steps of more than so many a path are the teacher's, as it is set or by a rule."""
+        return self.finest_steps or 16
 
     @property
     def rate_of_differences(self) -> float:
@@ -168,7 +173,7 @@ VALIDATORS: list[Validator] = [
      "whole numbers of at least 1, as (1, 2, 4, 8, 16)"),
     ("step_weights", lambda c: not c.step_weights or weighs(c.step_weights, len(c.step_counts)),
      "a number of at least 0 for each of step_counts, not all 0; empty: equally often"),
-    ("finest_steps", lambda c: is_int(c.finest_steps, 1) and max(c.step_counts) * 2 > c.finest_steps,
+    ("finest_steps", lambda c: is_int(c.finest_steps, 0) and max(c.step_counts) * 2 > c.finest,
      "a whole number below twice the largest of step_counts: else no target comes from the teacher, and the "
      "student forgets it"),
     ("ema_decay", lambda c: 0 <= c.ema_decay < 1, "a decay in [0, 1)"),
@@ -308,7 +313,8 @@ def make_emas(models: Any, config: SCFMConfig) -> Averages:
         set here
     """
     if config.algorithm == STEP_SCALED:
-        return ScaledEMAs(models, config.ema_decay, config.ema_decay_slow)
+        of_base = config.ema_decay_slow if config.non_shortcut_ratio else config.ema_decay
+        return ScaledEMAs(models, config.ema_decay, of_base)
     models.ema_target_scale = config.ema_target_scale
     fast, slow, student = (models.parameters(name) for name in ("ema_fast", "ema_slow", "student"))
     return FastSlow(fast, slow, student, config.ema_decay_fast, config.ema_decay_slow, config.restart_every)

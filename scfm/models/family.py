@@ -126,6 +126,11 @@ def unguided(velocity: FamilyVelocity) -> FamilyVelocity:
     def at_scale_1(
         transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, cond: Condition
     ) -> torch.Tensor:
-        return velocity(transformer, x, t, {**cond, "guidance": torch.ones_like(cond["guidance"])})
+        return velocity(transformer, x, t, without_guidance(cond))
 
     return at_scale_1
+
+
+def without_guidance(cond: Any) -> Any:
+    """A family's condition with guidance scale 1 for every example."""
+    return {**cond, "guidance": torch.ones_like(cond["guidance"])}

@@ -31,5 +31,5 @@ def read_lora_scales(path: str | Path) -> LoraScales | None:
         return None
     saved = json.loads(text)
     schedules = tuple(map(tuple, saved.get("schedules", ())))
-    rule = saved.get("exponent", 0.0), saved.get("order", 1)
+    rule = saved.get("exponent", 0.0), saved.get("order", 1), saved.get("guidance", False)
     return LoraScales(tuple(saved["steps"]), tuple(saved["scales"]), saved["shift"], schedules, *rule)

@@ -133,8 +133,16 @@ class DistillTrainer(Trainer):
         if config.algorithm == STEP_SCALED:
             # a family that does not say has one row for each example; if not, the first forward says so
             rows = rows or (lambda cond: None)
+            teachers = teacher_velocity if config.guidance_mode == "distilled" else None
             return ScaledLoraModels(
-                transformer, velocity, targets, config.rank, alpha, config.scale_order, rows
+                transformer,
+                velocity,
+                targets,
+                config.rank,
+                alpha,
+                config.scale_order,
+                rows,
+                teacher_velocity=teachers,
             )
         return LoraModels(
             transformer,
@@ -165,7 +173,7 @@ class DistillTrainer(Trainer):
             shift,
             config.dynamic_shift_prob,
         )
-        low, high = config.guidance_scale_range
+        low, high = config.guidance_range
         chance = torch.rand(n, generator=keyed_generator(config.seed, step, Stream.GUIDANCE))
         return jumps, low + (high - low) * chance
 

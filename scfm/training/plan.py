@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.method.distill import STEP_SCALED
 from scfm.models.blocks import first_blocks
-from scfm.models.family import FAMILIES
+from scfm.models.family import FAMILIES, velocities
 from scfm.models.flux import Flux
 from scfm.models.loading import DTYPES
 from scfm.models.lora import COPIES, adapter_parameters, add_adapters
-from scfm.models.scaled_lora import ScaledLoraModels, names_of
+from scfm.models.scaled_lora import ScaledLoraModels
 from scfm.models.sd3 import SD3
 from scfm.models.source import PipelineSource
 from scfm.models.video import frame_options
@@ -258,8 +258,9 @@ def make_plan(
     bytes_each, batch = DTYPES[config.weight_dtype].itemsize, config.global_batch_size
     blocks = sum(len(m) for _, m in transformer.named_children() if isinstance(m, torch.nn.ModuleList))
     lora, adapters = give_adapters(config, family, transformer)
-    one = count_example(family, transformer, max(config.guidance_scale_range), DTYPES[config.weight_dtype])
-    operations, activations = batch * (2 * one.forward + one.student), one.saved
+    one, guided = count_both(config, family, transformer)
+    halves = 2 * (one.forward + share_of_teacher(config) * (guided.forward - one.forward))
+    operations, activations = batch * (halves + one.student), one.saved
     # saved: the inputs of the blocks that are recomputed, and what the others need
     if config.gradient_checkpointing:
         share = len(first_blocks(transformer, config.checkpoint_blocks)) / blocks  # is computed a second time
@@ -280,7 +281,7 @@ def make_plan(
     fetched = passes * base.on_host
     computing, generating = (
         operations / (speed * efficiency * processes),
-        images * config.teacher_steps * one.forward / (speed * efficiency * processes),
+        images * config.teacher_steps * guided.forward / (speed * efficiency * processes),
     )
     generating += -(-images // TOGETHER) * config.teacher_steps * base.on_host / HOST_LINK
     seconds = computing + fetched / HOST_LINK  # the GPU waits for it
@@ -308,14 +309,42 @@ def make_plan(
     }
 
 
+def count_both(config: DistillConfig, family: Any, transformer: Any) -> tuple[Count, Count]:
+    """`Count` of an example of the student, and of the teacher, which alone is guided where guidance is
+    distilled."""
+    dtype = DTYPES[config.weight_dtype]
+    guided = count_example(family, transformer, max(config.guidance_range), dtype)
+    if config.guidance_mode == "kept":
+        return guided, guided
+    return count_example(family, transformer, 1.0, dtype), guided
+
+
+def share_of_teacher(config: DistillConfig) -> float:
+    """The share of the examples whose target is the teacher's."""
+    if config.algorithm != STEP_SCALED:
+        return config.teacher_ratio
+    rule = config.step_scale
+    weights = rule.weights or (1.0,) * len(rule.counts)
+    of_teacher = [w for w, n in zip(weights, rule.counts, strict=True) if 2 * n > rule.finest]
+    return sum(of_teacher) / sum(weights)
+
+
 def give_adapters(config: DistillConfig, family: Any, transformer: Any) -> tuple[int, int]:
     """(parameters that are trained, of all adapters) of a transformer on the meta device, which gets them."""
     targets, alpha = config.lora_layers or family.lora_targets, config.lora_alpha or None
     with torch.device("meta"):
         if config.algorithm == STEP_SCALED:
-            order = config.scale_order
-            ScaledLoraModels(transformer, family.velocity, targets, config.rank, alpha, order)
-            trained, copies = names_of("student", order), 1
+            velocity, teachers = velocities(family, config.guidance_mode)
+            models = ScaledLoraModels(
+                transformer,
+                velocity,
+                targets,
+                config.rank,
+                alpha,
+                config.scale_order,
+                teacher_velocity=teachers if config.guidance_mode == "distilled" else None,
+            )
+            trained, copies = models.adapters["student"], 1
         else:
             # one adapter stands for its copies, which have its size
             add_adapters(transformer, targets, config.rank, alpha, {"student": ()})

@@ -106,6 +106,7 @@ def scales_of(config: DistillConfig, curve: Callable[..., Curve]) -> tuple[LoraS
         config.inference_shift,
         exponent=rule.exponent,
         order=config.scale_order,
+        guidance=config.guidance_mode == "distilled",
     )
     distances: Curve = {}
     for n in config.eval_num_steps:
@@ -114,7 +115,8 @@ def scales_of(config: DistillConfig, curve: Callable[..., Curve]) -> tuple[LoraS
 
 
 def save_model(trainer: "DistillTrainer", folder: Path, name: str) -> Path:
-    """Writes one model's LoRA, or its two, into a folder; returns the file of the first."""
+    """Writes one model's LoRA, or those of all powers of the scale, into a folder; returns the file of the
+    first power."""
     models, pipeline_class = trainer.models, trainer.family.pipeline_class
     if isinstance(models, ScaledLoraModels):
         return models.save(pipeline_class, folder, name)

@@ -15,7 +15,7 @@ from scfm.inference.step_lora import InferenceConfig, StepLora, generate
 from scfm.models.lora import WEIGHT_NAME
 from scfm.models.lora_file import read_lora_scales
 from scfm.models.sampling import start_noise
-from scfm.models.scaled_lora import second_file
+from scfm.models.scaled_lora import power_file
 from toy.pipelines import FLUX, WEIGHTS
 
 PROMPTS = ["a large red cross", "a small blue ring on the left"]
@@ -87,10 +87,10 @@ def test_scale_0_is_the_teacher_and_the_second_has_the_square(pair):
 
 
 def test_half_a_pair_is_refused(pair, capsys):
-    second_file(pair / WEIGHT_NAME).unlink()
+    power_file(pair / WEIGHT_NAME, 2).unlink()
     assert main(["sample", "--lora", str(pair), "--prompt", PROMPTS[0], "--output", str(pair / "x.png")]) == 2
     assert (
-        "is the first LoRA of a pair, and pytorch_lora_weights_2.safetensors is not"
+        "is one LoRA of 2 that belong together, and pytorch_lora_weights_2.safetensors is not"
         in capsys.readouterr().err
     )
 

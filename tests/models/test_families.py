@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from scfm.inference.step_lora import InferenceConfig
+from scfm.inference.step_lora import InferenceConfig, StepLora
 from scfm.method.consistency import consistency_target, draw_jumps
 from scfm.method.flow import euler_step, sample, time_grid
 from scfm.method.metrics import endpoint_distance
@@ -445,6 +445,68 @@ def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path, distill_s
 
     assert rows[1, 0.0] == pytest.approx(endpoint_distance(reached(1), reached(3)), abs=1e-5)
     assert "guidance_scale=1," in (out / "README.md").read_text()
+
+
+STEP_SCALED = {
+    "guidance_mode": "distilled",
+    "algorithm": "step_scaled",
+    "guidance_scale_range": "1,4.5",  # of no meaning: one student has one guidance scale
+    "eval_lora_scales": "0.25,0.5,0.75,1,1.25",  # as they are by default: they mean nothing here
+}
+
+
+@pytest.mark.slow
+def test_a_scale_that_is_the_step_size_and_guidance_in_the_weights(
+    folder, tmp_path, distill_sd3, command, capsys
+):
+    """Three LoRAs: stock diffusers by the card's lines, ours, and the training's own field agree; half the
+    run twice is the run; a file that is lost is named."""
+    out, parts = tmp_path / "run", tmp_path / "parts"
+    assert distill_sd3(out, **STEP_SCALED) == 0
+    assert distill_sd3(parts, **STEP_SCALED, max_train_steps=1) == 0
+    assert distill_sd3(parts, **STEP_SCALED) == 0
+    names = [f"pytorch_lora_weights{end}.safetensors" for end in ("_0", "", "_2")]
+    for name in names:
+        whole, resumed = (load_file(path / "student" / name) for path in (out, parts))
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert read_lora_scales(out / names[1]).powers == (0, 1, 2)
+
+    run = DistillTrainer(config_of(out), progress=False)
+    run.resume()
+    assert run.draw(0, torch.tensor([0, 1]))[1].tolist() == [4.5, 4.5]
+    stock, scale = stock_of(folder), 2**-0.85
+    selected = json.loads((out / "selection.json").read_text())["selected"]
+    noise = noise_for(stock)[:2]
+    ours = endpoints(run, selected, CAPTIONS[:2], noise, 2, scale)
+    assert (ours - endpoints(run, "teacher", CAPTIONS[:2], noise, 2)).abs().max() > 1e-3
+    images = stock.decode(ours)
+
+    card = (out / "README.md").read_text()
+    line = next(row for row in card.splitlines() if row.startswith("| 2 |")).split("`")[1]
+    assert line == 'pipe.set_adapters(["step_0", "step", "step_2"], [1, 0.5548, 0.3078])'
+    loads = [row for row in card.splitlines() if row.startswith("pipe.load_lora_weights")]
+    for row in (*loads, line):
+        exec(row.replace('"run"', repr(str(out))), {"pipe": stock.pipe})
+    theirs = stock.sample_stock(CAPTIONS[:2], noise, 2, 1.0, 3.0)
+    assert "guidance_scale=1," in card and "that of the guidance at 1" in card
+    torch.testing.assert_close(theirs, images, rtol=0, atol=1e-3)  # the card has four digits of a scale
+
+    step_lora = StepLora(InferenceConfig(lora=str(out)), "cpu")
+    assert (step_lora.config.guidance_scale, step_lora.config.teacher_guidance_scale) == (1.0, 4.5)
+    assert step_lora.adapter_scales(0.5) == {"step_0": 1.0, "step": 0.5, "step_2": 0.25}
+    assert set(step_lora.adapter_scales(0).values()) == {0.0}  # the teacher, guided
+    torch.testing.assert_close(step_lora.endpoints(CAPTIONS[:2], noise, 2, scale), ours, rtol=0, atol=1e-4)
+    fused = tmp_path / "fused"
+    assert command("export", lora=out, steps=2, output_dir=fused) == 0
+    assert json.loads((fused / "export.json").read_text())["differences"]["mean"] < 1e-3
+    dial = {"num_prompts": 2, "steps": "1,2", "lora_scales": 1, "target_steps": 3}
+    assert command("dial", lora=parts, **dial) == 0
+    assert read_lora_scales(parts / names[1]).powers == (0, 1, 2)
+
+    (out / names[0]).unlink()
+    capsys.readouterr()
+    assert command("sample", lora=out, prompt="a star", steps=2, output=tmp_path / "a.png") == 2
+    assert f"{names[0]} is not beside it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

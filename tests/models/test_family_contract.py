@@ -20,7 +20,7 @@ from scfm.inference.config import InferenceConfig
 from scfm.inference.step_lora import fixed_shift
 from scfm.models.base import time_shift
 from scfm.models.check import check_images, check_latents, check_lora, check_text, check_velocity
-from scfm.models.family import FAMILIES
+from scfm.models.family import FAMILIES, velocities
 from scfm.models.loading import load_pipeline
 from scfm.models.lora import WEIGHT_NAME, LoraModels, adapter_metadata, add_adapters, save_lora
 from scfm.models.lora_file import read_lora_scales
@@ -158,6 +158,30 @@ def test_each_example_has_its_own_scale_in_one_forward(name, family):
         row = slice(i, i + 1)
         alone = models.field("student", scale)(x[row], t[row], rows_of(cond, row))
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-4)
+
+
+@each_family
+def test_guidance_in_the_weights_leaves_the_teacher_alone_guided(name, family):
+    """Half of a target: the guided teacher's where the scale is 0, else one row an example, unguided."""
+    if not family.uses_cfg:
+        with pytest.raises(ValueError, match="costs nothing"):
+            velocities(family, "distilled")
+        return
+    velocity, teachers = velocities(family, "distilled")
+    pipe = CASES[name][1]()
+    x, t, cond = point_of(family, GUIDANCE)
+    with torch.no_grad():
+        guided = family.velocity(pipe.transformer, x, t, cond)
+    models = ScaledLoraModels(
+        pipe.transformer, velocity, family.lora_targets, 2, None, 1, family.forward_rows, None, teachers
+    )
+    shaken(models.transformer, models.adapter_names)
+    mixed = models.scaled_velocity("ema", torch.tensor([0.0, 0.7, 0.0]), x, t, cond)
+    torch.testing.assert_close(mixed[::2], guided[::2], rtol=0, atol=1e-4)
+    alone = models.field("ema", 0.7)(x, t, {**cond, "guidance": torch.ones(3)})
+    torch.testing.assert_close(mixed[1], alone[1], rtol=0, atol=1e-4)
+    small = models.field("ema", 1e-9)(x, t, cond)  # the LoRA of power 0 is there at any scale
+    assert (small - guided).abs().max() > 1e-2
 
 
 @each_family

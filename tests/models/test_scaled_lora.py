@@ -6,16 +6,18 @@ import sys
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from scfm.method.consistency import TARGET_MODELS, consistency_target, draw_jumps, velocity_by_row
+from scfm.method.distill import SCFMConfig, make_emas, make_optimizer
 from scfm.method.flow import sample, time_grid
 from scfm.method.step_scale import StepScale, draw_step_jumps, step_scale_loss, step_scale_target
+from scfm.models.family import velocities
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, WEIGHT_NAME, LoraModels, adapter_state, load_adapter_state
 from scfm.models.pixels import Pixels, pipeline_of
-from scfm.models.scaled_lora import MODELS, ScaledLoraModels, second_file
+from scfm.models.scaled_lora import MODELS, ScaledLoraModels, power_file
 from scfm.models.sd3 import SD3
 from scfm.models.unet import UNetFlow
 from scfm.streams import keyed_generator
@@ -33,14 +35,22 @@ def build_flow():
     return pipe
 
 
+BUILDS = {"flux": (build_flux, Flux), "sd3": (build_sd3, SD3), "pixels": (build_flow, Pixels)}
+
+
 class Setup:
     """Four examples, and models whose adapters are random."""
 
-    def __init__(self, name: str, order: int, dtype: torch.dtype = torch.float32, alpha: int | None = None):
-        build, kind = {"flux": (build_flux, Flux), "sd3": (build_sd3, SD3), "pixels": (build_flow, Pixels)}[
-            name
-        ]
-        self.pipe = build()
+    def __init__(
+        self,
+        name: str,
+        order: int,
+        dtype: torch.dtype = torch.float32,
+        alpha: int | None = None,
+        guidance: bool = False,
+    ):
+        self.build, kind = BUILDS[name]
+        self.pipe = self.build()
         self.pipe.transformer.to(dtype)
         self.family = kind(self.pipe, 32, 32, TOKENS)
         text = self.family.encode_text(["a red star", "a small blue ring", "a cross", "a large green ring"])
@@ -52,14 +62,16 @@ class Setup:
         with torch.no_grad():
             self.teacher = self.family.velocity(self.pipe.transformer, self.x, self.t, self.cond)
         torch.manual_seed(0)
+        velocity, teachers = velocities(self.family, "distilled" if guidance else "kept")
         self.models = ScaledLoraModels(
             self.pipe.transformer,
-            self.family.velocity,
+            velocity,
             self.family.lora_targets,
             rank=3,
             alpha=alpha,
             order=order,
             forward_rows=self.family.forward_rows,
+            teacher_velocity=teachers if guidance else None,
         )
         for model in MODELS:
             for p in self.models.parameters(model):
@@ -321,14 +333,101 @@ def test_stock_diffusers_samples_the_pair_at_any_step_count(tmp_path):
 def test_a_pair_lies_in_two_files(tmp_path):
     setup = Setup("flux", 2, alpha=6)
     first = setup.models.save(FluxPipeline, tmp_path, "ema")
-    assert first == tmp_path / WEIGHT_NAME and second_file(first).is_file()
-    for adapter, path in zip(setup.models.adapters["ema"], (first, second_file(first)), strict=True):
+    assert first == tmp_path / WEIGHT_NAME and power_file(first, 2).is_file()
+    for adapter, path in zip(setup.models.adapters["ema"], (first, power_file(first, 2)), strict=True):
         saved = load_file(path)
         key = next(name for name in saved if "lora_B" in name)
         mine = dict(setup.pipe.transformer.named_parameters())[
             key.removeprefix("transformer.").replace("lora_B", f"lora_B.{adapter}")
         ]
         assert torch.equal(saved[key], 2 * mine)  # alpha / rank is multiplied in
+
+
+# guidance distilled into the weights
+
+
+def unguided_sum(setup: Setup, model: str, scale: float) -> torch.Tensor:
+    """The velocities of the base with all LoRAs of a model added to its weights, guidance left out."""
+    trained = dict(setup.pipe.transformer.named_parameters())
+    plain = setup.build().transformer
+    weights = dict(plain.named_parameters())
+    for power, adapter in zip((0, 1, 2), setup.models.adapters[model], strict=False):
+        for name in [name for name in trained if f".lora_A.{adapter}." in name]:
+            a, b = trained[name], trained[name.replace("lora_A", "lora_B")]
+            layer = name.replace(f".lora_A.{adapter}", "")
+            product = (b.flatten(1) @ a.flatten(1)).view(weights[layer].shape)
+            weights[layer] = weights[layer] + scale**power * product
+    cond = {**setup.cond, "guidance": torch.ones(4)}
+    with torch.no_grad():
+        return torch.func.functional_call(
+            Caller(plain, setup.family), prefixed(weights), (setup.x, setup.t, cond)
+        )
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("family", ["sd3", "pixels"])
+def test_where_guidance_is_distilled_one_lora_more_counts_at_every_scale(family, order):
+    """Held to weights that are added up by hand; at scale 0 the EMA is the guided teacher."""
+    setup = Setup(family, order, guidance=True)
+    assert setup.models.powers == (0, 1, 2)[: order + 1]
+    ema, student = setup.at("ema"), setup.at("student").detach()
+    for i, scale in enumerate(SCALES.tolist()):
+        if scale:
+            torch.testing.assert_close(ema[i], unguided_sum(setup, "ema", scale)[i], rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                student[i], unguided_sum(setup, "student", scale)[i], rtol=0, atol=1e-4
+            )
+    torch.testing.assert_close(ema[0], setup.teacher[0], rtol=0, atol=1e-5)
+    for model in ("teacher", "student", "ema"):
+        assert torch.equal(setup.models.field(model, 0.0)(setup.x, setup.t, setup.cond), setup.teacher)
+
+
+def test_where_guidance_is_distilled_the_teacher_alone_is_evaluated_twice():
+    setup, rows = Setup("sd3", 2, guidance=True), []
+    hook = setup.models.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    setup.at("student")
+    assert rows == [4]
+    rows.clear()
+    setup.models.scaled_velocity("ema", torch.tensor([0.0, 0.3, 0.0, 0.5]), setup.x, setup.t, setup.cond)
+    assert rows == [4, 2]  # both teacher's examples are guided, 2.5 and 4
+    rows.clear()
+    setup.models.scaled_velocity("ema", torch.zeros(4), setup.x, setup.t, setup.cond)
+    hook.remove()
+    assert rows == [6]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_gradient_of_the_guidances_lora_is_that_of_one_forward_for_each(order):
+    setup = Setup("sd3", order, guidance=True)
+    ours = [g.clone() for g in gradients(setup, disturb=True)]
+    assert len(setup.models.by_power("student")[0]) * (order + 1) == len(ours)
+    assert all(any(p.grad.any() for p in part) for part in setup.models.by_power("student").values())
+    for a, b in zip(ours, one_at_a_time(setup), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+
+
+def test_the_guidances_lora_learns_at_the_plain_rate_and_has_the_short_ema():
+    setup = Setup("sd3", 2, guidance=True)
+    config = SCFMConfig(algorithm="step_scaled", learning_rate=1e-4, ema_decay=0.5)
+    optimizer, _ = make_optimizer(setup.models, config)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == [1e-4, config.rate_of_differences, config.rate_of_differences]
+    emas = make_emas(setup.models, config)  # which are copies now
+    before = [p.clone() for p in setup.models.parameters("ema")]
+    for p in setup.models.parameters("student"):
+        p.data.add_(1)
+    emas.update()
+    for old, new in zip(before, setup.models.parameters("ema"), strict=True):
+        torch.testing.assert_close(new - old, torch.full_like(old, 0.5))
+
+
+def test_the_guidances_lora_lies_beside_the_pair(tmp_path):
+    setup = Setup("sd3", 2, guidance=True)
+    first = setup.models.save(StableDiffusion3Pipeline, tmp_path, "student")
+    names = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert first.name == WEIGHT_NAME and names == {power_file(first, power).name for power in (0, 1, 2)}
 
 
 def test_models_of_a_family_that_does_not_say_whose_rows_are_whose_are_evaluated_apart():

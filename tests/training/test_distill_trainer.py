@@ -25,7 +25,7 @@ from scfm.commands.signals import signals_noted
 from scfm.method.distill import Batch, SCFMConfig, make_emas, make_optimizer, sample_batch, train_step
 from scfm.models.flux import Flux
 from scfm.models.lora import ADAPTERS, LoraModels, adapter_state
-from scfm.models.scaled_lora import second_file
+from scfm.models.scaled_lora import power_file
 from scfm.training.checkpoint import all_checkpoints, latest
 from scfm.training.config import DistillConfig, load_settings
 from scfm.training.distill_trainer import DistillTrainer
@@ -153,7 +153,7 @@ def saved_adapters(run, folder):
     """{adapter: its file} of a run's models, as they are saved in a folder."""
     first = "pytorch_lora_weights.safetensors"
     return {
-        name: folder / name.removesuffix("_2") / (second_file(first) if name.endswith("_2") else first)
+        name: folder / name.removesuffix("_2") / (power_file(first, 2) if name.endswith("_2") else first)
         for name in run.models.adapter_names
     }
 
@@ -448,7 +448,10 @@ def test_the_presets_are_these():
         ({"ema_decay": 0.9}, "ema_decay=0.9 means nothing to algorithm dual"),
         ({"select_adapter": "ema_slow", "algorithm": "step_scaled"}, "with step_scaled best, student or ema"),
         ({"shift": (1.0, 2.0), "algorithm": "step_scaled"}, "leave --shift out"),
-        ({"guidance_mode": "distilled", "algorithm": "step_scaled"}, "take --guidance_mode kept"),
+        (
+            {"guidance_mode": "distilled", "algorithm": "step_scaled", "teacher_guidance_scale": 1.0},
+            "no guidance to distil",
+        ),
         ({"finest_steps": 32, "algorithm": "step_scaled"}, "no target comes from the teacher"),
         ({"step_weights": (1.0, 2.0), "algorithm": "step_scaled"}, "a number of at least 0 for each"),
         ({"loss": "l1"}, "mse or huber or cosine"),

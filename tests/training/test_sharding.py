@@ -23,7 +23,7 @@ from scfm.data.prepare import check_processes
 from scfm.models.family import FAMILIES
 from scfm.models.loading import load_pipeline
 from scfm.models.lora import LoraModels, adapter_parameters
-from scfm.models.scaled_lora import second_file
+from scfm.models.scaled_lora import power_file
 from scfm.models.source import PipelineSource
 from scfm.training.config import DistillConfig
 from scfm.training.distill_trainer import DistillTrainer
@@ -272,7 +272,7 @@ def test_a_shared_base_trains_the_same_lora(images, tmp_path, algorithm):
         assert furthest(ours[name], theirs[name]) < 1e-6
     assert max(float(v.abs().max()) for k, v in ours["student"].items() if "lora_B" in k) > 1e-4
     first = "pytorch_lora_weights.safetensors"
-    files = [first, *([second_file(first).name] if algorithm == "step_scaled" else [])]
+    files = [first, *([power_file(first, 2).name] if algorithm == "step_scaled" else [])]
     for name in [f"{folder}/{file}" for file in files for folder in (".", "student")]:
         assert furthest(load_file(one / name), load_file(two / name)) < 1e-6
     a, b = (json.loads((out / "selection.json").read_text()) for out in (one, two))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from scfm.models.loading import no_loading_bars
 from scfm.models.lora import WEIGHT_NAME
 from scfm.models.lora_file import read_lora_scales
-from scfm.models.scaled_lora import second_file
+from scfm.models.scaled_lora import power_file
 from toy.emoji.data import CONFIG, SIDE, TOKENS, Emojis, load_emoji, split
 
 STEPS = (1, 2, 3, 4, 8, 32)
@@ -100,7 +100,7 @@ def pick(out: Emojis, count: int) -> list[int]:
 
 def student(pipe: FluxPipeline, args: argparse.Namespace) -> list[tuple[int, float]]:
     """[(steps, LoRA scale)] of the student, whose two LoRAs join the pipeline."""
-    for name, file in (("step", WEIGHT_NAME), ("step_2", second_file(WEIGHT_NAME).name)):
+    for name, file in (("step", WEIGHT_NAME), ("step_2", power_file(WEIGHT_NAME, 2).name)):
         pipe.load_lora_weights(args.lora, weight_name=file, adapter_name=name)
     scales = read_lora_scales(Path(args.lora) / WEIGHT_NAME)
     assert scales is not None and scales.order == 2
