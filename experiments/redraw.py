@@ -15,6 +15,7 @@ from experiments.studies import (
     cifar_report,
     compare_report,
     few_shot_figures,
+    guidance,
     plane_report,
     rates_report,
     step_scale_report,
@@ -39,11 +40,13 @@ FIGURES: dict[str, dict[str, Draw]] = {
         "_flux": lambda record, path: few_shot_figures.plot(record, "flux", path),
         "_summary": few_shot_figures.plot_summary,
     },
+    "guidance": {"": guidance.plot},
     "rates": {"": rates_report.plot},
     "tiny_flux": {"": tiny_flux.plot},
     "variants": {"": variants_report.plot},
 }
-BY_STEPS = ("compare", "step_scale", "plane")  # whose figures count steps by numbers; JSON has only text
+# whose figures count steps by numbers; JSON has only text
+BY_STEPS = ("compare", "step_scale", "plane", "guidance")
 
 
 def numbered(part: Any) -> Any:

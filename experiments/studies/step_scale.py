@@ -70,6 +70,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shifts to a quarter off": {"shift_width": 0.25},
     "shifts to twice": {"shift_width": 1.0},
     "learning rate x 3": {"learning_rate": 1e-3},
+    "targets damped to .75": {"damping": 0.75},  # the EMA makes the half-steps at so much of their scale
+    "targets damped to .5": {"damping": 0.5},
 }
 ON_FLUX_ALONE: dict[str, dict[str, Any]] = {  # there the differences' own rate is 2.8e-3 without it
     "learning rate x .36": {"learning_rate": 3.6e-4},

@@ -24,11 +24,24 @@ from scfm.method.lora_scale import STEPS
 from scfm.method.step_scale import ScaledNetwork
 from scfm.models.lora import adapter_state, load_adapter_state
 from scfm.models.scaled_lora import ScaledLoraModels
+from scfm.types import Condition
 from toy.judge import STOCK
 from toy.pipelines import GUIDANCE, load_flux
 from toy.plane import DATA, MLP, train_flow
 
 RANK = 16
+
+
+class DampedTargets(ScaledNetwork):
+    """Whose EMA makes the half-steps of a target at `damping` times their scale."""
+
+    damping = 1.0
+
+    def scaled_velocity(
+        self, name: str, scales: torch.Tensor, x: torch.Tensor, t: torch.Tensor, cond: Condition = None
+    ) -> torch.Tensor:
+        damping = self.damping if name == "ema" else 1.0
+        return super().scaled_velocity(name, damping * scales, x, t, cond)
 
 
 class FromScratch(NamedTuple):
@@ -76,12 +89,18 @@ def measure_on_plane(cache: CellCache, job: Job, sizes: PlaneSizes) -> dict:
     """{"sw2": {steps: number}, "endpoint": ...}."""
     bed = Plane(cache, sizes)
     network, of_teacher = bed.teacher(job)
-    config = make_config(job, sizes, train_steps(job.budget, sizes.batch), bed.shift)
+    change = dict(job.change)
+    damping = change.pop("damping", 1.0)
+    plain = job._replace(change=change)
+    config = make_config(plain, sizes, train_steps(job.budget, sizes.batch), bed.shift)
     spec = {"teacher": of_teacher, "config": non_defaults(config)}
-    models = ScaledNetwork(network, config.scale_order)
+    spec |= {"damping": damping} if damping != 1 else {}
+    models = DampedTargets(network, config.scale_order)
 
     def make() -> list[torch.Tensor]:
-        distill(models, bed.batches(job), config, progress=False)
+        models.damping = damping
+        distill(models, bed.batches(plain), config, progress=False)
+        models.damping = 1.0  # what is sampled is not damped
         return [part.clone() for part in models.parameters("ema")]
 
     for mine, stored in zip(models.parameters("ema"), cache("step_scale", spec, make), strict=True):

@@ -22,10 +22,11 @@ def main(argv: Sequence[str]) -> int:
         "scfm distill",
         "Self-distil a pre-trained flow-matching pipeline into a few-step one: a LoRA for any count of steps "
         "from 1 to 16, whose scale is the step size; by the paper's algorithms (--algorithm dual) one for "
-        "some 2 to 8. What it writes, OUTPUT_DIR/pytorch_lora_weights.safetensors (and ..._2 "
-        "beside it), loads in a stock pipeline with load_lora_weights; OUTPUT_DIR/README.md has the lines. "
-        "Learning rate and batch default to the published ones for FLUX.1-dev; for a whole recipe take "
-        "--config flux-dev-step-scaled. Run the same command again to resume after a kill. On several GPUs: "
+        "some 2 to 8. What it writes, OUTPUT_DIR/pytorch_lora_weights.safetensors (and ..._2 beside it, and "
+        "..._0 where guidance is distilled), loads in a stock pipeline with load_lora_weights; "
+        "OUTPUT_DIR/README.md has the lines. Learning rate and batch default to the published ones for "
+        "FLUX.1-dev; for a whole recipe take --config flux-dev-step-scaled. Run the same command again to "
+        "resume after a kill. On several GPUs: "
         "accelerate launch -m scfm.cli distill ... (see scripts/).",
         "scfm distill --config flux-dev-step-scaled --pretrained_model_name_or_path PIPELINE \\\n"
         "    --prompts captions.txt --output_dir runs/mine",

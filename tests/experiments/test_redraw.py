@@ -30,7 +30,7 @@ def test_step_counts_are_numbers_again():
     assert numbered({"moons": {"8": [{"4": 1.0}], "mean": "8"}}) == {"moons": {8: [{4: 1.0}], "mean": "8"}}
 
 
-@pytest.mark.parametrize("study", ["step_scale", "tiny_flux", "cifar"])
+@pytest.mark.parametrize("study", ["step_scale", "tiny_flux", "cifar", "guidance"])
 def test_a_record_is_drawn_again(study, tmp_path):
     paths = redraw(study, tmp_path)
     assert [path.stem for path in paths] == [study + ending for ending in FIGURES[study]]
