@@ -132,9 +132,8 @@ def evaluations(label: str, config: SCFMConfig) -> float:
     """Of one example: forward, backward, two halves."""
     if label == KEPT:
         return 2 * (1 + 1 + 2)
-    rule = config.step_scale
-    guided = sum(2 * n > rule.finest for n in rule.counts) / len(rule.counts)
-    return 1 + 1 + 2 * (1 + (config.teacher_ratio if label == PAPERS else guided))
+    guided = config.teacher_ratio if label == PAPERS else config.step_scale.by_teacher()
+    return 1 + 1 + 2 * (1 + guided)
 
 
 def config_of(label: str, seed: int, sizes: Sizes) -> SCFMConfig:

@@ -20,6 +20,7 @@ from scfm.inference.config import InferenceConfig
 from scfm.inference.step_lora import StepLora, fixed_shift
 from scfm.models.base import PipelineFamily, plain_grid
 from scfm.models.loading import DTYPES, no_loading_bars
+from scfm.models.lora_file import require_alone
 from scfm.models.sampling import as_pipeline_family, start_noise, stock_latents
 from scfm.models.source import INDEX, PipelineSource
 from scfm.types import Family
@@ -78,7 +79,9 @@ def parse_external_model(text: str) -> ExternalModel:
     options = parse_options(rest, f"--external_model {name}")
     model = ExternalModel(name, Path(path).expanduser(), **options)
     if not model.is_pipeline:
-        return replace(model, path=lora_file(model.path))
+        path = lora_file(model.path)
+        require_alone(path)
+        return replace(model, path=path)
     if "lora_scale" in options:
         raise ValueError(f"--external_model {name}: a pipeline has no lora_scale")
     PipelineSource(model.path).check_files()

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
 
 from scfm.data.images import is_image, read_folder
 from scfm.data.prompts import read_prompts
@@ -12,6 +14,7 @@ from scfm.inference.adapters import lora_file
 from scfm.method.distill import setting
 from scfm.models.loading import DTYPES
 from scfm.models.lora import WEIGHT_NAME
+from scfm.models.lora_file import read_lora_scales
 from scfm.models.quantize import HELP as QUANTIZE_HELP
 from scfm.models.quantize import require_quantizer
 from scfm.training.config import DistillConfig, as_json, load_settings
@@ -67,6 +70,7 @@ class InferenceConfig:
     seed: int = setting(0, "of the noise")
 
     is_resolved = False  # no annotation: an attribute, not a setting
+    guidance_inside = False  # whether the student has learned to do without guidance
 
     def __post_init__(self) -> None:
         expand_user(self)
@@ -95,13 +99,24 @@ class InferenceConfig:
             if getattr(self, name) == getattr(InferenceConfig, name):
                 setattr(self, name, run[name])
         self.pretrained_model_name_or_path = found_above(self.pretrained_model_name_or_path, Path(self.lora))
-        distilled = run["guidance_mode"] == "distilled"  # the student learned to do without guidance
+        teachers, self.guidance_inside = self.guidance_of(run)
         if self.guidance_scale < 0:
-            self.guidance_scale = 1.0 if distilled else run["teacher_guidance_scale"]
+            self.guidance_scale = 1.0 if self.guidance_inside else teachers
         if self.teacher_guidance_scale < 0:
-            self.teacher_guidance_scale = run["teacher_guidance_scale"] if distilled else self.guidance_scale
+            self.teacher_guidance_scale = teachers if self.guidance_inside else self.guidance_scale
         if self.quantize == "none":
             self.quantize = ""
+
+    def guidance_of(self, run: dict[str, Any]) -> tuple[float, bool]:
+        """(the teacher's guidance scale, whether the student has learned to do without it), by the header of
+        the LoRA, which a copied file keeps, else by the run's settings."""
+        try:
+            header = read_lora_scales(self.weights) if self.weights.is_file() else None
+        except SafetensorError:
+            header = None  # `check` says so
+        if header is not None and header.guidance:
+            return header.guidance, True
+        return run["teacher_guidance_scale"], run["guidance_mode"] == "distilled"
 
     def check(self) -> None:
         """FileNotFoundError or ValueError names what is missing, before anything is loaded.

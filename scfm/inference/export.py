@@ -27,7 +27,7 @@ from scfm.method.distill import setting
 from scfm.method.lora_scale import LoraScales
 from scfm.models.loading import DTYPES, no_loading_bars
 from scfm.models.lora import WEIGHT_NAME
-from scfm.models.lora_file import read_lora_scales
+from scfm.models.lora_file import read_lora_scales, require_alone
 from scfm.models.sampling import start_noise, stock_latents
 from scfm.models.source import PipelineSource
 from scfm.types import Family
@@ -89,7 +89,9 @@ class ExportConfig(InferenceConfig):
         if not config.tolerance > 0:
             raise ValueError(f"--tolerance is {config.tolerance}: give a number above 0, or 0 for the usual")
         if config.style_lora:
-            refuse_text_encoders(config.style_lora, changed_text_encoders(lora_file(config.style_lora)))
+            style = lora_file(config.style_lora)
+            require_alone(style)
+            refuse_text_encoders(config.style_lora, changed_text_encoders(style))
 
     def refuse_for_comfyui(self) -> None:
         """ValueError for settings that would change nothing there."""

@@ -45,7 +45,7 @@ CHECKED = """Checked when it was written: pixels (0 to 1) differ from those of t
 COMFYUI = """# A step LoRA for {pipeline}, for ComfyUI
 
 Exported by scfm from `{lora}`. Put {files} into ComfyUI's `models/loras`, and chain a LoraLoaderModelOnly
-node for each of them. The strength is the step size: set it with the number of steps.
+node for each of them. The strength is the step size: set it with the number of steps{but}.
 
 | steps | {heads} |
 |---|{rules}
@@ -66,7 +66,8 @@ def comfyui_card(config: "ExportConfig", strengths: Mapping[str, Mapping[str, fl
     return COMFYUI.format(
         pipeline=Path(config.pretrained_model_name_or_path).name,
         lora=Path(config.lora).resolve().name,
-        files=" and ".join(f"`{name}`" for name in names),
+        files=", ".join(f"`{name}`" for name in names),
+        but=", but for that of `step_0`, which holds the guidance" * any("step_0" in name for name in names),
         heads=" | ".join(f"strength of `{name}`" for name in names),
         rules="---|" * len(names),
         rows="\n".join(f"| {' | '.join(row)} |" for row in rows),

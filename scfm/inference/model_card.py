@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from scfm.files import atomic_write
+from scfm.inference.card_code import adapter_list, loading_code, set_adapters, strengths
 from scfm.inference.config import InferenceConfig
 from scfm.inference.search import Curve
 from scfm.inference.step_lora import StepLora, format_scales
 from scfm.method.distill import STEP_SCALED
 from scfm.method.lora_scale import LoraScales
 from scfm.models.base import PipelineFamily, takes_sigmas
-from scfm.models.lora import WEIGHT_NAME
 from scfm.models.lora_file import read_lora_scales, write_lora_scales
-from scfm.models.scaled_lora import names_of, power_file
 from scfm.models.source import PipelineSource
 
 MARKER = "<!-- written by scfm, which will write it again; take this line out to keep what you change -->"
@@ -77,9 +76,6 @@ noise, on {captions} prompts. Training drew {first} to {last} steps.
 # for a pipeline whose call takes no sigmas
 GRID = """pipe.scheduler.sigma_min = 1 / {n}  # evenly from 1 to here, then shifted: the grid of {n} step{s}
 """
-LOAD_ONE = 'pipe.load_lora_weights("{folder}", adapter_name="step")'
-LOAD_SEVERAL = 'pipe.load_lora_weights("{folder}", weight_name="{file}", adapter_name="{name}")'
-SET_ADAPTERS = "pipe.set_adapters({names}, [{scales}])"
 SCALE_PER_STEP = """scales = {scales}  # for each step
 
 
@@ -110,7 +106,7 @@ def render_card(folder: str | Path, location: str = "") -> str:
     ]
     return CARD.format(
         pipeline=Path(config.pretrained_model_name_or_path).name,
-        method=method_name(lora_scales),
+        method=method_name(lora_scales, run),
         table=scale_table(lora_scales, folder),
         shift=config.inference_shift,
         load=loading_code(lora_scales, location or folder.resolve().name),
@@ -121,9 +117,10 @@ def render_card(folder: str | Path, location: str = "") -> str:
     )
 
 
-def method_name(lora_scales: LoraScales | None) -> str:
+def method_name(lora_scales: LoraScales | None, run: Mapping[str, Any]) -> str:
     """Whose algorithm made the LoRA."""
-    if lora_scales is not None and lora_scales.exponent:
+    by_rule = lora_scales is not None and bool(lora_scales.exponent)
+    if by_rule or run.get("algorithm") == STEP_SCALED:
         return f"its own algorithm step_scaled, after the method of {PAPER}"
     return f"the method of {PAPER}"
 
@@ -161,35 +158,11 @@ def is_told(family: type[PipelineFamily]) -> bool:
     return not hasattr(family, "pipeline_class") or takes_sigmas(family.pipeline_class)
 
 
-def set_adapters(scale: float, lora_scales: LoraScales | None) -> str:
-    """The line that sets a LoRA scale, the second of a pair to its square."""
-    scales = ", ".join(f"{strength:.4g}" for strength in strengths(scale, lora_scales))
-    return SET_ADAPTERS.format(names=adapter_list(lora_scales), scales=scales)
-
-
-def strengths(scale: float, lora_scales: LoraScales | None) -> tuple[float, ...]:
-    """What each LoRA is multiplied by at a scale."""
-    return lora_scales.strengths(scale) if lora_scales else (scale,)
-
-
-def adapter_list(lora_scales: LoraScales | None) -> str:
-    """The adapters of the card's code, as a list there."""
-    return json.dumps(names_of("step", lora_scales.powers if lora_scales else (1,)))
-
-
-def loading_code(lora_scales: LoraScales | None, folder: str) -> str:
-    """The lines that load the LoRA, or those that belong together, from a folder."""
-    powers = lora_scales.powers if lora_scales else (1,)
-    if powers == (1,):
-        return LOAD_ONE.format(folder=folder)
-    pairs = zip([power_file(WEIGHT_NAME, k).name for k in powers], names_of("step", powers), strict=True)
-    return "\n".join(LOAD_SEVERAL.format(folder=folder, file=file, name=name) for file, name in pairs)
-
-
 def call_arguments(config: InferenceConfig, steps: int, more: Sequence[str] = ()) -> str:
     """What a stock pipeline's call is given after the prompt, one argument a line."""
     family = family_of(config)
-    guidance = family.guidance_arguments(config.guidance_scale, config.negative_prompt)
+    negative = "" if config.guidance_inside else config.negative_prompt
+    guidance = family.guidance_arguments(config.guidance_scale, negative)
     arguments = [
         *(f"{name}={value!r}" for name, value in guidance.items() if name == "negative_prompt"),
         f"num_inference_steps={steps}",
@@ -238,7 +211,7 @@ def rule_table(lora_scales: LoraScales, selection: Mapping[str, Any]) -> str:
     return RULE.format(
         exponent=lora_scales.exponent,
         pair=", the second LoRA at its square" * (lora_scales.order == 2)
-        + ", that of the guidance at 1" * lora_scales.guidance,
+        + ", that of the guidance at 1" * (lora_scales.lowest == 0),
         rows="\n".join(rows),
         target_steps=selection.get("teacher_steps", "many"),
         captions=selection.get("captions", "the run's"),
@@ -256,8 +229,11 @@ def searched_table(lora_scales: LoraScales, search: Mapping[str, Any]) -> str:
     """The scales that were searched, with their distances."""
     distances = {(row["steps"], row["scale"]): f"{row['distance']:.4f}" for row in search.get("curve", ())}
     pairs = zip(lora_scales.steps, lora_scales.scales, strict=True)
+    several = lora_scales.powers != (1,)
     rows = [
-        f"| {n} | {s:g} | {distances.get((n, s), '-')} | {distances.get((n, 0), '-')} |" for n, s in pairs
+        f"| {n} | {s:g}{f': `{set_adapters(s, lora_scales)}`' * several} | {distances.get((n, s), '-')} | "
+        f"{distances.get((n, 0), '-')} |"
+        for n, s in pairs
     ]
     text = TABLE.format(
         rows="\n".join(rows),
@@ -309,11 +285,12 @@ def training_lines(run: Mapping[str, Any], selection: Mapping[str, Any]) -> list
             f"Algorithm {run['algorithm']}, teacher ratio {run['teacher_ratio']:g}, EMAs at LoRA scale "
             f"{run['ema_target_scale']:g}, time shift {shift or '2.5 to 4.5'}."
         )
-    if has(run, "guidance_mode"):
-        how = {
-            "kept": "is kept: sample with it",
-            "distilled": "is in the weights: sample at guidance scale 1",
-        }
+    if has(run, "guidance_mode", "teacher_guidance_scale"):
+        away = f" away from {run['negative_prompt']!r}" if run.get("negative_prompt") else ""
+        inside = (
+            f"scale {run['teacher_guidance_scale']:g}{away} is in the weights: sample at guidance scale 1"
+        )
+        how = {"kept": "is kept: sample with it", "distilled": inside}
         lines.append(f"Guidance {how[run['guidance_mode']]}.")
     if has(selection, "selected"):
         judged = run.get("select_adapter", "best") == "best"

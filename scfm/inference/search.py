@@ -18,6 +18,7 @@ Curve: TypeAlias = dict[tuple[int, float], float]
 STEPS = (1, 2, 3, 4, 8, 16)
 SCALES = tuple(i / 4 for i in range(9))
 SCHEDULE_STEPS = (2, 3, 4, 8)
+LEAST_SCALE = 0.001  # of a step where the guidance is in the LoRA: at 0 it would be gone
 
 
 def search_lora_scales(
@@ -33,7 +34,11 @@ def search_lora_scales(
 
     steps, scales: step counts of the result, and LoRA scales to choose from
     target_steps: steps of the teacher's own path to the endpoints that are compared with
+
+    ValueError where nothing but 0 is to be tried, and 0 is no choice.
     """
+    if step_lora.config.guidance_inside and not any(scales):
+        raise ValueError("at LoRA scale 0 this LoRA has no guidance: give --lora_scales above 0")
     noise, target = step_lora.target_endpoints(captions, target_steps, seed)
     with tqdm(total=len(steps) * len(scales), desc="searching LoRA scales", disable=not progress) as bar:
 
@@ -43,12 +48,11 @@ def search_lora_scales(
 
         curve = endpoint_curve(endpoints, target, steps, scales)
     config = step_lora.config
-    # where the student learned to do without guidance, scale 0 has none: it is shown, but is no choice
-    distilled = config.teacher_guidance_scale != config.guidance_scale
-    choices = {pair: distance for pair, distance in curve.items() if pair[1] or not distilled}
+    # where the guidance is in the LoRA, scale 0 has none: it is shown, but is no choice
+    choices = {pair: distance for pair, distance in curve.items() if pair[1] or not config.guidance_inside}
     chosen, before = choose_lora_scales(choices, config.inference_shift), step_lora.lora_scales
-    if before:  # a pair stays one
-        chosen = chosen._replace(order=before.order, guidance=before.guidance)
+    if before:  # what belongs together stays so
+        chosen = chosen._replace(order=before.order, lowest=before.lowest, guidance=before.guidance)
     return chosen, curve
 
 
@@ -69,8 +73,14 @@ def search_schedules(
     noise, target = step_lora.target_endpoints(captions, target_steps, seed)
     with tqdm(desc="searching a scale for each step", unit="path", disable=not (progress and steps)) as bar:
 
+        def allowed(scales: Scales) -> Scales:
+            return tuple(max(scale, least) for scale in scales)
+
         def distance(scales: Scales) -> float:
             bar.update(1)
-            return endpoint_distance(step_lora.endpoints(captions, noise, len(scales), scales), target)
+            reached = step_lora.endpoints(captions, noise, len(scales), allowed(scales))
+            return endpoint_distance(reached, target)
 
-        return {n: search_per_step(distance, n, lora_scales.scale(n)) for n in steps}
+        least = LEAST_SCALE if step_lora.config.guidance_inside else 0.0
+        found = {n: search_per_step(distance, n, lora_scales.scale(n)) for n in steps}
+        return {n: schedule._replace(scales=allowed(schedule.scales)) for n, schedule in found.items()}

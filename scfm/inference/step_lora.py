@@ -1,6 +1,7 @@
 """A pipeline with a step LoRA whose scale can be set, and what it generates."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from scfm.models.video import frame_options
 from scfm.types import Condition, VelocityField
 
 Scales: TypeAlias = tuple[float, ...]
+log = logging.getLogger(__name__)
 
 
 class StepLora:
@@ -45,6 +47,12 @@ class StepLora:
     ) -> None:
         self.config = config = config.resolved()
         config.check()
+        if config.guidance_inside and config.guidance_scale > 1:
+            log.warning(
+                "guidance scale %g: this LoRA holds the guidance, which is now there twice; leave "
+                "--guidance_scale out",
+                config.guidance_scale,
+            )
         self.path = config.weights
         self.source = source or PipelineSource(config.pretrained_model_name_or_path)
         bind_family(self.source, config, self.source.skeleton)  # refuses before anything is loaded
@@ -57,7 +65,7 @@ class StepLora:
         self.family = bind_family(self.source, config, self.pipe)
         self.stock_scheduler = self.pipe.scheduler
         self.pipe.scheduler = fixed_shift(config.inference_shift)
-        for name, path in self.files.items():
+        for name, path in sorted(self.files.items()):  # "step" first, as in the card
             load_adapter(self.pipe, path, name)
         self.targets: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -70,7 +78,8 @@ class StepLora:
         self.pipe.set_adapters(list(self.files), list(self.adapter_scales(scale).values()))
 
     def adapter_scales(self, scale: float) -> dict[str, float]:
-        """{adapter: its own scale} at a LoRA scale s: the second of a pair has s ** 2."""
+        """{adapter: its own scale} at a LoRA scale s, as of `LoraScales.strengths`: the second has s ** 2,
+        one that holds the guidance 1; at 0, the teacher, none counts."""
         strengths = self.lora_scales.strengths(scale) if self.lora_scales else (float(scale),)
         return dict(zip(self.files, strengths, strict=True))
 
@@ -192,7 +201,8 @@ def generate(
     """(images (n, 3, H, W), or videos (n, F, 3, H, W), in [-1, 1], the LoRA scale of each step) of the stock
     pipeline.
 
-    scale: of the LoRA, or one for each step; None: what the file's header says, or 1 where it says nothing.
+    scale: of the LoRA, or one for each step; None: what the file's header says, or 1 where it says nothing;
+        0: the teacher, at its own guidance scale
     batch_size: images generated together, or videos, of which fewer are; each has the noise of its number,
     whatever its company.
     ValueError for steps below 1 or another number of scales.
@@ -206,12 +216,13 @@ def generate(
     if len(scales) != steps:
         raise ValueError(f"{len(scales)} LoRA scales for {steps} steps: give one, or one for each step")
     family, pipe, config = step_lora.family, step_lora.pipe, step_lora.config
+    guidance = config.guidance_scale if any(scales) else config.teacher_guidance_scale
     noise = start_noise(family, range(len(prompts)), config.seed).to(pipe.device, pipe.dtype)
     parts, batch_size = [], together(family, batch_size)
     for some in range(0, len(prompts), batch_size):
         part = slice(some, some + batch_size)
         with step_lora.scale_schedule(scales):
-            images = family.sample_stock(prompts[part], noise[part], steps, config.guidance_scale)
+            images = family.sample_stock(prompts[part], noise[part], steps, guidance)
         parts.append(images.cpu())
     return torch.cat(parts), scales
 

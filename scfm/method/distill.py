@@ -173,9 +173,9 @@ VALIDATORS: list[Validator] = [
      "whole numbers of at least 1, as (1, 2, 4, 8, 16)"),
     ("step_weights", lambda c: not c.step_weights or weighs(c.step_weights, len(c.step_counts)),
      "a number of at least 0 for each of step_counts, not all 0; empty: equally often"),
-    ("finest_steps", lambda c: is_int(c.finest_steps, 0) and max(c.step_counts) * 2 > c.finest,
-     "a whole number below twice the largest of step_counts: else no target comes from the teacher, and the "
-     "student forgets it"),
+    ("finest_steps", lambda c: is_int(c.finest_steps, 0) and c.step_scale.by_teacher() > 0,
+     "a whole number below twice the largest of step_counts that is drawn (0: 16, distilling guidance 8): "
+     "else no target comes from the teacher, and the student forgets it"),
     ("ema_decay", lambda c: 0 <= c.ema_decay < 1, "a decay in [0, 1)"),
     ("difference_lr", lambda c: 0 <= c.difference_lr < math.inf, "a learning rate, or 0 for the rule"),
     ("seed", lambda c: is_int(c.seed, 0), "a whole number of at least 0"),

@@ -34,9 +34,9 @@ def endpoint_curve(endpoints: Callable[[int, float], torch.Tensor], target_endpo
     return {(n, s): endpoint_distance(endpoints(n, s), target_endpoints) for n in steps for s in scales}
 
 # %% ../../nbs/learn/05_lora_scale.ipynb #c03
-def scale_powers(order: int, guidance: bool = False) -> tuple[int, ...]:
-    """The powers of the scale that have a LoRA: 1, 2 where the order is 2, and 0 where one holds guidance."""
-    return tuple(range(0 if guidance else 1, order + 1))
+def scale_powers(order: int, lowest: int = 1) -> tuple[int, ...]:
+    """The powers of the scale that have a LoRA: from the lowest, 0 where one holds guidance, to the order."""
+    return tuple(range(lowest, order + 1))
 
 
 class LoraScales(NamedTuple):
@@ -48,8 +48,9 @@ class LoraScales(NamedTuple):
     schedules: tuples of n scales, for some numbers of steps n: one for each step of a sampler of n steps
         (chapter 05_scale_schedule)
     exponent: p where the scale was trained in as n ** -p (chapter 06_step_scale); 0 where it was searched
-    order: how many LoRAs the scale s belongs to: the first at s, the second at s ** 2
-    guidance: whether one more, at s ** 0, holds what classifier-free guidance adds
+    order: the highest power of the scale s that has a LoRA of its own: 1, or 2
+    lowest: the lowest; 0 where a LoRA at s ** 0 = 1 holds what classifier-free guidance adds
+    guidance: the guidance scale that the weights hold; 0 for none
     """
     steps: tuple[int, ...]
     scales: tuple[float, ...]
@@ -57,12 +58,13 @@ class LoraScales(NamedTuple):
     schedules: tuple[tuple[float, ...], ...] = ()
     exponent: float = 0.
     order: int = 1
-    guidance: bool = False
+    lowest: int = 1
+    guidance: float = 0.
 
     @property
     def powers(self) -> tuple[int, ...]:
         """The powers of the scale that the LoRAs are multiplied by, one for each, from the lowest on."""
-        return scale_powers(self.order, self.guidance)
+        return scale_powers(self.order, self.lowest)
 
     def strengths(self, scale: float) -> tuple[float, ...]:
         """What each LoRA is multiplied by at a scale: its power of it; at 0, the teacher, nothing counts."""

@@ -39,8 +39,16 @@ class StepScale(NamedTuple):
 
     def mean(self) -> float:
         """The mean of the scale over the counts, as often as they are drawn."""
+        return self.average(self.scale)
+
+    def by_teacher(self) -> float:
+        """The share of the examples whose halves the teacher makes."""
+        return self.average(lambda n: 2 * n > self.finest)
+
+    def average(self, value: Callable[[int], float]) -> float:
+        """The mean of a value over the counts, as often as they are drawn."""
         weights = self.weights or (1.,) * len(self.counts)
-        return sum(w * self.scale(n) for w, n in zip(weights, self.counts, strict=True)) / sum(weights)
+        return sum(w * value(n) for w, n in zip(weights, self.counts, strict=True)) / sum(weights)
 
     def student_scales(self, steps: torch.Tensor) -> torch.Tensor:
         """Scales (B,) at which the student is trained, 0 for flow-matching examples.

@@ -23,6 +23,16 @@ def write_lora_scales(path: str | Path, scales: LoraScales) -> None:
     atomic_write(path, lambda new: save_file(tensors, str(new), metadata=header))
 
 
+def require_alone(path: str | Path) -> None:
+    """ValueError for a file that is one of several LoRAs which count together, where one alone is used."""
+    scales = read_lora_scales(path)
+    if scales is not None and len(scales.powers) > 1:
+        raise ValueError(
+            f"{path} is one LoRA of {len(scales.powers)} that belong together: alone it is not what was "
+            "trained; give its folder as --lora, or the pipeline of scfm export, which holds them all"
+        )
+
+
 def read_lora_scales(path: str | Path) -> LoraScales | None:
     """The scales in the header of a LoRA file, or None when it has none."""
     with safe_open(str(path), framework="pt") as opened:
@@ -31,5 +41,6 @@ def read_lora_scales(path: str | Path) -> LoraScales | None:
         return None
     saved = json.loads(text)
     schedules = tuple(map(tuple, saved.get("schedules", ())))
-    rule = saved.get("exponent", 0.0), saved.get("order", 1), saved.get("guidance", False)
-    return LoraScales(tuple(saved["steps"]), tuple(saved["scales"]), saved["shift"], schedules, *rule)
+    usual = LoraScales._field_defaults
+    rest = {name: saved.get(name, usual[name]) for name in ("exponent", "order", "lowest", "guidance")}
+    return LoraScales(tuple(saved["steps"]), tuple(saved["scales"]), saved["shift"], schedules, **rest)

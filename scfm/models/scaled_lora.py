@@ -45,7 +45,7 @@ class ScaledLoraModels:
         teacher_velocity: FamilyVelocity | None = None,
     ) -> None:
         self.guidance = teacher_velocity is not None
-        self.powers = scale_powers(order, self.guidance)
+        self.powers = scale_powers(order, 0 if self.guidance else 1)
         self.adapters = {name: names_of(name, self.powers) for name in MODELS}
         copies = {a: (b,) for a, b in zip(*self.adapters.values(), strict=True)}
         add_adapters(transformer, targets, rank, alpha, copies)

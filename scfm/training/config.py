@@ -182,19 +182,7 @@ class DistillConfig(SCFMConfig):
                 f"blocks_to_swap={self.blocks_to_swap} with compile_blocks: a compiled block does not wait "
                 "for its weights: take one of the two"
             )
-        if self.guidance_mode == "distilled" and self.teacher_guidance_scale <= 1:
-            raise ValueError(
-                f"guidance_mode distilled with teacher_guidance_scale={self.teacher_guidance_scale:g}: up to "
-                "1 there is no guidance to distil: give the scale that the student shall have in it"
-            )
-        if self.guidance_mode == "distilled" and "ema_slow" in TARGET_MODELS.get(self.algorithm, {}).get(
-            "teacher", ()
-        ):
-            raise ValueError(
-                f"guidance_mode distilled with algorithm {self.algorithm}: its slow EMA would "
-                f"pull the teacher's "
-                "examples back to no guidance: take --algorithm dual_pure or one_ema"
-            )
+        refuse_for_guidance(self)
         self.data_config().check()
 
     def data_config(self) -> DataConfig:
@@ -281,6 +269,22 @@ def refuse_for_step_scaled(config: DistillConfig) -> None:
         raise ValueError(
             f"shift {low:g} to {high:g} with algorithm step_scaled and inference_shift "
             f"{config.inference_shift:g}: it trains on the grids that are sampled: leave --shift out"
+        )
+
+
+def refuse_for_guidance(config: DistillConfig) -> None:
+    """ValueError where the guidance cannot be distilled as the settings have it."""
+    if config.guidance_mode != "distilled":
+        return
+    if config.teacher_guidance_scale <= 1:
+        raise ValueError(
+            f"guidance_mode distilled with teacher_guidance_scale={config.teacher_guidance_scale:g}: up to 1 "
+            "there is no guidance to distil: give the scale that the student shall have in it"
+        )
+    if "ema_slow" in TARGET_MODELS.get(config.algorithm, {}).get("teacher", ()):
+        raise ValueError(
+            f"guidance_mode distilled with algorithm {config.algorithm}: its slow EMA would pull the "
+            "teacher's examples back to no guidance: take --algorithm dual_pure or one_ema"
         )
 
 

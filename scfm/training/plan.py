@@ -21,7 +21,7 @@ from scfm.models.sd3 import SD3
 from scfm.models.source import PipelineSource
 from scfm.models.video import frame_options
 from scfm.training.attention import fused_attention
-from scfm.training.config import DistillConfig
+from scfm.training.config import DistillConfig, refuse_for_guidance
 from scfm.training.memory import PASSES, count_base, count_training, numbers
 from scfm.training.validators import refuse_for_shard
 
@@ -250,6 +250,7 @@ def make_plan(
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu {gpu!r} is not known: take one of {', '.join(GPUS)}")
+    refuse_for_guidance(config)
     if config.shard:
         refuse_for_shard(config)
     family, transformer = shape_of(config, shape, change)
@@ -323,10 +324,7 @@ def share_of_teacher(config: DistillConfig) -> float:
     """The share of the examples whose target is the teacher's."""
     if config.algorithm != STEP_SCALED:
         return config.teacher_ratio
-    rule = config.step_scale
-    weights = rule.weights or (1.0,) * len(rule.counts)
-    of_teacher = [w for w, n in zip(weights, rule.counts, strict=True) if 2 * n > rule.finest]
-    return sum(of_teacher) / sum(weights)
+    return config.step_scale.by_teacher()
 
 
 def give_adapters(config: DistillConfig, family: Any, transformer: Any) -> tuple[int, int]:

@@ -96,9 +96,11 @@ def validation_image(trainer: "DistillTrainer", count: int = VALIDATION_IMAGES) 
 
 def scales_of(config: DistillConfig, curve: Callable[..., Curve]) -> tuple[LoraScales, Curve]:
     """(the scales of a model, the distances where they were measured). curve: (scales, steps) -> distances"""
+    inside = config.guidance_mode == "distilled"
+    guidance = config.teacher_guidance_scale if inside else 0.0
     if config.algorithm != STEP_SCALED:
         distances = curve(config.eval_lora_scales)
-        return choose_lora_scales(distances, config.inference_shift), distances
+        return choose_lora_scales(distances, config.inference_shift)._replace(guidance=guidance), distances
     rule, steps = config.step_scale, tuple(sorted({*config.step_counts, *config.eval_num_steps}))
     scales = LoraScales(
         steps,
@@ -106,7 +108,8 @@ def scales_of(config: DistillConfig, curve: Callable[..., Curve]) -> tuple[LoraS
         config.inference_shift,
         exponent=rule.exponent,
         order=config.scale_order,
-        guidance=config.guidance_mode == "distilled",
+        lowest=0 if inside else 1,
+        guidance=guidance,
     )
     distances: Curve = {}
     for n in config.eval_num_steps:

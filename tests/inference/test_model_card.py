@@ -75,7 +75,11 @@ def test_the_card_says_what_the_records_say_and_no_more(lora):
     (lora / "config.json").write_text(json.dumps(distilled))
     text = write_card(lora).read_text()
     assert "guidance_scale=1," in text and "sample at guidance scale 1" in text
-    assert "negative_prompt='a ring'" in text
+    # the negative prompt is in the weights too: at guidance scale 1 the call would not heed it
+    assert "negative_prompt" not in text and "scale 2.5 away from 'a ring' is in the weights" in text
+    kept = settings | {"guidance_mode": "kept", "negative_prompt": "a ring"}
+    (lora / "config.json").write_text(json.dumps(kept))
+    assert "negative_prompt='a ring'" in write_card(lora).read_text()
     names = ("pretrained_model_name_or_path", "height", "width", "max_sequence_length")
     few = {name: settings[name] for name in (*names, "teacher_guidance_scale")}
     (lora / "config.json").write_text(json.dumps(few))

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from scfm.cli import main
+from scfm.evaluation.external_models import parse_external_model
+from scfm.inference.export import ExportConfig
 from scfm.inference.model_card import render_card
 from scfm.inference.step_lora import InferenceConfig, StepLora, generate
 from scfm.models.lora import WEIGHT_NAME
@@ -93,6 +95,14 @@ def test_half_a_pair_is_refused(pair, capsys):
         "is one LoRA of 2 that belong together, and pytorch_lora_weights_2.safetensors is not"
         in capsys.readouterr().err
     )
+
+
+def test_one_of_a_pair_is_no_style_and_no_rival(pair, tmp_path):
+    own = {"lora": str(pair), "output_dir": str(tmp_path / "new")}
+    with pytest.raises(ValueError, match="one LoRA of 2 that belong together"):
+        ExportConfig(**own, style_lora=str(pair)).check()
+    with pytest.raises(ValueError, match="one LoRA of 2 that belong together"):
+        parse_external_model(f"other={pair}")
 
 
 def test_sample_says_where_the_scale_comes_from(pair, capsys):

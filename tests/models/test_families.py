@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from scfm.inference.step_lora import InferenceConfig, StepLora
+from scfm.inference.step_lora import InferenceConfig, StepLora, generate
 from scfm.method.consistency import consistency_target, draw_jumps
 from scfm.method.flow import euler_step, sample, time_grid
 from scfm.method.metrics import endpoint_distance
@@ -433,6 +433,8 @@ def test_a_distilled_run_samples_at_guidance_scale_1(folder, tmp_path, distill_s
     config = InferenceConfig(lora=str(out)).resolved()
     config.check()
     assert (config.guidance_scale, config.teacher_guidance_scale) == (1.0, 4.5)
+    bare = InferenceConfig(lora=str(out / "student")).resolved()  # without config.json the header says it
+    assert (bare.guidance_scale, bare.teacher_guidance_scale) == (1.0, 4.5)
     assert dial_and_sample(out) == {1.0}  # scale 0 is no guidance at all, hence no choice
     rows = {
         (r["steps"], r["scale"]): r["distance"]
@@ -457,7 +459,7 @@ STEP_SCALED = {
 
 @pytest.mark.slow
 def test_a_scale_that_is_the_step_size_and_guidance_in_the_weights(
-    folder, tmp_path, distill_sd3, command, capsys
+    folder, tmp_path, distill_sd3, command, capsys, caplog
 ):
     """Three LoRAs: stock diffusers by the card's lines, ours, and the training's own field agree; half the
     run twice is the run; a file that is lost is named."""
@@ -485,6 +487,7 @@ def test_a_scale_that_is_the_step_size_and_guidance_in_the_weights(
     line = next(row for row in card.splitlines() if row.startswith("| 2 |")).split("`")[1]
     assert line == 'pipe.set_adapters(["step_0", "step", "step_2"], [1, 0.5548, 0.3078])'
     loads = [row for row in card.splitlines() if row.startswith("pipe.load_lora_weights")]
+    assert [row.split('"')[-2] for row in loads] == ["step", "step_0", "step_2"]  # else PEFT complains
     for row in (*loads, line):
         exec(row.replace('"run"', repr(str(out))), {"pipe": stock.pipe})
     theirs = stock.sample_stock(CAPTIONS[:2], noise, 2, 1.0, 3.0)
@@ -503,8 +506,29 @@ def test_a_scale_that_is_the_step_size_and_guidance_in_the_weights(
     assert command("dial", lora=parts, **dial) == 0
     assert read_lora_scales(parts / names[1]).powers == (0, 1, 2)
 
-    (out / names[0]).unlink()
+    # a folder without config.json: the header says it
+    bare = InferenceConfig(lora=str(out / "student")).resolved()
+    assert (bare.guidance_scale, bare.teacher_guidance_scale, bare.guidance_inside) == (1.0, 4.5, True)
+    images, _ = generate(step_lora, CAPTIONS[:2], 2, 0.0)  # at scale 0 the teacher, guided
+    teachers = stock_of(folder).sample_stock(
+        CAPTIONS[:2], start_noise(stock, range(2), step_lora.config.seed), 2, 4.5, 3.0
+    )
+    torch.testing.assert_close(images, teachers, rtol=0, atol=1e-4)
+    schedule = {**dial, "lora_scales": 0.25, "per_step": 2}
+    assert command("dial", lora=parts, **schedule) == 0
+    dialled = read_lora_scales(parts / names[1])
+    assert dialled.guidance == 4.5 and min(min(dialled.schedules)) > 0  # at 0 the guidance would be gone
+    card = (parts / "README.md").read_text()
+    assert "algorithm step_scaled" in card and "Guidance scale 4.5 is in the weights" in card
+    assert '`pipe.set_adapters(["step_0", "step", "step_2"], [1, 0.25, 0.0625])`' in card
     capsys.readouterr()
+    assert command("dial", lora=parts, **{**dial, "lora_scales": 0}) == 2
+    assert "has no guidance: give --lora_scales above 0" in capsys.readouterr().err
+    twice = {"prompt": "a star", "steps": 1, "guidance_scale": 4.5, "output": tmp_path / "b.png"}
+    assert command("sample", lora=out, **twice) == 0
+    assert "is now there twice" in caplog.text
+
+    (out / names[0]).unlink()
     assert command("sample", lora=out, prompt="a star", steps=2, output=tmp_path / "a.png") == 2
     assert f"{names[0]} is not beside it" in capsys.readouterr().err
 

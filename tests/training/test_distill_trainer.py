@@ -454,6 +454,10 @@ def test_the_presets_are_these():
         ),
         ({"finest_steps": 32, "algorithm": "step_scaled"}, "no target comes from the teacher"),
         ({"step_weights": (1.0, 2.0), "algorithm": "step_scaled"}, "a number of at least 0 for each"),
+        (
+            {"step_counts": (1, 16), "step_weights": (1.0, 0.0), "algorithm": "step_scaled"},
+            "no target comes from the teacher",
+        ),
         ({"loss": "l1"}, "mse or huber or cosine"),
         ({"pretrained_model_name_or_path": "nobody/nothing-of-the-kind"}, "no pipeline"),
     ],

@@ -106,6 +106,9 @@ def test_where_guidance_is_distilled_the_teachers_halves_alone_cost_twice(tmp_pa
     assert make_plan(DistillConfig(**usual, guidance_mode="distilled"), **images)[
         generating
     ] == pytest.approx(make_plan(DistillConfig(**usual), **images)[generating], rel=0.05)
+    for change in ({"algorithm": "dual"}, {"teacher_guidance_scale": 1.0}):
+        with pytest.raises(ValueError, match="guidance_mode distilled with"):
+            make_plan(DistillConfig(**usual, guidance_mode="distilled", **change))
     assert ours["LoRA, parameters"] == 1.5 * guided["LoRA, parameters"]
     few = make_plan(
         DistillConfig(**usual, guidance_mode="distilled", algorithm="dual_pure", teacher_ratio=0.5)
