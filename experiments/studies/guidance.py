@@ -8,8 +8,8 @@ step. Students learn from 256 of its own images, with as many LoRA parameters an
     guidance kept            the scale trained in as the step size, two LoRAs of rank 12: two evaluations
                              a step
     guidance in the weights  the same with a LoRA of power 0 before them, three of rank 8: one evaluation;
-                             with --finest_steps 8, so that half of the targets are the teacher's, and with
-                             the library's 16, where a quarter are
+                             also with --finest_steps 8, where half of the targets are the teacher's and
+                             not a quarter
     dual_pure                the paper's two EMAs, teacher examples by the teacher alone, guidance in the
                              weights, rank 24: one evaluation, at LoRA scales that are searched for each
                              step count on other noises
@@ -50,20 +50,20 @@ from toy.pipelines import WEIGHTS
 
 FLOW = WEIGHTS / "cifar" / "plain.safetensors"
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-OF_TEACHER, KEPT, INSIDE, FEWER, PAPERS = (
+OF_TEACHER, KEPT, INSIDE, COARSER, PAPERS = (
     "teacher",
     "guidance kept",
     "guidance in the weights",
-    "guidance in the weights, finest 16",
+    "guidance in the weights, finest 8",
     "dual_pure",
 )
-RANKS = {KEPT: 12, INSIDE: 8, FEWER: 8, PAPERS: 24}
+RANKS = {KEPT: 12, INSIDE: 8, COARSER: 8, PAPERS: 24}
 SEARCHED = tuple(i / 4 for i in range(1, 9))
 LOOKS = {
     OF_TEACHER: TEACHER,
     KEPT: STUDENT | OPEN,
     INSIDE: STUDENT,
-    FEWER: STUDENT | {"ls": ":"},
+    COARSER: STUDENT | {"ls": ":"},
     PAPERS: SCFM,
 }
 NOTES = (
@@ -146,7 +146,7 @@ def config_of(label: str, seed: int, sizes: Sizes) -> SCFMConfig:
             more = {"algorithm": "dual_pure", "shift": (1.0, 2.0), **short}
         else:
             more = {"algorithm": STEP_SCALED, "shift": (0.9, 1.1), "ema_decay": short_decay(steps)}
-            more |= {"finest_steps": 8} if label == INSIDE else {}
+            more |= {"finest_steps": 8} if label == COARSER else {}
         return SCFMConfig(max_train_steps=steps, global_batch_size=sizes.batch, **usual, **more)
 
     return make(max(1, round(sizes.budget / sizes.batch / evaluations(label, make(1)))))

@@ -71,7 +71,7 @@ class SCFMConfig:
     step_weights: tuple[float, ...] = setting(
         (), "step_scaled: how often each of step_counts is drawn; empty: equally often")
     finest_steps: int = setting(
-        0, "step_scaled: halves of more than so many a path are the teacher's; 0: 16, distilling guidance 8")
+        16, "step_scaled: targets made of half-steps of more than so many a path are the teacher's")
     ema_decay: float = setting(0.95, "step_scaled: decay of its EMA, per step; a short memory")
     difference_lr: float = setting(
         0.0, "step_scaled: learning rate of the differences; 0: learning_rate over the mean of the scale, "
@@ -86,12 +86,7 @@ class SCFMConfig:
     @property
     def step_scale(self) -> StepScale:
         """The rule of step_scaled."""
-        return StepScale(self.scale_exponent, self.step_counts, self.step_weights, self.finest)
-
-    @property
-    def finest(self) -> int:
-        """Half-steps of more than so many a path are the teacher's, as it is set or by a rule."""
-        return self.finest_steps or 16
+        return StepScale(self.scale_exponent, self.step_counts, self.step_weights, self.finest_steps)
 
     @property
     def rate_of_differences(self) -> float:
@@ -173,9 +168,9 @@ VALIDATORS: list[Validator] = [
      "whole numbers of at least 1, as (1, 2, 4, 8, 16)"),
     ("step_weights", lambda c: not c.step_weights or weighs(c.step_weights, len(c.step_counts)),
      "a number of at least 0 for each of step_counts, not all 0; empty: equally often"),
-    ("finest_steps", lambda c: is_int(c.finest_steps, 0) and c.step_scale.by_teacher() > 0,
-     "a whole number below twice the largest of step_counts that is drawn (0: 16, distilling guidance 8): "
-     "else no target comes from the teacher, and the student forgets it"),
+    ("finest_steps", lambda c: is_int(c.finest_steps, 1) and c.step_scale.by_teacher() > 0,
+     "a whole number below twice the largest of step_counts that is drawn: else no target comes from the "
+     "teacher, and the student forgets it"),
     ("ema_decay", lambda c: 0 <= c.ema_decay < 1, "a decay in [0, 1)"),
     ("difference_lr", lambda c: 0 <= c.difference_lr < math.inf, "a learning rate, or 0 for the rule"),
     ("seed", lambda c: is_int(c.seed, 0), "a whole number of at least 0"),

@@ -145,12 +145,6 @@ class DistillConfig(SCFMConfig):
         return 2.5, 4.5
 
     @property
-    def finest(self) -> int:
-        """Half-steps of more than so many a path are the teacher's: half of the examples' where it alone
-        knows of guidance, else a quarter's."""
-        return self.finest_steps or (8 if self.guidance_mode == "distilled" else 16)
-
-    @property
     def guidance_range(self) -> tuple[float, float]:
         """Between which guidance scales an example's is drawn: where guidance is distilled there is one, for
         the student is not told and would learn the mean of all."""
