@@ -294,3 +294,19 @@ def test_the_scale_of_a_lora_is_an_interpolation_of_weights():
         torch.testing.assert_close(
             models.field("student", scale)(x, t), folded(x, t).detach(), atol=1e-6, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("order, lowest, powers", [(1, 1, (1,)), (2, 1, (1, 2)), (2, 0, (0, 1, 2))])
+def test_each_lora_is_multiplied_by_its_power_of_the_scale_and_the_teacher_by_none(order, lowest, powers):
+    scales = LoraScales((1, 4), (1.0, 0.5), 3.0, (), 0.85, order, lowest, 4.5)
+    assert scales.powers == powers
+    assert scales.strengths(0.5) == tuple(0.5**power for power in powers)
+    assert scales.strengths(0) == (0.0,) * len(powers)
+
+
+def test_the_header_keeps_the_lowest_power_and_the_guidance(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_file({"a": torch.zeros(1)}, str(path))
+    scales = LoraScales((1, 4), (1.0, 0.5), 3.0, (), 0.85, 2, 0, 4.5)
+    write_lora_scales(path, scales)
+    assert read_lora_scales(path) == scales

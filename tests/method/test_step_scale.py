@@ -307,3 +307,6 @@ def test_the_learning_rate_of_a_difference_is_divided_by_what_it_is_multiplied_b
     assert from_scratch.rate_of_differences == 5e-5  # on a base that learns, at its rate one step is lost
     weighted = StepScale(counts=(1, 4), weights=(3.0, 1.0))
     assert weighted.mean() == pytest.approx((3 + 4**-0.85) / 4)
+    assert RULE.by_teacher() == 2 / 8  # of 12 and 16 steps
+    assert StepScale(counts=(1, 16), weights=(3.0, 1.0)).by_teacher() == 1 / 4
+    assert StepScale(counts=(1, 16), weights=(1.0, 0.0)).by_teacher() == 0
