@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     step_lora, seed = StepLora(config), config.seed + 1
     require_whole_fit(step_lora.pipe)
     steps, per_step = sorted(set(args.steps)), sorted(set(args.per_step))
-    scales = sorted({0.0, *args.lora_scales})  # 0 is the teacher: always a choice
+    scales = sorted({0.0, *args.lora_scales})  # 0 is the teacher: always shown
     warn_of_long_captions(step_lora.family, captions)
     with fewer_remarks():
         lora_scales, curve = search_lora_scales(step_lora, captions, steps, scales, args.target_steps, seed)
